@@ -1,0 +1,530 @@
+"""
+The fast path of one SAE layer on a GPU (Triton), beside the plain reference that defines it.
+
+    x = h - b_dec                              (N, C), in h's dtype
+    a = relu(x W_enc^T + b_enc)                (N, F), the product in h's dtype, the sum in fp32
+    values, indices = the K largest of a       (N, K), descending, ties: lowest index first
+    y = values W_dec[indices] + b_dec          (N, C)
+
+Only the product has to be dense. The rest touches K of F features a token:
+
+    forward   cuBLAS writes the product of some rows to a small buffer; _select reads it once;
+              _gather_sum adds K rows of W_dec
+    backward  the (feature, token) pairs are sorted by feature, once; _pair_sums walks each
+              feature's tokens for d values, dW_dec, dW_enc and db_enc together;
+              _gather_sum adds K rows of W_enc for dh
+
+Kept for backward: h, values and indices; nothing of size (N, F). No atomics: sums run in a fixed
+order, so two runs on one card agree to the bit.
+
+Shapes: N tokens (= B*T), C n_embd, F features, K active features a token.
+W_enc (F, C), b_enc (F,), W_dec (F, C), b_dec (C,).
+Without Triton or a GPU this file still imports, and everything below runs the reference.
+"""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F_
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # no Triton (CPU wheels, macOS): keep the kernels' names, never launch them
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda fn: fn
+
+MAX_K = 512    # the final sort of _select is held in registers
+MAX_C = 4096   # _pair_sums holds three rows of C in registers, 4 tiles of up to 1024
+
+# Launch shapes. Numbers in results/bench.json were measured with these on one H200.
+TUNE = {
+    "buffer_mb": 256,     # size of the encoder's output buffer; fewer rows at a time when F is wide
+    "select_warps": 1,    # warps a row (more where K > 64): one needs no barriers
+    "select_groups": 4,   # groups in the first pass of _select, as a multiple of K
+    "gather_rows": 8,     # rows of W in flight a program
+    "gather_cols": 256,   # columns a program: 32 lanes times 16 bytes of bf16
+    "gather_warps": 1,
+    "pair_rows": 2,       # tokens in flight a program
+    "pair_part": 256,     # pairs a program; busier features are split
+}
+
+
+# ---------------------------------------------------------------------------- plain reference
+def topk_ref(pre, b_enc, k):
+    """The selection, exactly: pre (N, F), b_enc (F,) -> values (N, k) fp32 or fp64, indices
+    (N, k) int64; descending, ties by lowest index, NaN first. Slow: a full stable sort."""
+    a = torch.relu(pre.to(b_enc.dtype) + b_enc)
+    values, indices = a.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], indices[:, :k]
+
+
+def topk_autoencode_ref(h, W_enc, b_enc, W_dec, b_dec, k):
+    """The layer in plain PyTorch with autograd; same arguments and results as topk_autoencode.
+    torch.topk leaves the choice among equal values open, so ties may differ from the kernels."""
+    x = (h - b_dec).to(h.dtype)
+    pre = F_.linear(x, W_enc.to(h.dtype))                                   # (N, F)
+    values, indices = torch.relu(pre.to(b_enc.dtype) + b_enc).topk(k, dim=-1)
+    z = torch.zeros_like(pre).scatter(1, indices, values.to(pre.dtype))
+    y = z @ W_dec.to(h.dtype) + b_dec
+    return y.to(h.dtype), values, indices
+
+
+def _autoencode_gather(h, W_enc, b_enc, W_dec, b_dec, k):
+    """The same for a CPU: selection without gradient, then only the K chosen rows take part, so
+    autograd stays sparse. N=4096, C=192, F=2048, K=16 on one core, forward + backward: 0.37 s,
+    the reference above 1.05 s. Holds 2 N K C numbers, so it is for small k only."""
+    x = (h - b_dec).to(h.dtype)
+    with torch.no_grad():
+        indices = (F_.linear(x, W_enc.to(h.dtype)).to(b_enc.dtype) + b_enc).topk(k, dim=-1).indices
+    rows = F_.embedding(indices, W_enc.to(h.dtype))                         # (N, K, C)
+    values = torch.relu((rows @ x.unsqueeze(-1)).squeeze(-1).to(b_enc.dtype) + b_enc[indices])
+    rows = F_.embedding(indices, W_dec.to(h.dtype))
+    y = (values.to(h.dtype).unsqueeze(1) @ rows).squeeze(1) + b_dec
+    return y.to(h.dtype), values, indices
+
+
+# ---------------------------------------------------------------------------- selection
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _key(a):
+    """fp32 -> int32 that orders as relu(a): 0 where a is not positive, the largest for NaN."""
+    key = tl.where(a > 0, a.to(tl.int32, bitcast=True), 0)
+    return tl.where(a == a, key, 0x7FFFFFFF)
+
+
+@jit
+def _rank(hit):
+    """(R, 8) booleans -> each one's rank among the true ones in reading order, and their count."""
+    hit = hit.to(tl.int32)
+    each = tl.sum(hit, axis=1)
+    before = tl.cumsum(each, axis=0) - each
+    return before[:, None] + tl.cumsum(hit, axis=1) - hit, tl.sum(each, axis=0)
+
+
+@jit
+def _collect(pre, b_enc, groups, n_groups, found, above, n_above, F: tl.constexpr,
+             G: tl.constexpr, LIST: tl.constexpr, CAP: tl.constexpr, TIES: tl.constexpr):
+    """Of the listed groups' elements, write those with key > above to found, in index order, then
+    (TIES) those with key == above from slot n_above on; slots from CAP on are dropped. Returns the
+    number with key > above. An entry is key << 32 | (2^31 - 1 - index): larger is better."""
+    n_gt = 0
+    n_eq = n_above
+    for start in range(0, F, 8 * G):
+        first = 0
+        while first < n_groups:
+            slot = first + tl.arange(0, LIST)
+            first += LIST
+            group = tl.load(groups + slot, mask=slot < n_groups, other=F)   # F: out of the row
+            i = start + group[:, None] * 8 + tl.arange(0, 8)[None, :]
+            a = tl.load(pre + i, mask=i < F, other=float("-inf")).to(tl.float32)
+            key = _key(a + tl.load(b_enc + i, mask=i < F, other=0.0))
+            entry = (key.to(tl.int64) << 32) | (0x7FFFFFFF - i)
+            hit = key > above
+            rank, count = _rank(hit)
+            tl.store(found + n_gt + rank, entry, mask=hit & (n_gt + rank < CAP))
+            n_gt += count
+            if TIES:
+                hit = key == above
+                rank, count = _rank(hit)
+                tl.store(found + n_eq + rank, entry, mask=hit & (n_eq + rank < CAP))
+                n_eq += count
+    return n_gt
+
+
+@jit
+def _select(pre, b_enc, values, indices, groups, found, F: tl.constexpr, K: tl.constexpr,
+            KP: tl.constexpr, G: tl.constexpr, CAP: tl.constexpr):
+    """
+    One row of pre (fp32 sum with b_enc, relu) -> its K largest, exactly, ties by lowest index.
+
+    Bytes: the row once from memory (0.8 GB at N=32768, F=12288 in bf16: 0.19 ms at 4.3 TB/s).
+    Bisecting the whole row bit by bit would be bound by instructions (1.6 ms); so
+    1. one maximum for each of G groups (8 adjacent elements in every slab of 8 G): about three
+       instructions an element, all within a thread;
+    2. the K-th largest of the G maxima, by bisection, bounds the row's K-th largest from below,
+       and only groups whose maximum reaches it can hold one of the K: list them (about K of G);
+    3. read only the listed groups again and keep what reaches the bound: with G = 4 K about 1.15 K
+       elements, when the large ones are not crowded into few groups;
+    4. more than CAP kept (crowded, or many ties): bisect the listed groups' elements for the exact
+       K-th largest. Always right, merely slower;
+    5. sort the CAP kept; where fewer than K are positive, fill up with the first inactive features.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pre += row * F
+    groups += row * G
+    found += row * CAP
+    g = tl.arange(0, G)
+
+    # 1. the maximum of each group
+    best = tl.full([G], 0.0, tl.float32)
+    for start in range(0, F, 8 * G):
+        i = start + g[:, None] * 8 + tl.arange(0, 8)[None, :]
+        a = tl.load(pre + i, mask=i < F, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+        a += tl.load(b_enc + i, mask=i < F, other=0.0)
+        best = _larger(best, tl.reduce(a, 1, _larger))
+    best_key = _key(best)
+
+    # 2. the largest bound that at least K of the maxima reach; any bound with exactly K will do
+    top = tl.max(best_key, axis=0)
+    lo = top * 0
+    hi = top
+    reach = lo + G
+    while (reach != K) & (lo < hi):
+        mid = hi - (hi - lo) // 2
+        count = tl.sum((best_key >= mid).to(tl.int32), axis=0)
+        reach = tl.where(count >= K, count, reach)
+        lo = tl.where(count >= K, mid, lo)
+        hi = tl.where(count >= K, hi, mid - 1)
+    bound = tl.maximum(lo, 1)
+    listed = (best_key >= bound).to(tl.int32)
+    n_groups = tl.sum(listed, axis=0)
+    tl.store(groups + tl.cumsum(listed, axis=0) - 1, g, mask=listed == 1)
+    tl.debug_barrier()
+
+    # 3. what reaches the bound
+    n = _collect(pre, b_enc, groups, n_groups, found, bound - 1, 0, F, G, KP, CAP, False)
+
+    # 4. too many: the exact K-th largest key, `hi`: fewer than K lie above it
+    if n > CAP:
+        tl.debug_barrier()
+        lo = bound - 1
+        hi = top
+        n_above = n * 0
+        while hi - lo > 1:
+            mid = lo + (hi - lo) // 2
+            count = _collect(pre, b_enc, groups, n_groups, found, mid, 0, F, G, KP, 0, False)
+            n_above = tl.where(count < K, count, n_above)
+            hi = tl.where(count < K, mid, hi)
+            lo = tl.where(count < K, lo, mid)
+        _collect(pre, b_enc, groups, n_groups, found, hi, n_above, F, G, KP, CAP, True)
+        n = n * 0 + K
+    tl.debug_barrier()
+
+    # 5. sort, and fill up
+    slot = tl.arange(0, CAP)
+    entry = tl.load(found + slot, mask=slot < n, other=0)
+    entry = tl.sort(entry, descending=True)
+    ok = (slot < K) & (slot < n)
+    value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(values + row * K + slot, value, mask=ok)
+    tl.store(indices + row * K + slot, 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32), mask=ok)
+    if n < K:   # all n positive ones are known, so the first K features hold K - n inactive ones
+        i = tl.arange(0, KP)
+        a = tl.load(pre + i, mask=i < K, other=1.0).to(tl.float32)
+        a += tl.load(b_enc + i, mask=i < K, other=0.0)
+        idle = ((_key(a) == 0) & (i < K)).to(tl.int32)
+        rest = n + tl.cumsum(idle, axis=0) - 1
+        tl.store(values + row * K + rest, i * 0.0, mask=(idle == 1) & (rest < K))
+        tl.store(indices + row * K + rest, i, mask=(idle == 1) & (rest < K))
+
+
+def _select_rows(pre, b_enc, values, indices):
+    """Launch _select: pre (n, F) contiguous -> fills values (n, K) fp32, indices (n, K) int32."""
+    (n, F), K = pre.shape, values.shape[1]
+    KP = triton.next_power_of_2(K)
+    # at least K groups, or there is no K-th largest; no more than there are eights in a row
+    G = max(KP, min(max(128, TUNE["select_groups"] * KP), triton.next_power_of_2(F) // 8))
+    CAP = 2 * KP
+    groups = torch.empty(n, G, dtype=torch.int32, device=pre.device)
+    found = torch.empty(n, CAP, dtype=torch.int64, device=pre.device)
+    _select[(n,)](pre, b_enc, values, indices, groups, found, F=F, K=K, KP=KP, G=G,
+                  CAP=CAP, num_warps=max(TUNE["select_warps"], KP // 64))
+
+
+# ---------------------------------------------------------------------------- gathers
+@jit
+def _gather_sum(coef, index, W, bias, out, C: tl.constexpr, K: tl.constexpr,
+                R: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr):
+    """
+    out[n] = sum_k coef[n, k] W[index[n, k]] (+ bias): the decoder, and dh with W_enc.
+
+    Bytes: N K C of W's type, 1.6 GB at N=32768, K=32, C=768 in bf16, but W (19 MB at F=12288) lives
+    in the 60 MB L2, so the floor is the L2's rate: about 0.3 ms at 5.5 TB/s. One program is one
+    warp: BLOCK columns of one token, R rows of W in flight, sums in fp32. Slots with coef 0 are
+    not read.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        acc += tl.load(bias + c, mask=c < C, other=0.0)
+    for k0 in range(0, K, R):
+        k = k0 + tl.arange(0, R)
+        a = tl.load(coef + n * K + k, mask=k < K, other=0.0)
+        f = tl.load(index + n * K + k, mask=k < K, other=0).to(tl.int64)
+        w = tl.load(W + f[:, None] * C + c[None, :], mask=(a != 0)[:, None] & (c < C)[None, :],
+                    other=0.0)
+        acc += tl.sum(a[:, None] * w.to(tl.float32), axis=0)
+    tl.store(out + n * C + c, acc.to(out.dtype.element_ty), mask=c < C)
+
+
+def _gather(coef, index, W, bias, dtype):
+    (N, K), C = coef.shape, W.shape[1]
+    out = torch.empty(N, C, dtype=dtype, device=W.device)
+    BLOCK = min(TUNE["gather_cols"], triton.next_power_of_2(C))
+    _gather_sum[(N, triton.cdiv(C, BLOCK))](
+        coef, index, W, W if bias is None else bias, out, C=C, K=K, R=TUNE["gather_rows"],
+        BLOCK=BLOCK, BIAS=bias is not None, num_warps=TUNE["gather_warps"])
+    return out
+
+
+# ---------------------------------------------------------------------------- weight gradients
+@jit
+def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first,
+               dvalues, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
+               F: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PART: tl.constexpr,
+               R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """
+    All that one feature f sends back, over the pairs (token n, slot k) in which it is active:
+
+        dv = gy[n] . W_dec[f] + gvalues[n, k]         dvalues[n, k] = dv, for dh later
+        dW_dec[f] = sum v gy[n]    dW_enc[f] = sum dv (h[n] - b_dec)    db_enc[f] = sum dv
+
+    Walking by feature gathers gy and h once (2 N K C of bf16: 3.2 GB at N=32768, K=32, C=768, most
+    of it L2 hits as neighbouring programs meet the same tokens: about 0.6 ms), holds W_dec[f] and
+    both sums in registers, and needs no other pass for dv. Program p < F takes the first PART pairs
+    of feature p. Some features fire on a third of all tokens, so the rest is cut into further
+    parts, programs F + e, whose sums go to part_*[e] and are added by _add_parts in order: no
+    atomics. h - b_dec is summed as sum dv h - b_dec sum dv: no copy of it is kept.
+    """
+    p = tl.program_id(0)
+    f = p
+    part = 0
+    if p >= F:
+        f = tl.load(owner + p - F)
+        if f >= F:
+            return
+        part = p - F - tl.load(first + f) + 1
+    begin = tl.load(starts + f) + part * PART
+    end = tl.minimum(begin + PART, tl.load(starts + f + 1))
+
+    # A row of C is TILES blocks of one program's width, in tuples: C = 768 is not a power of two,
+    # and a block of 1024 on four warps would leave one idle and need barriers for the dot product.
+    w, enc, dec, b = (), (), (), 0.0
+    for t in tl.static_range(TILES):
+        c = t * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(W_dec + f.to(tl.int64) * C + c, mask=c < C, other=0.0)
+        w += (row.to(gy.dtype.element_ty).to(tl.float32),)   # as the forward read it
+        enc += (tl.zeros([BLOCK], tl.float32),)
+        dec += (tl.zeros([BLOCK], tl.float32),)
+    i = begin
+    while i < end:
+        pair, v, dv, g, x = (), (), (), (), ()   # all loads of R pairs first, then the sums
+        for r in tl.static_range(R):
+            pair += (tl.load(order + i + r, mask=i + r < end, other=0).to(tl.int32),)  # n * K + k
+        for r in tl.static_range(R):
+            v += (tl.load(values + pair[r], mask=i + r < end, other=0.0),)
+            dv += (tl.load(gvalues + pair[r], mask=i + r < end, other=0.0),)
+            for t in tl.static_range(TILES):
+                c = t * BLOCK + tl.arange(0, BLOCK)
+                at = (pair[r] // K).to(tl.int64) * C + c
+                g += (tl.load(gy + at, mask=(i + r < end) & (c < C), other=0.0),)
+                x += (tl.load(h + at, mask=(i + r < end) & (c < C), other=0.0),)
+        for r in tl.static_range(R):
+            dot = tl.zeros([BLOCK], tl.float32)
+            for t in tl.static_range(TILES):
+                dot += g[r * TILES + t].to(tl.float32) * w[t]
+            d = dv[r] + tl.sum(dot, axis=0)
+            tl.store(dvalues + pair[r], d, mask=i + r < end)
+            b += d
+            old_enc, old_dec, enc, dec = enc, dec, (), ()
+            for t in tl.static_range(TILES):
+                enc += (old_enc[t] + d * x[r * TILES + t].to(tl.float32),)
+                dec += (old_dec[t] + v[r] * g[r * TILES + t].to(tl.float32),)
+        i += R
+
+    out_enc, out_dec, out_b, to = dW_enc, dW_dec, db_enc, p.to(tl.int64)
+    if p >= F:
+        out_enc, out_dec, out_b, to = part_enc, part_dec, part_b, (p - F).to(tl.int64)
+    for t in tl.static_range(TILES):
+        c = t * BLOCK + tl.arange(0, BLOCK)
+        bias = tl.load(b_dec + c, mask=c < C, other=0.0)
+        tl.store(out_enc + to * C + c, enc[t] - b * bias, mask=c < C)
+        tl.store(out_dec + to * C + c, dec[t], mask=c < C)
+    tl.store(out_b + to, b)
+
+
+@jit
+def _add_parts(first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
+               C: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the further parts of feature f, in order. Most features have none; at most N K / PART
+    rows of 2 C fp32 are read: 25 MB at N=32768, K=32, C=768."""
+    f = tl.program_id(0).to(tl.int64)
+    lo = tl.load(first + f)
+    hi = tl.load(ends + f)
+    if lo < hi:
+        c = tl.arange(0, BLOCK)
+        acc_enc = tl.load(dW_enc + f * C + c, mask=c < C, other=0.0)
+        acc_dec = tl.load(dW_dec + f * C + c, mask=c < C, other=0.0)
+        b = tl.load(db_enc + f)
+        while lo < hi:
+            at = lo.to(tl.int64) * C + c
+            acc_enc += tl.load(part_enc + at, mask=c < C, other=0.0)
+            acc_dec += tl.load(part_dec + at, mask=c < C, other=0.0)
+            b += tl.load(part_b + lo)
+            lo += 1
+        tl.store(dW_enc + f * C + c, acc_enc, mask=c < C)
+        tl.store(dW_dec + f * C + c, acc_dec, mask=c < C)
+        tl.store(db_enc + f, b)
+
+
+def _sort_pairs(values, indices, F):
+    """
+    The active (token, slot) pairs in order of feature: order (N K,) int64, where pair n K + k is
+    slot k of token n, and starts (F + 1,) int32: feature f has order[starts[f] : starts[f + 1]],
+    in order of token, as the sort is stable. Pairs whose value is 0 come last, past starts[F].
+    Radix sort takes two passes over int16 and four over int32, hence the shift.
+    """
+    shift, dtype = (32768, torch.int16) if F < 65536 else (0, torch.int32)
+    key = torch.where(values != 0, indices, F).view(-1).sub_(shift).to(dtype)
+    key, order = key.sort(stable=True)
+    bounds = torch.arange(-shift, F + 1 - shift, device=key.device).to(dtype)
+    return order, torch.searchsorted(key, bounds, out_int32=True)
+
+
+def _weight_grads(gy, gvalues, h, W_dec, b_dec, values, indices):
+    """-> dvalues (N, K), dW_enc (F, C), dW_dec (F, C), db_enc (F,), all fp32."""
+    (N, K), (F, C), PART = values.shape, W_dec.shape, TUNE["pair_part"]
+    order, starts = _sort_pairs(values, indices, F)
+    # Further parts: feature f owns numbers first[f] to ends[f] of at most N K / PART.
+    n_parts = N * K // PART
+    more = (starts.diff() - 1).clamp_(min=0) // PART
+    ends = more.cumsum(0, dtype=torch.int32)
+    first = ends - more
+    owner = torch.searchsorted(ends, torch.arange(n_parts, device=h.device, dtype=torch.int32),
+                               right=True, out_int32=True)
+    new = lambda *shape: torch.empty(shape, device=h.device)  # noqa: E731 (fp32)
+    dW_enc, dW_dec, db_enc = new(F, C), new(F, C), new(F)
+    part_enc, part_dec, part_b = new(n_parts, C), new(n_parts, C), new(n_parts)
+    dvalues = torch.zeros_like(values)
+    BLOCK = min(triton.next_power_of_2(C), 256 * max(1, triton.next_power_of_2(C) // 1024))
+    _pair_sums[(F + n_parts,)](
+        gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first, dvalues, dW_enc, dW_dec,
+        db_enc, part_enc, part_dec, part_b, F=F, C=C, K=K, PART=PART, R=TUNE["pair_rows"],
+        BLOCK=BLOCK, TILES=triton.cdiv(C, BLOCK), num_warps=max(1, BLOCK // 256))
+    if n_parts:
+        _add_parts[(F,)](first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
+                         C=C, BLOCK=triton.next_power_of_2(C), num_warps=4)
+    return dvalues, dW_enc, dW_dec, db_enc
+
+
+# ---------------------------------------------------------------------------- the layer
+INTERPRET = triton is not None and triton.knobs.runtime.interpret   # TRITON_INTERPRET=1, for tests
+
+
+@torch.compiler.assume_constant_result   # torch.compile asks once
+def available(device):
+    """True where the kernels run: an NVIDIA GPU from Ampere on, or anywhere in the interpreter."""
+    device = torch.device(device)
+    return INTERPRET or (triton is not None and device.type == "cuda" and torch.version.hip is None
+                         and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _fits(n, F, C, k, dtype, device):
+    """The kernels' range; everything else takes the reference."""
+    return (available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and n > 0 and k <= MAX_K and C <= MAX_C and n * max(C, k) < 2**31)
+
+
+@torch.library.custom_op("sae::topk_autoencode", mutates_args=())
+def _autoencode(h: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor,
+                b_dec: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
+    b_enc, b_dec = b_enc.float().contiguous(), b_dec.float().contiguous()
+    W = W_enc.to(h.dtype).contiguous()
+    values = torch.empty(N, k, device=h.device)
+    indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
+    rows = max(256, TUNE["buffer_mb"] * 2**20 // (F * h.element_size()))
+    rows = min(N, 1 << (rows.bit_length() - 1))
+    buffer = torch.empty(rows, F, dtype=h.dtype, device=h.device)
+    with torch.autocast(h.device.type, enabled=False):
+        x = torch.sub(h, b_dec, out=torch.empty_like(h))
+        for i in range(0, N, rows):
+            j = min(i + rows, N)
+            pre = torch.mm(x[i:j], W.t(), out=buffer[:j - i])
+            _select_rows(pre, b_enc, values[i:j], indices[i:j])
+    del buffer, x, W
+    y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
+    return y, values, indices
+
+
+@_autoencode.register_fake
+def _(h, W_enc, b_enc, W_dec, b_dec, k):
+    N = h.shape[0]
+    return (torch.empty_like(h, memory_format=torch.contiguous_format),
+            h.new_empty(N, k, dtype=torch.float32), h.new_empty(N, k, dtype=torch.int32))
+
+
+@torch.library.custom_op("sae::topk_autoencode_backward", mutates_args=())
+def _autoencode_backward(
+        gy: torch.Tensor, gvalues: torch.Tensor, h: torch.Tensor, W_enc: torch.Tensor,
+        W_dec: torch.Tensor, b_dec: torch.Tensor, values: torch.Tensor, indices: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    h = h.contiguous()
+    gy, gvalues = gy.to(h.dtype).contiguous(), gvalues.float().contiguous()
+    b_dec = b_dec.float().contiguous()
+    with torch.autocast(h.device.type, enabled=False):
+        dvalues, dW_enc, dW_dec, db_enc = _weight_grads(
+            gy, gvalues, h, W_dec.contiguous(), b_dec, values, indices)
+        dh = _gather(dvalues, indices, W_enc.to(h.dtype).contiguous(), None, h.dtype)
+        # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
+        db_dec = gy.sum(0, dtype=torch.float32) - W_enc.float().t().mv(db_enc)
+    return dh, dW_enc.to(W_enc.dtype), db_enc, dW_dec.to(W_dec.dtype), db_dec
+
+
+@_autoencode_backward.register_fake
+def _(gy, gvalues, h, W_enc, W_dec, b_dec, values, indices):
+    empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)  # noqa: E731
+    return (empty(h), empty(W_enc), values.new_empty(W_enc.shape[0]), empty(W_dec),
+            values.new_empty(W_enc.shape[1]))
+
+
+def _setup(ctx, inputs, output):
+    h, W_enc, b_enc, W_dec, b_dec, _ = inputs
+    ctx.bias_types = b_enc.dtype, b_dec.dtype
+    ctx.save_for_backward(h, W_enc, W_dec, b_dec, *output[1:])
+
+
+def _backward(ctx, gy, gvalues, _):
+    dh, dW_enc, db_enc, dW_dec, db_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
+    return dh, dW_enc, db_enc.to(ctx.bias_types[0]), dW_dec, db_dec.to(ctx.bias_types[1]), None
+
+
+_autoencode.register_autograd(_backward, setup_context=_setup)
+
+
+def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
+    """
+    The SAE layer: h (N, C) -> y (N, C) in h's dtype, values (N, k) fp32 and indices (N, k), sorted
+    from the largest value down, ties by lowest index. Differentiable in y and values, for all five
+    tensors. A slot beyond a token's positive activations has value 0, names a feature that is not
+    active, and gets no gradient. NaN in a row of h gives NaN in that row of y.
+    Under autocast pass h in the autocast dtype; the parameters may stay fp32.
+    Kernels: N > 0, k <= 512, C <= 4096, h in fp32, bf16 or fp16; else the reference.
+    """
+    if not 1 <= k <= W_enc.shape[0]:
+        raise ValueError(f"k is {k}; it must be from 1 to the number of features, {W_enc.shape[0]}")
+    N, (F, C) = h.shape[0], W_enc.shape
+    if _fits(N, F, C, k, h.dtype, h.device):
+        path = _autoencode
+    else:
+        path = _autoencode_gather if h.device.type == "cpu" and 8 * k <= F else topk_autoencode_ref
+    return path(h, W_enc, b_enc, W_dec, b_dec, k)
+
+
+def topk(pre, b_enc, k):
+    """The selection on its own, without gradient: pre (N, F), b_enc (F,) -> values (N, k) fp32 and
+    indices (N, k) int32 of relu(pre + b_enc), exactly as topk_ref orders them."""
+    N, F = pre.shape
+    if not 1 <= k <= F:
+        raise ValueError(f"k is {k}; it must be from 1 to the number of features, {F}")
+    if not _fits(N, F, 1, k, pre.dtype, pre.device):
+        return topk_ref(pre, b_enc, k)
+    values = torch.empty(N, k, device=pre.device)
+    indices = torch.empty(N, k, device=pre.device, dtype=torch.int32)
+    _select_rows(pre.detach().contiguous(), b_enc.detach().float().contiguous(), values, indices)
+    return values, indices

@@ -1,0 +1,210 @@
+"""
+The ladder: dense, naive and every strategy, at equal tokens, over seeds, side by side where there are several GPUs.
+Each run is one call of train.py and leaves one JSON in results/ladder/; the table is printed from these alone.
+
+    python results/ladder.py --rows=dense,naive,default,strict --seeds=1,2,3,4,5     65 M tokens each
+    python results/ladder.py --rows=dense,default,strict --seeds=1,2,3 --steps=3000  196 M
+    python results/ladder.py --size=large --steps=1500 --rows=dense,default --seeds=1
+    python results/ladder.py --size=tiny --rows=dense,default --seeds=1,2            a minute on a CPU
+    python results/ladder.py --table=true                                            no training, only the table
+
+A run whose JSON is there is not run again. The corpus of the committed results is a sample of English Wikipedia
+(45 M GPT-2 tokens), given as any data set of this project (see data/text/prepare.py).
+"""
+import glob
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from configurator import configure, stop_if # noqa: E402
+
+SIZES = {
+    'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
+                 sae_silent_tokens=20 * 128, compile=False, device='cpu'),
+    'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
+    'large': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
+}
+SAE_LAYER = {'tiny': (0,), 'small': (3,), 'large': (6,)}
+
+def rows(size):
+    """{name: (what differs from train.py's defaults, what it is)}; the order is the table's."""
+    L = SIZES[size]['n_layer']
+    at = dict(sae_layers=SAE_LAYER[size])
+    naive = at | dict(sae_blend_end=0.0, sae_tied_init=False, sae_nudge=0.0, sae_token_skip=False)
+    spread = lambda n: tuple(sorted({round((i + 1) * L / (n + 1)) - 1 for i in range(n)}))
+    table = {
+        'dense': (dict(sae_layers=()), 'no SAE'),
+        'naive': (naive, 'hard TopK from step 0, untied init, nothing revives'),
+        'default': (at, 'tied init, blend, nudge, token skip'),
+        'strict': (at | dict(sae_token_skip=False), 'default without the token skip'),
+        'posthoc': (at | dict(sae_token_skip=False, sae_posthoc=True, sae_recon=1.0), 'SAE trained on the frozen dense twin, spliced in'),
+        # each strategy alone
+        'naive+tied': (naive | dict(sae_tied_init=True), ''),
+        'naive+blend': (naive | dict(sae_blend_end=0.6), ''),
+        'naive+nudge': (naive | dict(sae_nudge=0.02), ''),
+        'naive+auxk': (naive | dict(sae_auxk=0.1), ''),
+        'naive+anneal': (naive | dict(sae_k_start=512 if size != 'tiny' else 64), 'K from 512 over 30 %'),
+        'naive+skip': (naive | dict(sae_token_skip=True), ''),
+        'naive+saelr': (naive | dict(sae_lr_factor=0.3), ''),
+        # the default without each
+        'default-tied': (at | dict(sae_tied_init=False), ''),
+        'default-blend': (at | dict(sae_blend_end=0.0), ''),
+        'default-nudge': (at | dict(sae_nudge=0.0), ''),
+        'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
+        'default+saelr': (at | dict(sae_lr_factor=0.3), ''),
+        'default+recon': (at | dict(sae_recon=0.1), ''),
+        'dense+muon': (dict(sae_layers=(), optimizer='muon'), ''),
+        'default+muon': (at | dict(optimizer='muon'), ''),
+        # where
+        **{f'default@{i}': (dict(sae_layers=(i,)), '') for i in range(L)},
+        **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), '') for i in range(L)},
+        'mlp': (at | dict(sae_site='mlp'), ''),
+        'attn': (at | dict(sae_site='attn'), ''),
+        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden'), "every block's MLP, K of 4 C"),
+        'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8), 'all blocks but the last two'),
+        'default x2': (dict(sae_layers=spread(2)), 'at two layers'),
+        'default x4': (dict(sae_layers=spread(4)), 'at four layers'),
+        'default xL': (dict(sae_layers=tuple(range(L))), 'at every layer'),
+        # how many
+        **{f'{mode} K={k}': (at | dict(sae_k=k, sae_token_skip=mode == 'default'), '') for mode in ('default', 'strict') for k in (8, 16, 64, 128)},
+        **{f'{mode} F={r}x': (at | dict(sae_ratio=r, sae_token_skip=mode == 'default'), '') for mode in ('default', 'strict') for r in (4, 64)},
+        # a slightly larger model in exchange
+        'strict wider': (at | dict(sae_token_skip=False, n_embd=SIZES[size]['n_embd'] * 9 // 8 // 16 * 16), 'C up by an eighth'),
+        'strict deeper': (at | dict(sae_token_skip=False, n_layer=L + 1), 'one block more'),
+    }
+    return table
+
+def command(size, overrides, seed, steps, dataset, out_dir):
+    options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // 10),
+                   save_interval=10 ** 9, probe_tokens=0) | SIZES[size] | overrides
+    options |= dict(seed=seed, max_iters=steps, dataset=dataset, out_dir=out_dir)
+    show = lambda v: ','.join(map(str, v)) if isinstance(v, (tuple, list)) else str(v)
+    return [sys.executable, os.path.join(ROOT, 'train.py')] + [f'--{k}={show(v)}' for k, v in options.items()]
+
+def summary(row, size, out_dir):
+    """The JSON of a finished run, from its log.jsonl."""
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
+        records = [json.loads(line) for line in f]
+    start = next(r for r in records if r['event'] == 'start')
+    evals = [r for r in records if r['event'] == 'eval']
+    logs = [r for r in records if r['event'] == 'log']
+    last, sae = evals[-1], list(evals[-1].get('sae', {}).values())
+    mean = lambda key: statistics.mean(s[key] for s in sae) if sae else None
+    return dict(
+        row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'], val_loss=last['val_loss'],
+        val_loss_zeroed=last.get('val_loss_zeroed'), val_loss_mean=last.get('val_loss_mean'), live_share=mean('live'),
+        live_share_min=min(s['live'] for s in sae) if sae else None, l0=mean('l0'), fvu=mean('fvu'),
+        tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), params=start['params'],
+        params_non_embedding=start['params_non_embedding'], flops_per_token=start['flops_per_token'],
+        torch=start['versions']['torch'], gpu=start['versions']['gpu'], commit=start['versions']['commit'],
+        config=start['config'], curve=[[r['tokens'], r['val_loss']] for r in evals])
+
+def run_all(jobs, slots):
+    """
+    jobs: [(name, command, needs, done)], run side by side, one per slot (a GPU number, or None for the CPU).
+    needs: a path that must exist before it starts, or None. done() is called after success. Returns the names that failed.
+    """
+    waiting, running, failed, started = deque(jobs), {}, [], time.time()
+    free = list(slots)
+    while waiting or running:
+        for _ in range(len(waiting)):
+            if not free:
+                break
+            job = waiting.popleft()
+            if job[2] and not os.path.exists(job[2]):
+                if not running and all(j[2] and not os.path.exists(j[2]) for j in [job, *waiting]):
+                    failed.append(job[0])
+                    print(f"{job[0]}: {job[2]} is missing, and nothing running makes it", flush=True)
+                else:
+                    waiting.append(job)
+                continue
+            slot = free.pop(0)
+            env = dict(os.environ) if slot is None else dict(os.environ, CUDA_VISIBLE_DEVICES=str(slot))
+            log = open(job[1][-1].partition('=')[2] + '.txt', 'w')
+            running[slot] = (subprocess.Popen(job[1], stdout=log, stderr=subprocess.STDOUT, env=env), job, time.time())
+        time.sleep(0.2)
+        for slot, (process, job, t0) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[slot]
+            free.append(slot)
+            if process.returncode == 0:
+                job[3]()
+            else:
+                failed.append(job[0])
+            print(f"{time.time() - started:5.0f} s  {job[0]}: {'done' if process.returncode == 0 else 'FAILED'} in "
+                  f"{time.time() - t0:.0f} s, {len(waiting)} waiting", flush=True)
+    return failed
+
+def print_table(results):
+    """One block per (size, tokens); dense of the same seed is the difference's other side."""
+    for size, tokens in sorted({(r['size'], r['tokens']) for r in results}, key=lambda k: (len(k[0]), k[1])):
+        group = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
+        dense = {r['seed']: r['val_loss'] for r in group if r['row'] == 'dense'}
+        print(f"\n{size}, {tokens / 1e6:.0f} M tokens; losses in nats, +- is the standard deviation over seeds\n")
+        print("| row | seeds | val loss | minus dense | zeroed | mean | live % | L0 | FVU | k tok/s | M params | MFLOP/token |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for row in rows(size):
+            runs = [r for r in group if r['row'] == row]
+            if not runs:
+                continue
+            diffs = [r['val_loss'] - dense[r['seed']] for r in runs if r['seed'] in dense]
+            mean = lambda key: statistics.mean(r[key] for r in runs)
+            pm = lambda v, sign='': f"{statistics.mean(v):{sign}.3f}" + (f" +- {statistics.stdev(v):.3f}" if len(v) > 1 else "")
+            sae = [f"{mean('val_loss_zeroed'):.2f}", f"{mean('val_loss_mean'):.2f}", f"{100 * min(r['live_share_min'] for r in runs):.1f}",
+                   f"{mean('l0'):.1f}", f"{mean('fvu'):.2f}"] if runs[0]['l0'] is not None else [''] * 5
+            print("| " + " | ".join([row, str(len(runs)), pm([r['val_loss'] for r in runs]),
+                  pm(diffs, '+') if diffs and row != 'dense' else '', *sae, f"{mean('tok_s') / 1e3:.0f}",
+                  f"{mean('params_non_embedding') / 1e6:.1f}", f"{mean('flops_per_token') / 1e6:.0f}"]) + " |")
+
+def load(folder):
+    results = []
+    for path in sorted(glob.glob(os.path.join(folder, '*.json'))):
+        with open(path, encoding='utf-8') as f:
+            results.append(json.load(f))
+    return results
+
+def main(argv):
+    c = configure(dict(size='small', rows='dense,naive,default,strict', seeds=(1,), steps=1000, dataset='wiki', table=False,
+                       results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', gpus=-1), argv)
+    problems = [] if c['size'] in SIZES else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
+    if not problems:
+        known = rows(c['size'])
+        problems = [f"unknown row {r!r}: known are {', '.join(known)}" for r in c['rows'].split(',') if r not in known]
+    stop_if(problems)
+    if not c['table']:
+        import torch
+        n = torch.cuda.device_count() if c['gpus'] < 0 else c['gpus']
+        os.makedirs(c['results'], exist_ok=True)
+        os.makedirs(c['out'], exist_ok=True)
+        jobs = []
+        for seed in c['seeds']:
+            for row in c['rows'].split(','):
+                name = f"{c['size']}-{c['steps']}-{row.replace(' ', '-')}-s{seed}"
+                target, out_dir = os.path.join(c['results'], name + '.json'), os.path.join(c['out'], name)
+                overrides, needs = known[row][0], None
+                if os.path.exists(target):
+                    continue
+                if row == 'posthoc':
+                    twin = os.path.join(c['out'], f"{c['size']}-{c['steps']}-dense-s{seed}")
+                    overrides, needs = overrides | dict(init_from=twin), os.path.join(twin, 'ckpt.pt')
+                def done(row=row, out_dir=out_dir, target=target):
+                    with open(target + '.tmp', 'w', encoding='utf-8') as f:
+                        json.dump(summary(row, c['size'], out_dir), f, indent=1)
+                    os.replace(target + '.tmp', target)
+                jobs.append((name, command(c['size'], overrides, seed, c['steps'], c['dataset'], out_dir), needs, done))
+        failed = run_all(jobs, list(range(n)) or [None])
+    print_table(load(c['results']))
+    if not c['table'] and failed:
+        print(f"\nerror: {len(failed)} runs failed ({', '.join(failed)}): see {c['out']}/<run>.txt", file=sys.stderr)
+        sys.exit(1)
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

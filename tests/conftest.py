@@ -1,0 +1,44 @@
+"""
+What all tests share: one thread, the repository on the path, and the mark `slow`.
+
+    python -m pytest            everything that is quick, offline, under two minutes on two cores
+    python -m pytest --slow     the long ones too
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1') # tiny tensors: more threads only wait for each other
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help="run the tests marked slow as well")
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes long; runs with --slow only')
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption('--slow'):
+        config.hook.pytest_deselected(items=[item for item in items if 'slow' in item.keywords])
+        items[:] = [item for item in items if 'slow' not in item.keywords]
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory):
+    """A data set of random bytes with its own tokenizer; see runs.py."""
+    from runs import write_tiny_data
+    return write_tiny_data(tmp_path_factory.mktemp('data') / 'tiny')
+
+@pytest.fixture(scope='session')
+def whole(tiny_data, tmp_path_factory):
+    """out_dir of the run that nobody disturbed: what interrupted runs are compared with."""
+    from runs import train
+    out = tmp_path_factory.mktemp('whole')
+    code, text = train(out, tiny_data)
+    assert code == 0, text
+    return out

@@ -1,0 +1,127 @@
+"""
+configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad input may reach the user as a traceback.
+
+    python -m pytest tests/test_configurator.py
+"""
+import random
+import string
+
+import pytest
+
+from configurator import configure
+
+DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,), dataset='fineweb', prompt=['x'])
+
+def errors(argv, capsys):
+    """The lines on stderr of a configuration that must be refused with exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        configure(DEFAULTS, argv)
+    assert e.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+@pytest.mark.parametrize('arg, key, value', [
+    ('--learning_rate=1', 'learning_rate', 1.0),       # int for float: nanoGPT dies on a bare assertion
+    ('--learning_rate=3e-4', 'learning_rate', 3e-4),
+    ('--compile=false', 'compile', False), ('--compile=True', 'compile', True),
+    ('--out_dir=a=b', 'out_dir', 'a=b'),                # split at the first =: nanoGPT crashes
+    ('--out_dir=', 'out_dir', ''), ('--out_dir=12', 'out_dir', '12'),
+    ('--n_layer=1_000', 'n_layer', 1000),
+    ('--sae_layers=1,2', 'sae_layers', (1, 2)), ('--sae_layers=[1, 2]', 'sae_layers', (1, 2)),
+    ('--sae_layers=(3,)', 'sae_layers', (3,)), ('--sae_layers=3', 'sae_layers', (3,)), ('--sae_layers=', 'sae_layers', ()),
+])
+def test_values_understood(arg, key, value):
+    """What a person would write is taken for what was meant, with the type of the default."""
+    got = configure(DEFAULTS, [arg])
+    assert got[key] == value and type(got[key]) is type(value)
+    assert {k: v for k, v in got.items() if k != key} == {k: v for k, v in DEFAULTS.items() if k != key}
+
+@pytest.mark.parametrize('arg, expected', [
+    ('--n_layer=2.0', 'a whole number'), ('--n_layer=two', 'a whole number'), ('--n_layer=', 'a whole number'),
+    ('--n_layer=true', 'a whole number'), ('--compile=1', 'true or false'), ('--compile=yes', 'true or false'),
+    ('--learning_rate=fast', 'number'), ('--learning_rate=1e999', 'finite number'), ('--learning_rate=nan', 'number'),
+    ('--learning_rate=' + '9' * 400, 'finite number'), ('--sae_layers=1,x', 'whole numbers separated by commas'),
+    ('--sae_layers=1.5', 'whole numbers separated by commas'),
+])
+def test_wrong_types(arg, expected, capsys):
+    """A sentence with the key, the value, where it stands, and what was expected; exit code 2."""
+    line, = errors([arg], capsys)
+    key, _, value = arg[2:].partition('=')
+    assert f'{key}={value[:9]}' in line and 'on the command line' in line and 'expected' in line and expected in line
+
+def test_typos_name_the_nearest_key(tmp_path, capsys):
+    """An unknown key is refused in a file as on the command line (nanoGPT takes a file's silently), with a suggestion."""
+    path = write(tmp_path / 'c.py', "n_layre = 3\n")
+    in_file, on_line, no_value, far, no_dashes = errors(
+        [path, '--leraning_rate=1', '--compil', '--zzzz=1', 'n_layer=3'], capsys)
+    assert f"unknown key 'n_layre' in {path}: did you mean 'n_layer'?" in in_file
+    assert "unknown key 'leraning_rate' on the command line: did you mean 'learning_rate'?" in on_line
+    assert 'expected --key=value' in no_value and '--compile' in no_value
+    assert 'unknown key' in far and '--help' in far
+    assert 'no such config file' in no_dashes
+
+def test_every_problem_at_once(tmp_path, capsys):
+    """One line for each problem, of files and of the command line, and nothing is run in between."""
+    path = write(tmp_path / 'c.py', "n_layer = 'two'\ncompile = 1\nlayers = 3\n")
+    lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
+    assert len(lines) == 6 and all(line.startswith('error: ') for line in lines)
+
+def test_files(tmp_path):
+    """A file is Python: it may import, compute, use values set so far, and keep names of its own that begin with _."""
+    a = write(tmp_path / 'a.py', "import math\n_half = 4\nn_layer = 2 * _half\nlearning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
+    b = write(tmp_path / 'b.py', "# later wins\nn_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
+    got = configure(DEFAULTS, [a, b, '--compile=true'])
+    assert got == DEFAULTS | dict(n_layer=9, learning_rate=2.0, sae_layers=(1, 2), compile=True)
+    assert type(got['learning_rate']) is float and type(got['sae_layers']) is tuple
+    assert configure(DEFAULTS, ['--n_layer=5', write(tmp_path / 'c.py', "n_layer = 12\n")])['n_layer'] == 12
+
+def test_wrong_types_in_a_file(tmp_path, capsys):
+    """A file's values go through the same checks as the command line's."""
+    path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = 3\nsae_layers = ('a',)\n")
+    lines = errors([path], capsys)
+    assert [line.split('=')[0] for line in lines] == ['error: n_layer', 'error: learning_rate', 'error: out_dir', 'error: sae_layers']
+    assert all(path in line for line in lines)
+
+@pytest.mark.parametrize('text', ["n_layer = ", "n_layer = 1/0", "import no_such_module", "raise ValueError", "\x00", "n_layer = oops"])
+def test_broken_files(tmp_path, text, capsys):
+    """A config file that does not run is one sentence with its name and the reason."""
+    path = write(tmp_path / 'c.py', text)
+    line, = errors([path], capsys)
+    assert path in line and 'not a readable config file' in line
+
+def test_lists_repeat():
+    """A key whose default is a list of texts may be given several times; the first one replaces the default."""
+    assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
+    assert DEFAULTS['prompt'] == ['x']
+
+def test_help(capsys):
+    """--help lists every key with its default and exits with 0."""
+    with pytest.raises(SystemExit) as e:
+        configure(DEFAULTS, ['--help'])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and all(f'--{key}=' in out for key in DEFAULTS)
+
+@pytest.mark.filterwarnings('ignore::SyntaxWarning')
+def test_fuzz(capsys):
+    """10,000 random command lines: each is either understood with the right types, or refused with code 2 in sentences."""
+    rng = random.Random(0)
+    pieces = ['1', '-', '2.5', 'e9', ',', '(', ')', '[', ']', '{', '}', "'", '"', 'true', 'None', ' ', '=', '\\', '#', 'é', '__',
+              '\n', '0x', 'j', ':', 'lambda', '9' * 99, '*', 'inf', '1e999', *string.punctuation]
+    keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__']
+    refused = 0
+    for _ in range(10_000):
+        argv = []
+        for _ in range(rng.randint(1, 2)):
+            value = ''.join(rng.choices(pieces, k=rng.randint(0, 6)))
+            argv.append(rng.choice(['--', '--', '--', '--', '-', '']) + rng.choice(keys[:7] if rng.random() < 0.95 else keys) + '=' + value)
+        try:
+            got = configure(DEFAULTS, argv)
+            assert [type(v) for v in got.values()] == [type(v) for v in DEFAULTS.values()], argv
+        except SystemExit as e:
+            refused += 1
+            assert e.code == 2, argv
+            assert 'error: ' in capsys.readouterr().err
+    assert 5000 < refused < 9900, refused

@@ -1,0 +1,606 @@
+"""
+The data path: loader, writer, the BPE, and the three prepare scripts. Offline, CPU, seconds.
+
+    python -m pytest tests/test_data.py
+
+tiktoken's own encodings need network, so the tests build small Encodings of their own.
+"""
+
+import functools
+import http.server
+import json
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+from data import dataset
+from data.dataset import (encoding_to_json, eval_batches, get_batch, load_dataset, load_tokenizer,
+                          named_encoding, token_bytes, windows_per_epoch, write_dataset)
+from data.fineweb import prepare as fineweb
+from data.stdlib import prepare as stdlib
+from data.text import prepare as text
+
+
+def make(path, n=1000, vocab_size=5000, **kw):
+    """A tiny data set whose train tokens are 0, 1, 2, ...: a batch shows where it came from."""
+    args = dict(vocab_size=vocab_size, tokenizer="gpt2", source="test", eot=None) | kw
+    return write_dataset(path, [np.arange(n)], [np.arange(300)], **args)
+
+
+def byte_encoding(*words, start=256):
+    """An Encoding of the 256 bytes and some words, whose ids begin at `start`."""
+    ranks = {bytes([i]): i for i in range(256)}
+    ranks |= {word.encode(): start + i for i, word in enumerate(words)}
+    return tiktoken.Encoding("test", pat_str=stdlib.PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": start + len(words)})
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+def test_batch_is_a_pure_function():
+    """The same arguments give the same batch in any order and with anything in between, and y is
+    x one token later: this is what makes a resume exact and an evaluation harmless."""
+    tokens = np.arange(5000, dtype=np.uint16)
+    args = [(seed, step, micro, 3) for seed in (0, 1) for step in range(10) for micro in range(3)]
+    want = {a: get_batch(tokens, 16, 4, *a)[0] for a in args}
+    random.Random(0).shuffle(args)
+    for a in args:
+        dataset.epoch_order.cache_clear()
+        np.random.rand()
+        list(eval_batches(tokens, 16, 4, 200))
+        x, y = get_batch(tokens, 16, 4, *a)
+        assert x.shape == y.shape == (4, 16) and str(x.dtype) == "torch.int64"
+        assert (x == want[a]).all() and (y == x + 1).all()
+    assert (want[0, 0, 0, 3] != want[1, 0, 0, 3]).any(), "the seed changes nothing"
+
+
+def test_ranks_see_what_one_rank_sees():
+    """`micro` is global: 1 rank x 2 micro-steps, 2 ranks x 1, and one batch of twice the size draw
+    the same windows, so the number of ranks is no part of an experiment."""
+    tokens = np.arange(3000, dtype=np.uint16)
+    for step in range(20):
+        halves = [get_batch(tokens, 16, 4, 7, step, micro, 2)[0] for micro in (0, 1)]
+        whole = get_batch(tokens, 16, 8, 7, step, 0, 1)[0]
+        assert (np.concatenate(halves) == whole.numpy()).all()
+
+
+@pytest.mark.parametrize("n", [17, 18, 32, 33, 47, 48, 1000, 1001])
+def test_epoch_shows_every_window_once(n):
+    """Within an epoch the windows are disjoint, at one phase, and none is left out; the phase
+    moves between epochs. Down to one window, and with epochs that end within a batch."""
+    tokens, block = np.arange(n, dtype=np.uint16), 16
+    per_epoch = windows_per_epoch(n, block)
+    assert per_epoch * block > n - 2 * block - 1, "windows are wasted"
+    steps = 3 * per_epoch  # of batch 3: 9 epochs
+    rows = [row for s in range(steps) for row in get_batch(tokens, block, 3, 0, s, 0, 1)[0]]
+    firsts = np.array([int(row[0]) for row in rows]).reshape(9, per_epoch)
+    for epoch in np.sort(firsts):
+        assert (np.diff(epoch) == block).all() and epoch[-1] + block < n
+    if n >= 2 * block:
+        assert len({epoch.min() % block for epoch in firsts}) > 1
+
+
+@pytest.mark.parametrize("n,batch_size,n_tokens", [(1000, 4, 320), (1000, 4, 10**9), (40, 4, 320),
+                                                   (17, 4, 1), (1000, 1, 16)])
+def test_eval_batches(n, batch_size, n_tokens):
+    """Always the same disjoint windows, spread from the first token to the last, in batches of one
+    shape (another one would recompile the model)."""
+    tokens = np.arange(n, dtype=np.uint16)
+    batches = [x for x, y in eval_batches(tokens, 16, batch_size, n_tokens) if (y == x + 1).all()]
+    starts = [int(row[0]) for x in batches for row in x]
+    assert starts[0] == 0 and (np.diff(starts) >= 16).all()
+    assert len(starts) * 16 <= max(16, min(n_tokens, n))
+    assert len({x.shape for x in batches}) == 1
+    if len(starts) > 1:
+        assert starts[-1] == n - 17
+
+
+def test_too_short_is_said():
+    """Fewer tokens than a window needs: nanoGPT dies of `random_ expects 'from' < 'to'` there."""
+    message = "16 tokens are too few for block_size=16, .* 17"
+    with pytest.raises(ValueError, match=message):
+        get_batch(np.arange(16), 16, 1, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match=message):
+        list(eval_batches(np.arange(16), 16, 1, 1))
+
+
+# -----------------------------------------------------------------------------
+# reading and writing
+
+
+def test_round_trip(tmp_path):
+    """What is written is what is read, in pieces of any kind."""
+    pieces = [[1, 2], np.array([3], np.int64), [], np.arange(4, 9, dtype=np.uint32)]
+    meta = write_dataset(tmp_path, iter(pieces), [[0, 9]], vocab_size=10, tokenizer="gpt2",
+                         source="test", eot=0)
+    data = load_dataset(tmp_path, check_hash=True)
+    assert data.train.tolist() == list(range(1, 9)) and data.val.tolist() == [0, 9]
+    assert data.meta == meta and data.dir == tmp_path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_dtype_follows_the_vocabulary(tmp_path):
+    """uint16 holds ids to 65535; one more in the vocabulary needs uint32. Ids that do not fit are
+    refused before the cast, which would silently make 4464 of 70000."""
+    for vocab_size, name, size in ((65536, "uint16", 2), (65537, "uint32", 4)):
+        meta = write_dataset(tmp_path, [[vocab_size - 1]], [[0]], vocab_size, "gpt2", "", None)
+        assert meta["dtype"] == name and (tmp_path / "train.bin").stat().st_size == size
+        assert load_dataset(tmp_path).train[0] == vocab_size - 1
+    for bad in ([70000], [5000], [-1], [0.5], np.array([2**40])):
+        with pytest.raises(ValueError, match="from 0 to 4999"):
+            write_dataset(tmp_path, [[1], bad], [[0]], 5000, "gpt2", "", None)
+    assert load_dataset(tmp_path).train[0] == 65536
+
+
+def edit_meta(path, **changes):
+    file = path / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda p: (p / "meta.json").unlink(), "is not prepared .* run `python data/text/prepare.py"),
+    (lambda p: (p / "train.bin").unlink(), "train.bin is missing"),
+    (lambda p: (p / "train.bin").write_bytes(b""), "has 0 bytes, .* 1,000 tokens of uint16"),
+    (lambda p: (p / "val.bin").write_bytes(b"x" * 601), "val.bin has 601 bytes, .* 600 bytes"),
+    (lambda p: (p / "val.bin").write_bytes(b"x" * 598), "val.bin has 598 bytes, .* 600 bytes"),
+    (lambda p: (p / "val.bin").write_bytes(b"\xff" * 600), "token id 65535, .* end at 4999"),
+    (lambda p: (p / "meta.json").write_text('{"vocab_si'), "meta.json is torn"),
+    (lambda p: (p / "meta.json").write_text("[]"), "meta.json is torn"),
+    (lambda p: (p / "meta.json").write_text("[" * 100_000), "meta.json is torn"),
+    (lambda p: (p / "meta.json").write_bytes(b"\xff\x00"), "meta.json is torn"),
+    (lambda p: edit_meta(p, dtype="uint32"), "meta.json is torn"),
+    (lambda p: edit_meta(p, dtype="float64"), "meta.json is torn"),
+    (lambda p: edit_meta(p, vocab_size="5000"), "meta.json is torn"),
+    (lambda p: edit_meta(p, eot=5000), "meta.json is torn"),
+    (lambda p: edit_meta(p, vocab_size=70000, dtype="uint32"), "tokens of uint32"),
+    (lambda p: edit_meta(p, train_tokens=0), "has 2,000 bytes"),
+])
+def test_what_does_not_fit_is_named(tmp_path, damage, message):
+    """Every kind of missing, torn or mixed-up file is refused by name and in one sentence, before
+    a token of it reaches an embedding."""
+    make(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as e:
+        load_dataset(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """A file of the right size with a wrong bit: only the hash sees it."""
+    make(tmp_path)
+    raw = bytearray((tmp_path / "train.bin").read_bytes())
+    raw[1000] ^= 1
+    (tmp_path / "train.bin").write_bytes(raw)
+    load_dataset(tmp_path)
+    with pytest.raises(ValueError, match="train.bin is damaged"):
+        load_dataset(tmp_path, check_hash=True)
+
+
+def test_large_sets_are_sampled(tmp_path):
+    """Beyond 16 M tokens the ids are sampled; the first and the last piece are among the sample."""
+    n = 2**24 + 1
+    for bad in (5, n - 5):
+        tokens = np.zeros(n, np.int64)
+        tokens[bad] = 9
+        write_dataset(tmp_path, [tokens], [[0]], 10, "gpt2", "", None)
+        edit_meta(tmp_path, vocab_size=9)
+        with pytest.raises(ValueError, match="token id 9, .* end at 8"):
+            load_dataset(tmp_path)
+
+
+def test_names():
+    """A bare name is a folder of data/; its message names the script that makes it."""
+    assert dataset.data_dir("stdlib") == dataset.ROOT / "stdlib"
+    assert dataset.data_dir("./stdlib") == Path("stdlib")
+    with pytest.raises(ValueError, match="'fineweb_x' is not prepared"):
+        load_dataset("fineweb_x")
+
+
+@pytest.mark.parametrize("fail_at", ["iterator", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch, fail_at):
+    """Whole or not at all: a failure while tokens come, or while they go to the disk, leaves the
+    old set as it was. One between the renames leaves a set that counts as not prepared: never a
+    mixture. No temporary file stays."""
+    make(tmp_path, n=1000)
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    def tokens():
+        yield np.arange(500)
+        if fail_at == "iterator":
+            broken()
+
+    if fail_at == "fsync":
+        monkeypatch.setattr(dataset.os, "fsync", broken)
+    if fail_at == "replace":
+        real, calls = dataset.os.replace, []
+
+        def second_fails(a, b):
+            calls.append(a)
+            return real(a, b) if len(calls) == 1 else broken()
+
+        monkeypatch.setattr(dataset.os, "replace", second_fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_dataset(tmp_path, tokens(), [[0]], 5000, "gpt2", "", None)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.tmp"))
+    if fail_at == "replace":
+        with pytest.raises(ValueError, match="not prepared"):
+            load_dataset(tmp_path)
+    else:
+        assert len(load_dataset(tmp_path, check_hash=True).train) == 1000
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    """An empty .bin cannot even be mapped; nanoGPT's prepare scripts can leave one behind."""
+    with pytest.raises(ValueError, match="no tokens for .*val.bin"):
+        write_dataset(tmp_path, [[1]], [], 10, "gpt2", "", None)
+    assert not list(tmp_path.iterdir())
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+def test_tokenizer_file(tmp_path):
+    """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes (padding of
+    the vocabulary, gaps) give b"" and never an exception."""
+    enc = byte_encoding("the", " cat", start=300)
+    meta = make(tmp_path, tokenizer="tokenizer.json",
+                extra_files={"tokenizer.json": encoding_to_json(enc)})
+    again = load_tokenizer(tmp_path, meta)
+    assert again.encode("the cat sat") == enc.encode("the cat sat") and enc.encode("the") == [300]
+    table = token_bytes(again, 310)
+    assert table[65] == b"A" and table[299] == b"" and table[301] == b" cat"
+    assert table[302] == b"<|endoftext|>" and table[303:] == [b""] * 7
+
+    raw = (tmp_path / "tokenizer.json").read_bytes()
+    for damaged in (raw[:-5], raw.replace(b"301", b"308"), b""):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            load_tokenizer(tmp_path, meta)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
+        load_tokenizer(tmp_path, meta)
+
+
+def test_encodings_by_name(monkeypatch):
+    """An unknown name lists the known ones; a known one that is out of reach says what to do."""
+    with pytest.raises(ValueError, match="'gpt5' is no tiktoken encoding; there are .*gpt2"):
+        named_encoding("gpt5")
+
+    def offline(name):
+        raise ConnectionError("a long story about sockets")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="'gpt2' is not in tiktoken's cache .*ConnectionError"):
+        named_encoding("gpt2")
+
+
+def naive_bpe(texts, n):
+    """BPE as its definition has it: recount all pairs of all words after each merge."""
+    import regex
+    words = [[bytes([b]) for b in word.encode()]
+             for t in texts for word in regex.findall(stdlib.PATTERN, t)]
+    ids = {bytes([i]): i for i in range(256)}
+    while len(ids) < n:
+        counts = stdlib.Counter(p for w in words for p in zip(w, w[1:]))
+        pair = min(counts, key=lambda p: (-counts[p], ids[p[0]], ids[p[1]]), default=None)
+        if pair is None or counts[pair] < 2:
+            break
+        ids.setdefault(pair[0] + pair[1], len(ids))
+        for w in words:
+            i = 0
+            while i < len(w) - 1:
+                if (w[i], w[i + 1]) == pair:
+                    w[i: i + 2] = [w[i] + w[i + 1]]
+                i += 1
+    return ids
+
+
+def test_bpe_equals_the_naive_one():
+    """The incremental counts give the merges of a full recount: on prose, on runs of one letter
+    (where pairs overlap themselves), on random letters (where ties and double spellings are)."""
+    rng = random.Random(0)
+    letters = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 9))) for _ in range(60))
+               for _ in range(6)]
+    for texts, n in (([stdlib.__doc__, fineweb.__doc__], 400), (["a" * k for k in range(40)], 280),
+                     (letters, 330)):
+        assert list(stdlib.train_bpe(texts, n).items()) == list(naive_bpe(texts, n).items())
+
+
+@pytest.fixture(scope="module")
+def library():
+    return list(stdlib.documents())
+
+
+@pytest.fixture(scope="module")
+def small_stdlib(tmp_path_factory):
+    """The real script on the first 600 kB of the library, with 600 tokens."""
+    out = tmp_path_factory.mktemp("stdlib")
+    meta = stdlib.prepare(out, max_bytes=600_000, vocab_size=600)
+    return load_dataset(out, check_hash=True), meta
+
+
+def test_stdlib(small_stdlib, library):
+    """The bounded corpus end to end: sizes, documents that begin with <|endoftext|> and decode to
+    sources, more than one byte a token, and the same bytes when it is built again."""
+    data, meta = small_stdlib
+    enc = load_tokenizer(data.dir, meta)
+    assert meta["vocab_size"] == 600 and meta["eot"] == enc.eot_token == 599
+    assert data.train[0] == data.val[0] == 599
+    docs = enc.decode(data.train.tolist()).split("<|endoftext|>")[1:]
+    names = {t: name for name, t in library}
+    assert len(docs) > 10 and not any(stdlib.is_val(names[doc]) for doc in docs)
+    text_bytes = sum(len(doc.encode()) for doc in docs)
+    assert text_bytes / len(data.train) > 2
+    again = stdlib.prepare(data.dir / "again", max_bytes=600_000, vocab_size=600)
+    assert again == meta
+
+
+def test_stdlib_leaves_out_tests_and_tables(library):
+    """Tests, generated tables and their like are left out, help topics and sources are in, and
+    about a 13th is for validation: decided by name, so the same on every machine."""
+    names = [name for name, _ in library]
+    assert {"argparse.py", "json/decoder.py", "help topic assignment"} <= set(names)
+    assert not [n for n in names if n.startswith(("encodings/", "test/", "pydoc_data/", "_sysconf"))
+                or "/test" in n or "site-packages" in n]
+    assert not {"html/entities.py", "locale.py", "_compat_pickle.py"} & set(names)
+    assert 0.04 < sum(map(stdlib.is_val, names)) / len(names) < 0.12
+    assert stdlib.is_val("ftplib.py") and not stdlib.is_val("argparse.py")
+
+
+def test_bpe_round_trips_anything(small_stdlib):
+    """Byte-level: random bytes, half characters, every script and every control character come
+    back as they were."""
+    data, meta = small_stdlib
+    enc = load_tokenizer(data.dir, meta)
+    rng = random.Random(0)
+    for _ in range(300):
+        raw = rng.randbytes(rng.randint(0, 200))
+        assert enc.decode_bytes(enc.encode_ordinary(raw.decode("latin-1"))).decode() \
+            == raw.decode("latin-1")
+        ids = [enc.encode_single_token(bytes([byte])) for byte in raw]
+        assert enc.decode_bytes(ids) == raw
+        chars = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)]))
+                        for _ in range(50))
+        assert enc.decode(enc.encode_ordinary(chars)) == chars
+
+
+# -----------------------------------------------------------------------------
+# data/text
+
+
+@pytest.fixture
+def big_encoding(monkeypatch):
+    """The encoding "gpt2" is replaced by one with ids above 65535."""
+    enc = byte_encoding("hello", " world", start=70_000)
+    monkeypatch.setattr(text, "named_encoding", lambda name: enc)
+    return enc
+
+
+def read_split(data, split, enc):
+    return enc.decode_bytes(getattr(data, split).tolist()).decode().split("<|endoftext|>")[1:]
+
+
+def test_text_end_to_end(tmp_path, big_encoding):
+    """Files, a folder and a glob of all three kinds, non-ASCII text and a BOM among them: every
+    document is in exactly one split, whole, and ids above 65535 survive."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_bytes("\ufeffhello world, ärger\n".encode())
+    (tmp_path / "in" / "deep" / "b.md").write_text("# hello\n<|endoftext|x>\n", encoding="utf-8")
+    (tmp_path / "in" / "deep" / "c.csv").write_text("1,2")
+    lines = [json.dumps({"text": f"line {i} hello", "id": i}) for i in range(58)]
+    (tmp_path / "d.jsonl").write_text("\n\n".join(lines) + '\n{"text": ""}\n')
+    inputs = [str(tmp_path / "in"), str(tmp_path / "*.jsonl"), str(tmp_path / "d.jsonl")]
+    text.prepare(inputs, tmp_path / "out")
+    data = load_dataset(tmp_path / "out", check_hash=True)
+    assert data.train.dtype == np.uint32 and data.train.max() >= 70_000
+    assert load_tokenizer(data.dir, data.meta).encode("hello") == [70_000]
+    train, val = (read_split(data, split, big_encoding) for split in ("train", "val"))
+    want = [f"line {i} hello" for i in range(58)] \
+        + ["hello world, ärger\n", "# hello\n<|endoftext|x>\n"]
+    assert sorted(train + val) == sorted(want)
+    assert len(val) == 3 and val[0] == "line 0 hello"
+
+
+def test_one_book_is_enough(tmp_path, big_encoding):
+    """A single .txt has no second document for validation, so it is cut at line ends; nothing of
+    it is lost or doubled."""
+    book = "".join(f"{i} hello world é\n" for i in range(2000))
+    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
+    text.prepare([str(tmp_path / "book.txt")], tmp_path / "out")
+    data = load_dataset(tmp_path / "out")
+    train, val = (read_split(data, split, big_encoding) for split in ("train", "val"))
+    assert all(part.endswith("\n") for part in train + val) and len(val) == 2
+    assert sorted("".join(train + val).splitlines()) == sorted(book.splitlines())
+    assert 0.03 < len(data.val) / len(data.train) < 0.1
+
+
+def test_text_streams(tmp_path, big_encoding, monkeypatch):
+    """A document longer than a piece, without a line end and with characters across the borders,
+    comes out as one document; 600 k of spaces, which overflow tiktoken's stack in one go, too."""
+    monkeypatch.setattr(text, "PIECE", 100_001)
+    long = "é" * 300_000
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("first", long, " " * 600_000)))
+    (tmp_path / "b.txt").write_text("€uro" * 60_000 + "\n" * 100_000, encoding="utf-8")
+    text.prepare([str(tmp_path)], tmp_path / "out")
+    data = load_dataset(tmp_path / "out")
+    docs = read_split(data, "train", big_encoding)
+    assert docs == [long, " " * 600_000, "€uro" * 60_000 + "\n" * 100_000]
+
+
+@pytest.mark.parametrize("name,raw,message", [
+    ("a.txt", b"fine\n" * 100 + b"caf\xe9 au lait\n", r"a.txt is not UTF-8 at byte 503 \(0xe9"),
+    ("a.txt", b"cut off: \xe2\x82", r"a.txt is not UTF-8 at byte 9 \(0xe2"),
+    ("a.txt", b"", "there is no text in the 1 file"),
+    ("a.txt", b"x", "no tokens for .*train.bin"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', 'a.jsonl:3 is not a JSON object with a "text"'),
+    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "a.jsonl:2 is not .*txt"),
+    ("a.jsonl", b'{"text": 5}', "a.jsonl:1 is not"),
+    ("a.jsonl", b'["text"]', "a.jsonl:1 is not"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not"),
+    ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1 is not"),
+    ("a.csv", b"1,2", "a.csv is none of .txt, .md, .jsonl"),
+])
+def test_bad_text_is_named(tmp_path, big_encoding, name, raw, message):
+    """What the user can mend is said in one sentence with its place, and nothing is left behind."""
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as e:
+        text.prepare([str(tmp_path / name)], tmp_path / "out")
+    assert "\n" not in str(e.value) and not list((tmp_path).glob("out/*"))
+
+
+def test_no_file_matches(tmp_path):
+    """Missing file, empty folder, glob without hits."""
+    for pattern in ("nothing.txt", "*.md", "."):
+        with pytest.raises(ValueError, match="no .txt, .md, .jsonl file matches"):
+            text.find_files([str(tmp_path / pattern)])
+
+
+# -----------------------------------------------------------------------------
+# the command lines
+
+
+@pytest.mark.parametrize("command,message", [
+    ("stdlib/prepare.py --vocab=9", "data/stdlib/prepare.py takes no arguments, got --vocab=9"),
+    ("text/prepare.py nothing.txt", "no .txt, .md, .jsonl file matches 'nothing.txt'"),
+    ("text/prepare.py README.txt --encoding=x", "no .txt"),
+    ("fineweb/prepare.py --shards=0", "--shards=0 should be from 1 to 103"),
+])
+def test_command_line_errors_are_one_sentence(tmp_path, command, message):
+    """As a user meets them: from any folder, no traceback, exit code 1."""
+    script, *args = command.split()
+    run = subprocess.run([sys.executable, dataset.ROOT / script, *args], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# data/fineweb
+
+
+def shard(ids, magic=20240520, version=1, n=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if n is None else n
+    return header.tobytes() + np.asarray(ids, "<u2").tobytes()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files with Range; breaks off after server.cut bytes while cuts remain."""
+
+    def do_GET(self):
+        server, raw = self.server, self.server.files.get(self.path.lstrip("/"))
+        given = self.headers["Range"] if server.ranges else None
+        server.log.append((self.path, self.headers["Range"]))
+        start = int(given.removeprefix("bytes=").rstrip("-")) if given else 0
+        if raw is None or start >= len(raw):
+            self.send_response(404 if raw is None else 416)
+            self.send_header("Content-Range", f"bytes */{len(raw or b'')}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if given else 200)
+        self.send_header("Content-Length", str(len(raw) - start))
+        self.end_headers()
+        if server.cuts:
+            server.cuts -= 1
+            return self.wfile.write(raw[start: start + server.cut])  # then the connection closes
+        self.wfile.write(raw[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fineweb, "WAIT", 0)
+    monkeypatch.setattr(fineweb, "named_encoding", lambda name: byte_encoding())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.ranges, server.cuts, server.cut, server.log = True, 0, 3000, []
+    rng = np.random.default_rng(0)
+    server.ids = {f"fineweb_{name}.bin": rng.integers(0, 50257, 4000)
+                  for name in ("val_000000", "train_000001", "train_000002")}
+    server.files = {name: shard(ids) for name, ids in server.ids.items()}
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=functools.partial(server.serve_forever, 0.01), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def check_fineweb(out, server):
+    data = load_dataset(out, check_hash=True)
+    ids = server.ids
+    assert (data.val == ids["fineweb_val_000000.bin"]).all()
+    assert (data.train == np.concatenate([ids["fineweb_train_000001.bin"],
+                                          ids["fineweb_train_000002.bin"]])).all()
+    assert data.meta["vocab_size"] == 50257 and data.meta["eot"] == 50256
+    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "tokenizer.json", "train.bin",
+                                                     "val.bin"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_fineweb(tmp_path, server, ranges):
+    """Shards become train.bin and val.bin; a connection that breaks in the middle is taken up
+    where it broke, or from the start on a server without ranges."""
+    server.ranges, server.cuts = ranges, 2 if ranges else 1
+    fineweb.prepare(tmp_path, 2, server.url)
+    check_fineweb(tmp_path, server)
+    asked = [r for path, r in server.log if "val" in path]
+    assert asked == ([None, "bytes=3000-", "bytes=6000-"] if ranges else [None, "bytes=3000-"])
+
+
+def test_fineweb_goes_on_in_the_next_run(tmp_path, server):
+    """A server that stays broken ends the run in one sentence; the next run fetches only what is
+    missing, also where the last one was killed just before its rename."""
+    server.cuts, server.cut = 100, 0
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    val, train1, train2 = server.files
+    (folder / f"{val}.part").write_bytes(server.files[val][:5000])
+    (folder / f"{train1}.part").write_bytes(server.files[train1])
+    (folder / f"{train2}.part").write_bytes(b"x" * 10_000)  # longer than the file
+    with pytest.raises(ValueError, match="broke off.*go on from byte 5,000") as e:
+        fineweb.prepare(tmp_path, 2, server.url)
+    assert "\n" not in str(e.value) and not (tmp_path / "meta.json").exists()
+    server.cuts, server.log[:] = 0, []
+    fineweb.prepare(tmp_path, 2, server.url)
+    check_fineweb(tmp_path, server)
+    assert [r for _, r in server.log] == ["bytes=5000-", "bytes=9024-", "bytes=10000-", None]
+
+
+@pytest.mark.parametrize("raw,message", [
+    (shard([1, 2], magic=20240801), "begins with .20240801, 1., not with magic 20240520"),
+    (shard([1, 2], version=2), "begins with .20240520, 2., not"),
+    (shard([1, 2], n=3), "has 1,028 bytes, but its header says 3 tokens"),
+    (shard([1, 60000]), "token 60000, beyond GPT-2's 50256"),
+    (b"<!DOCTYPE html>", "begins with "),
+])
+def test_fineweb_refuses_what_is_no_shard(tmp_path, server, raw, message):
+    """Wrong magic, version, length or tokens, or a login page: said, deleted, nothing prepared."""
+    server.files["fineweb_train_000001.bin"] = raw
+    with pytest.raises(ValueError, match=message):
+        fineweb.prepare(tmp_path, 1, server.url)
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["fineweb_val_000000.bin"]
+
+
+def test_fineweb_errors(tmp_path, server):
+    """A missing file is not tried again; a number of shards that there is not is refused."""
+    del server.files["fineweb_val_000000.bin"]
+    with pytest.raises(ValueError, match="val_000000.bin cannot be fetched: 404"):
+        fineweb.prepare(tmp_path, 1, server.url)
+    assert len(server.log) == 1
+    for n in (0, 104):
+        with pytest.raises(ValueError, match=f"--shards={n} should be from 1 to 103"):
+            fineweb.prepare(tmp_path, n, server.url)

@@ -1,0 +1,237 @@
+"""
+kernels.py against a float64 oracle: the selection exactly, values and gradients of the layer, and
+what they promise about ties, NaN, empty slots, memory, determinism and torch.compile.
+
+    python -m pytest tests/test_kernels.py
+
+On a GPU the kernels run on it, at real sizes too. Without one, test_under_interpreter runs this
+file again in a second process through Triton's interpreter (slow: hence the tiny sizes). Without
+Triton only the plain paths are tested and the rest is skipped, saying so.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
+needs_kernels = pytest.mark.skipif(
+    not kernels.available(DEVICE),
+    reason="no Triton" if kernels.triton is None else "no GPU: run by test_under_interpreter")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Every buffer that code under test allocates starts out as garbage that would show."""
+    def garbage(make):
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if out.device.type == "meta" or type(out) is not torch.Tensor:   # while tracing
+                return out
+            return out.fill_(float("nan") if out.is_floating_point() else 2**30 + 7)
+        return filled
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, garbage(getattr(torch, name)))
+
+
+def make(N, C, F, k, dtype=torch.float32, device=DEVICE, shift=0.0):
+    """Fresh inputs with gradients wanted, and output gradients."""
+    g = torch.Generator().manual_seed(N + 7 * C + 31 * F + 101 * k)
+    rand = lambda *s: torch.randn(*s, generator=g).to(device)  # noqa: E731
+    inputs = [rand(N, C).to(dtype), rand(F, C) / C**0.5, rand(F) * 0.1 + shift, rand(F, C) / C**0.5,
+              rand(C) * 0.3]
+    return [t.requires_grad_() for t in inputs], (rand(N, C).to(dtype), rand(N, k))
+
+
+def oracle(inputs, grads, indices):
+    """float64 layer at given indices -> y, values and the five gradients."""
+    h, W_enc, b_enc, W_dec, b_dec = P = [t.detach().double().requires_grad_() for t in inputs]
+    values = torch.relu(((h - b_dec).unsqueeze(1) * W_enc[indices]).sum(-1) + b_enc[indices])
+    y = (values.unsqueeze(-1) * W_dec[indices]).sum(1) + b_dec
+    return y, values, torch.autograd.grad([y, values], P, [g.double() for g in grads])
+
+
+def check_layer(inputs, grads, k, fn, tol):
+    y, values, indices = fn(*inputs, k)
+    got = torch.autograd.grad([y, values], inputs, grads)
+    idx = indices.long()
+    y64, values64, want = oracle(inputs, grads, idx)
+    names = ["y", "values", "dh", "dW_enc", "db_enc", "dW_dec", "db_dec"]
+    for name, a, b in zip(names, [y, values, *got], [y64, values64, *want], strict=True):
+        error = (a.double() - b).norm() / b.norm().clamp(min=1e-3)
+        assert error < tol, f"{name}: relative error {error:.1e}"
+    # the right features, up to rounding: nothing left out is larger than what was taken
+    h, W_enc, b_enc, _, b_dec = [t.detach().double() for t in inputs]
+    a = torch.relu((h - b_dec) @ W_enc.T + b_enc)
+    assert (idx.sort().values.diff() > 0).all(), "an index twice in a row"
+    assert (values.diff() <= (0 if fn is kernels.topk_autoencode else tol)).all(), "not descending"
+    left = a.scatter(1, idx, 0.0).amax(1)
+    assert (left <= a.gather(1, idx).amin(1) + tol * a.max()).all(), "a larger feature was left out"
+
+
+# ---------------------------------------------------------------------------- plain paths
+@pytest.mark.parametrize("fn", [kernels.topk_autoencode_ref, kernels._autoencode_gather])
+def test_plain_paths(fn):
+    inputs, grads = make(9, 12, 50, 5, device="cpu")
+    check_layer(inputs, grads, 5, fn, 1e-5)
+    inputs, grads = make(3, 12, 50, 50, device="cpu")
+    check_layer(inputs, grads, 50, fn, 1e-5)
+
+
+def test_k_out_of_range():
+    inputs, _ = make(2, 8, 16, 1)
+    for k in (0, 17):
+        with pytest.raises(ValueError, match="k is"):
+            kernels.topk_autoencode(*inputs, k)
+        with pytest.raises(ValueError, match="k is"):
+            kernels.topk(torch.zeros(2, 16), torch.zeros(16), k)
+
+
+# ---------------------------------------------------------------------------- selection
+def rows(kind, N, F, k):
+    """Rows that are hard in one way each."""
+    g = torch.Generator().manual_seed(F + k)
+    pre = torch.randn(N, F, generator=g)
+    if kind == "ties":
+        pre = (pre * 2).round() / 2
+    elif kind == "few positive":
+        pre = pre - 2.5
+    elif kind == "zero":
+        pre = pre.abs().neg()
+    elif kind == "equal":
+        pre = torch.ones(N, F)
+    elif kind == "crowded":      # all the large ones in few groups of the first pass
+        pre[:, :F // 4] += 10
+    elif kind == "nan":
+        pre[0, F // 2] = float("nan")
+        pre[-1] = float("nan")
+    elif kind == "inf":
+        pre[0, F // 3] = float("inf")
+    return pre
+
+
+CASES = [("random", 1, 1000, 8), ("random", 1, 37, 37), ("random", 1, 2500, 1),
+         ("ties", 2, 300, 9), ("few positive", 1, 300, 16), ("zero", 1, 100, 12),
+         ("equal", 1, 130, 3), ("crowded", 1, 1100, 5), ("nan", 2, 90, 4), ("inf", 1, 90, 4)]
+if GPU:
+    CASES += [(kind, 257, F, k) for kind in ("random", "ties", "few positive", "crowded", "nan")
+              for F, k in ((12288, 32), (12288, 64), (49152, 64), (12289, 100), (3000, 512))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind,N,F,k", CASES)
+def test_selection_is_exact(kind, N, F, k, dtype):
+    if dtype == torch.bfloat16 and not GPU and kind != "ties":
+        pytest.skip("tested on a GPU only: one type is enough in the interpreter")
+    pre = rows(kind, N, F, k).to(DEVICE, dtype)
+    plain = kind in ("ties", "zero", "equal")
+    b_enc = torch.randn(F, generator=torch.Generator().manual_seed(1)).to(DEVICE) * (not plain) / 9
+    values, indices = kernels.topk(pre, b_enc, k)
+    want_values, want_indices = kernels.topk_ref(pre, b_enc, k)
+    assert torch.equal(indices.long(), want_indices)
+    torch.testing.assert_close(values, want_values, rtol=0, atol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------------------- the layer
+LAYERS = [(3, 24, 100, 4, 0.0), (1, 300, 70, 3, 0.0), (2, 16, 20, 20, 0.0), (1, 24, 60, 1, 0.0),
+          (2, 24, 80, 12, -2.0)]
+if GPU:
+    LAYERS += [(3000, 768, 12288, 32, 0.0), (2047, 512, 8192, 64, 0.5), (999, 100, 3001, 77, -1.0),
+               (300, 1600, 5000, 200, 0.0), (64, 4096, 1000, 16, 0.0)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N,C,F,k,shift", LAYERS)
+def test_layer(N, C, F, k, shift, dtype):
+    if dtype == torch.bfloat16 and not GPU and F != 100:
+        pytest.skip("tested on a GPU only: one type is enough in the interpreter")
+    inputs, grads = make(N, C, F, k, dtype, shift=shift)
+    tol = 2e-2 if dtype == torch.bfloat16 else 1e-5   # bf16 rounds x, W and y; the oracle nothing
+    check_layer(inputs, grads, k, kernels.topk_autoencode, tol)
+
+
+@needs_kernels
+def test_busy_features(monkeypatch):
+    """Features with more pairs than one program takes: their parts are added."""
+    monkeypatch.setitem(kernels.TUNE, "pair_part", 4)
+    monkeypatch.setitem(kernels.TUNE, "buffer_mb", 0)
+    inputs, grads = make(5, 20, 30, 3)
+    with torch.no_grad():
+        inputs[2][7] += 10
+        inputs[2][29] += 10
+    check_layer(inputs, grads, 3, kernels.topk_autoencode, 1e-5)
+
+
+@needs_kernels
+def test_gradients_from_one_output_only():
+    inputs, (gy, gvalues) = make(2, 8, 40, 3)
+    both = torch.autograd.grad(kernels.topk_autoencode(*inputs, 3)[:2], inputs, (gy, gvalues))
+    from_y = torch.autograd.grad(kernels.topk_autoencode(*inputs, 3)[0], inputs, gy)
+    from_values = torch.autograd.grad(kernels.topk_autoencode(*inputs, 3)[1], inputs, gvalues)
+    for whole, a, b in zip(both, from_y, from_values, strict=True):
+        torch.testing.assert_close(whole, a + b)
+
+
+@needs_kernels
+def test_nan_stays_in_its_row():
+    inputs, _ = make(3, 8, 40, 4)
+    with torch.no_grad():
+        inputs[0][1, 2] = float("nan")
+    y, values, _ = kernels.topk_autoencode(*inputs, 4)
+    assert y[1].isnan().all() and values[1].isnan().all()
+    assert y[[0, 2]].isfinite().all() and values[[0, 2]].isfinite().all()
+
+
+@needs_kernels
+def test_nothing_wide_is_kept_and_runs_agree():
+    """Kept for backward: h, parameters, values, indices; never (N, F). Twice gives equal bits."""
+    N, C, F, k = (4096, 256, 8192, 16) if GPU else (2, 8, 60, 2)
+    inputs, grads = make(N, C, F, k)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = kernels.topk_autoencode(*inputs, k)[:2]
+    assert kept and max(t.numel() for t in kept) <= max(N * C, F * C)
+    assert sum(t.numel() for t in kept) <= 2 * N * k + N * C + 2 * F * C + C
+    first = torch.autograd.grad(outputs, inputs, grads)
+    again = torch.autograd.grad(kernels.topk_autoencode(*inputs, k)[:2], inputs, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@needs_kernels
+def test_compiles_without_a_graph_break():
+    inputs, grads = make(2, 8, 40, 4)
+
+    def f(*inputs):
+        y, values, indices = kernels.topk_autoencode(*inputs, 4)
+        return y.sin(), values * 2
+
+    want = torch.autograd.grad(f(*inputs), inputs, grads)
+    fast = torch.compile(f, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    got = torch.autograd.grad(fast(*inputs), inputs, grads)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_kernels
+def test_opcheck():
+    inputs, _ = make(2, 8, 20, 2)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernels._autoencode, (*inputs, 2), test_utils=tests)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="no Triton")
+@pytest.mark.skipif(kernels.available(DEVICE), reason="the kernels run in this process")
+def test_under_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -1,0 +1,561 @@
+"""
+Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout are pure functions of
+(seed, step, micro-batch), so resuming is exact; two schedules more (the blend alpha and K); silent features are revived
+after each step; every eval also asks what the model loses without its features; checkpoints are atomic.
+
+on a CPU, in minutes:        $ python train.py config/sae_cpu.py
+on one GPU:                  $ python train.py config/sae_gpt.py
+on 8 GPUs of one node:       $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
+on 2 nodes of 8, the first:  $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP train.py config/sae_gpt.py
+go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=resume
+
+Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a gradient was not finite,
+4 ranks came to differ, 128 + signal after SIGTERM or Ctrl-C (the step was finished and saved).
+"""
+import importlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import configure, stop_if
+from data.dataset import data_dir, eval_batches, get_batch, load_dataset
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from sae import blend_alpha, count_pairs, k_at, token_entropy, top_tokens
+
+# ----------------------------------------------------------------------------------------------------
+# defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
+# I/O
+out_dir = 'out'
+init_from = 'scratch'     # 'scratch', 'resume' (go on in out_dir), or another run's out_dir to take weights from
+eval_interval = 250       # steps; evaluates, and takes a snapshot of the features
+save_interval = 250       # steps; saves a checkpoint. The last step is always evaluated and saved
+eval_tokens = 1_048_576   # of val, the same ones each time
+probe_tokens = 65_536     # of val, over which features/<step>.npz counts; 0: no snapshots
+log_interval = 10
+wandb_log = False
+wandb_project = 'sae-gpt'
+# data
+dataset = 'fineweb'       # a folder of data/, or a path
+batch_size = 32           # sequences in a micro-batch
+gradient_accumulation_steps = 16 # micro-batches a step, over all ranks together
+block_size = 1024
+# model; the meaning of each key is in GPTConfig
+n_layer = 12
+n_head = 12
+n_embd = 768
+mlp_ratio = 4
+dropout = 0.0
+sae_layers = (6,)
+sae_site = 'resid'
+sae_ratio = 16
+sae_k = 32
+sae_k_start = 0
+sae_tied_init = True
+sae_token_skip = True
+sae_recon = 0.0
+sae_auxk = 0.0
+sae_nudge = 0.02
+sae_silent_tokens = 1_310_720
+# schedules of the sparse layers, as shares of max_iters
+sae_blend_start = 0.0     # alpha is 0 until here
+sae_blend_end = 0.6       # and 1 from here; both 0: the SAE replaces the stream from step 0
+sae_k_end = 0.3           # K annealing ends here
+sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
+# optimiser
+optimizer = 'adamw'       # 'adamw', or 'muon' for the hidden matrices (and AdamW for the rest)
+learning_rate = 1.5e-3
+sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
+max_iters = 5000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0           # 0: no clipping
+lr_schedule = 'cosine'    # 'cosine', or 'wsd' (constant, then linear decay over the last 20 %)
+warmup_iters = 200
+min_lr_ratio = 0.1        # of learning_rate, at the end
+# system
+seed = 1337
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'            # 'auto', 'float32', 'bfloat16', 'float16'
+compile = True
+# ----------------------------------------------------------------------------------------------------
+config_keys = [k for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)]
+config = configure({k: globals()[k] for k in config_keys}, sys.argv[1:])
+globals().update(config)
+
+# ----------------------------------------------------------------------------------------------------
+# ranks and devices
+ddp = 'RANK' in os.environ # set by torchrun
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+master = rank == 0
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and not ddp else 'cpu'
+if device == 'cuda': # local_rank is 0 without torchrun
+    device = f'cuda:{local_rank}'
+device_type = device.partition(':')[0]
+
+model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config} # all but vocab_size: the data's
+def one_of(key, *allowed):
+    return [] if config[key] in allowed else [f"{key}={config[key]!r} must be one of {', '.join(allowed)}"]
+problems = GPTConfig(**model_args).problems()
+problems += one_of('optimizer', 'adamw', 'muon') + one_of('lr_schedule', 'cosine', 'wsd')
+problems += one_of('dtype', 'auto', 'float32', 'bfloat16', 'float16')
+problems += [f"{k}={config[k]} must be at least 1" for k in ('eval_interval', 'save_interval', 'eval_tokens', 'log_interval',
+             'batch_size', 'gradient_accumulation_steps') if config[k] < 1]
+problems += [f"{k}={config[k]} must not be negative" for k in ('max_iters', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed',
+             'probe_tokens') if config[k] < 0]
+problems += [f"{k}={config[k]} must be a finite number above 0" for k in ('learning_rate', 'sae_lr_factor')
+             if not 0 < config[k] < math.inf]
+problems += [f"{k}={config[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio')
+             if not 0 <= config[k] <= 1]
+problems += [f"{k}={config[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= config[k] < 1]
+problems += [f"seed={seed} must be below 2**63"] if seed >= 2**63 else []
+if sae_blend_start > sae_blend_end:
+    problems.append(f"sae_blend_start={sae_blend_start} must not be after sae_blend_end={sae_blend_end}")
+if gradient_accumulation_steps % world_size:
+    problems.append(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} ranks")
+def usable(device):
+    try:
+        torch.zeros((), device=device)
+        return True
+    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
+        return False
+if device_type not in ('cpu', 'cuda', 'mps') or not usable(device):
+    problems.append(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps")
+if sae_posthoc and (init_from == 'scratch' or not sae_layers or sae_recon == 0 or optimizer != 'adamw'):
+    problems.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, sae_recon above 0, "
+                    "and optimizer=adamw")
+stop_if(problems if master else problems and ["see rank 0"])
+
+if ddp:
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+if device_type == 'cuda':
+    torch.cuda.set_device(device)
+torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
+if dtype == 'auto':
+    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+local_micros = gradient_accumulation_steps // world_size
+tokens_per_step = gradient_accumulation_steps * batch_size * block_size
+wide = torch.float32 if device_type == 'mps' else torch.float64 # for sums; MPS has no float64
+
+def fail(message, code=1):
+    """One sentence to stderr and a non-zero exit; under torchrun the other ranks are then stopped too."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code) if ddp else sys.exit(code) # _exit: no waiting in collectives that the others will never join
+
+def all_reduce(t, op=dist.ReduceOp.SUM):
+    if ddp:
+        dist.all_reduce(t, op)
+    return t
+
+# ----------------------------------------------------------------------------------------------------
+# data; the default corpus is made here if it is missing, since that needs nothing but Python itself
+if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
+    print("preparing data/stdlib, once: Python's own library as a corpus", flush=True)
+    importlib.import_module('data.stdlib.prepare').prepare()
+if ddp:
+    dist.barrier()
+try:
+    data = load_dataset(dataset)
+    for name, tokens in (('train', data.train), ('val', data.val)):
+        if len(tokens) <= block_size:
+            raise ValueError(f"{data.dir}/{name}.bin has {len(tokens)} tokens; block_size={block_size} needs at least one more")
+except ValueError as e:
+    fail(e)
+vocab_size = data.meta['vocab_size']
+
+# ----------------------------------------------------------------------------------------------------
+# model: from scratch, resumed, or with another run's weights
+torch.manual_seed(seed)
+step, checkpoint = 0, None
+log_sums = torch.zeros(4, dtype=wide) # since the last log line: loss, L0 and FVU (means over SAE layers), micro-batches
+model_config = GPTConfig(vocab_size=vocab_size, **model_args)
+model = GPT(model_config)
+if init_from != 'scratch':
+    try:
+        checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
+    except ValueError as e:
+        fail(e)
+if init_from == 'resume':
+    step = checkpoint['step']
+    # what a resumed run must share with the run it continues: all that decides a step; the rest may change
+    may_change = {'init_from', 'out_dir', 'eval_interval', 'save_interval', 'eval_tokens', 'probe_tokens', 'log_interval', 'wandb_log',
+                  'wandb_project', 'device', 'dtype', 'compile', 'dataset', 'max_iters'}
+    changed = [f"{k}: {checkpoint['config'].get(k)} in the checkpoint, {v} now" for k, v in config.items()
+               if checkpoint['config'].get(k) != v and k not in may_change]
+    if checkpoint['data_sha256'] != data.meta['train_sha256']:
+        changed.append(f"dataset: another train.bin than the checkpoint's ({data.dir})")
+    if changed:
+        fail(f"cannot resume {out_dir} with another configuration ({'; '.join(changed)}). Use the old values, "
+             "or begin a new run with --init_from=" + out_dir, code=2)
+    if step > max_iters:
+        fail(f"cannot resume {out_dir} with max_iters={max_iters}: it is at step {step} already", code=2)
+    model.load_state_dict(checkpoint['model'])
+    if master: # of all ranks together
+        log_sums = checkpoint['log_sums'].to(wide)
+elif checkpoint is not None:
+    try:
+        missing = model.load_state_dict(checkpoint['model'], strict=False).missing_keys
+        if any('.sae.' not in key for key in missing):
+            raise RuntimeError(f"it lacks {missing[0]}")
+    except RuntimeError as e:
+        fail(f"the weights in {init_from} do not fit this model: {str(e).strip().splitlines()[-1].strip()}")
+model.to(device)
+if sae_posthoc:
+    for name, p in model.named_parameters():
+        p.requires_grad_('.sae.' in name)
+saes = model.saes() # {block: SAE}
+raw_model = model
+
+groups = [g for g in raw_model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)]
+for g in groups:
+    g['params'] = [p for p in g['params'] if p.requires_grad]
+groups = [g for g in groups if g['params']]
+optimizers = []
+if optimizer == 'muon': # the blocks' matrices; the embedding stays with AdamW (Muon: kellerjordan.github.io/posts/muon)
+    wte = raw_model.transformer.wte.weight
+    hidden = [p for p in groups[0]['params'] if p is not wte]
+    groups[0]['params'] = [wte]
+    optimizers.append(torch.optim.Muon([dict(params=hidden, lr_factor=1.0)], lr=learning_rate, weight_decay=weight_decay,
+                                       adjust_lr_fn='match_rms_adamw'))
+optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=device_type in ('cuda', 'cpu')))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+if init_from == 'resume':
+    for opt, state in zip(optimizers, checkpoint['optimizers']):
+        opt.load_state_dict(state)
+    scaler.load_state_dict(checkpoint['scaler'])
+checkpoint = None # free the memory
+
+if compile:
+    model = torch.compile(model)
+eval_model = model
+if ddp:
+    warnings.filterwarnings('ignore', message='`broadcast_buffers`') # torch 2.13's name for it is unknown to 2.11
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+
+# ----------------------------------------------------------------------------------------------------
+# schedules, as functions of the step alone
+
+def learning_rate_factor(step):
+    # 1) linear warm-up
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
+    # 2) cosine down to min_lr_ratio
+    if lr_schedule == 'cosine':
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    # 3) warmup-stable-decay: constant, then linear to min_lr_ratio over the last fifth
+    return min(1.0, min_lr_ratio + (1 - min_lr_ratio) * (1 - progress) / 0.2)
+
+def set_schedules(step):
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = learning_rate * group['lr_factor'] * learning_rate_factor(step)
+    progress = step / max(1, max_iters)
+    alpha = 0.0 if sae_posthoc else blend_alpha(progress, sae_blend_start, sae_blend_end)
+    for sae in saes.values():
+        sae.alpha.fill_(alpha)
+        sae.k.fill_(k_at(progress, sae_k_start, sae_k, sae_k_end))
+    return alpha
+
+# ----------------------------------------------------------------------------------------------------
+# evaluation
+
+@torch.no_grad()
+def val_pass(mode='normal'):
+    """
+    Mean loss in nats over the eval tokens of all ranks, with the SAEs' outputs as they are ('normal'), zeroed, or each
+    replaced by its mean (those of fill); the token skip stays, so that only the features are missing. Also returns
+    {block: (L0, FVU, live share, mean code (F,))} of the normal pass.
+    """
+    for sae in saes.values():
+        sae.gate.fill_(1.0 if mode == 'normal' else 0.0)
+        if mode != 'mean':
+            sae.fill.zero_()
+    sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
+    seen = {i: [torch.zeros(2, dtype=wide, device=device), torch.zeros(sae.n_features, device=device)]
+            for i, sae in saes.items()}
+    for n, (x, y) in enumerate(eval_batches(data.val, block_size, batch_size, eval_tokens)):
+        if n % world_size != rank:
+            continue
+        with autocast:
+            _, loss, out = eval_model(x.to(device), y.to(device))
+        sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
+        for s, i in enumerate(saes):
+            if mode == 'normal':
+                seen[i][0] += torch.stack((out.l0[s], out.fvu[s])).to(wide)
+                seen[i][1].index_add_(0, out.indices[s].flatten(), out.values[s].flatten())
+    all_reduce(sums)
+    stats = {}
+    for i, (scores, code) in seen.items():
+        scores, code = all_reduce(scores), all_reduce(code)
+        l0, fvu = (scores / sums[1]).tolist()
+        stats[i] = (l0, fvu, (code != 0).to(wide).mean().item(), code / sums[2].float())
+    for sae in saes.values():
+        sae.gate.fill_(1.0)
+        sae.fill.zero_()
+    return (sums[0] / sums[1]).item(), stats
+
+@torch.no_grad()
+def evaluate():
+    """The eval record of log.jsonl: losses, and L0, FVU and live share (over the eval tokens) of each SAE layer."""
+    eval_model.eval()
+    alphas = {i: sae.alpha.clone() for i, sae in saes.items()}
+    if sae_posthoc: # in training the SAE only watches; what counts is the model with it spliced in
+        for sae in saes.values():
+            sae.alpha.fill_(1.0)
+    loss, stats = val_pass()
+    record = dict(val_loss=loss)
+    if saes:
+        record['val_loss_zeroed'], _ = val_pass('zeroed')
+        for i, sae in saes.items():
+            sae.fill.copy_(sae.decode(stats[i][3]))
+        record['val_loss_mean'], _ = val_pass('mean')
+        record['sae'] = {i: dict(l0=l0, fvu=fvu, live=live) for i, (l0, fvu, live, _) in stats.items()}
+    for i, sae in saes.items():
+        sae.alpha.copy_(alphas[i])
+    eval_model.train()
+    return record
+
+@torch.no_grad()
+def snapshot(step):
+    """features/<step>.npz: what each feature does on a fixed probe set. Read by inspect_features.py --timeline."""
+    raw_model.eval()
+    arrays = dict(step=step, tokens=step * tokens_per_step, layers=np.array(list(saes)))
+    seen = {i: [] for i in saes}
+    probed = 0
+    for x, _ in eval_batches(data.val, block_size, batch_size, probe_tokens):
+        with autocast:
+            _, _, out = raw_model(x.to(device))
+        probed += x.numel()
+        for s, i in enumerate(saes):
+            seen[i].append((out.values[s].cpu(), out.indices[s].cpu(), x))
+    for i, sae in saes.items():
+        values, indices, tokens = (torch.cat(t) for t in zip(*seen[i]))
+        F, V = sae.n_features, vocab_size
+        keys, counts = count_pairs(values, indices, tokens, V)
+        total = torch.zeros(F).index_add_(0, keys // V, counts.float())
+        top, top_counts = top_tokens(keys, counts, F, V)
+        arrays |= {f'L{i}.count': total.int(), f'L{i}.entropy': token_entropy(keys, counts, F, V).float(),
+                   f'L{i}.mean': torch.zeros(F).index_add_(0, indices.flatten(), values.flatten()) / total.clamp_min(1),
+                   f'L{i}.top_tokens': top.int(), f'L{i}.top_counts': top_counts.int()}
+        if sae.site != 'stream':
+            arrays[f'L{i}.W_dec'] = sae.W_dec.half().cpu()
+    os.makedirs(os.path.join(out_dir, 'features'), exist_ok=True)
+    path = os.path.join(out_dir, 'features', f'{step:07d}.npz')
+    with open(path + '.tmp', 'wb') as f:
+        np.savez_compressed(f, probed=probed, **{k: np.asarray(v) for k, v in arrays.items()})
+    os.replace(path + '.tmp', path)
+    raw_model.train()
+
+def check_replicas():
+    """Every rank must hold the same parameters and SAE buffers; a difference means that gradients or masks went astray."""
+    sums = torch.stack([t.to(wide).sum() for t in raw_model.state_dict().values()])
+    low, high = all_reduce(sums.clone(), dist.ReduceOp.MIN), all_reduce(sums.clone(), dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        names = [n for n, a, b in zip(raw_model.state_dict(), low, high) if a != b]
+        fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
+
+# ----------------------------------------------------------------------------------------------------
+# logging and saving
+
+def write_log(record):
+    """One JSON object a line; numbers that are not finite become null, since JSON has no NaN."""
+    if master:
+        clean = lambda v: None if isinstance(v, float) and not math.isfinite(v) else \
+            {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else v
+        log_file.write(json.dumps(clean(record)) + '\n')
+        log_file.flush()
+        if wandb_log and 'step' in record:
+            wandb.log(record, step=record['step'])
+
+def stays_in_log(line):
+    """For a resumed run: torn lines go, and so does what comes after the checkpoint, since it will be written again."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    again = record['event'] == 'eval' and (step % eval_interval == 0 or step == max_iters)
+    return line.endswith('\n') and record.get('step', 0) < step + (not again)
+
+def save():
+    sums = all_reduce(log_sums.clone())
+    if master:
+        save_checkpoint(out_dir, dict(
+            model=raw_model.state_dict(), model_args=asdict(model_config), optimizers=[o.state_dict() for o in optimizers],
+            scaler=scaler.state_dict(), step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
+            dataset=str(dataset), versions=versions))
+
+def duration(seconds):
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s" if m else f"{s}s"
+
+def git_commit():
+    try:
+        return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, timeout=5,
+                              cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+versions = dict(torch=str(torch.__version__), numpy=str(np.__version__), python=platform.python_version(), commit=git_commit(),
+                gpu=torch.cuda.get_device_name() if device_type == 'cuda' else None)
+if master:
+    os.makedirs(out_dir, exist_ok=True)
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    if init_from == 'resume' and os.path.exists(log_path):
+        with open(log_path, encoding='utf-8', errors='replace') as f, open(log_path + '.tmp', 'w', encoding='utf-8') as kept:
+            kept.writelines(line for line in f if stays_in_log(line))
+        os.replace(log_path + '.tmp', log_path)
+    log_file = open(log_path, 'a' if init_from == 'resume' else 'w', encoding='utf-8')
+    write_log(dict(event='start', at_step=step, config=config, versions=versions, world_size=world_size, dtype=dtype,
+                   device=device, params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
+                   flops_per_token=raw_model.flops_per_token(), tokens_per_step=tokens_per_step))
+    if wandb_log:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+    where = f"SAE at {sae_site} of block {', '.join(map(str, saes))}: {model_config.n_features} features, K={sae_k}" \
+        if saes else "dense, no SAE layer"
+    print(f"{raw_model.num_params() / 1e6:.1f}M parameters, {where}\n{max_iters} steps of {tokens_per_step:,} tokens of "
+          f"{data.dir.name} ({len(data.train):,}) on {world_size} x {device_type}, {dtype}", flush=True)
+
+stop_signal = 0
+def on_signal(signum, frame):
+    global stop_signal
+    stop_signal = signum
+signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGINT, on_signal)
+
+# ----------------------------------------------------------------------------------------------------
+# training loop
+
+def next_batch(step, i):
+    """Micro-batch i of this rank, and its index among the micro-batches of all ranks."""
+    micro = i * world_size + rank
+    x, y = get_batch(data.train, block_size, batch_size, seed, step, micro, gradient_accumulation_steps)
+    if device_type == 'cuda':
+        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), micro
+    return x.to(device), y.to(device), micro
+
+log_sums = log_sums.to(device)
+batch = next_batch(step, 0) if step < max_iters else None
+started, start_step, last_log, last_step = time.time(), step, time.time(), step
+saved_step, paused = step, 0.0
+
+while True:
+    alpha = set_schedules(step)
+
+    # once in a while: save, then evaluate (in that order: a crash in the evaluation loses nothing)
+    pause = time.time()
+    if step > saved_step and (step % save_interval == 0 or step == max_iters):
+        save()
+        saved_step = step
+    if step % eval_interval == 0 or step == max_iters:
+        if ddp:
+            check_replicas()
+        record = dict(event='eval', step=step, tokens=step * tokens_per_step, alpha=alpha, **evaluate())
+        write_log(record)
+        if master:
+            line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
+            if saes:
+                live = [100 * s['live'] for s in record['sae'].values()]
+                line += f" | SAE zeroed {record['val_loss_zeroed']:.3f} | mean {record['val_loss_mean']:.3f} | live {min(live):.1f} %"
+                if probe_tokens:
+                    snapshot(step)
+            print(line, flush=True)
+    paused += time.time() - pause
+    if step == max_iters:
+        break
+
+    # one step: micro-batches, forward and backward
+    fired = None
+    for i in range(local_micros):
+        x, y, micro = batch
+        if ddp: # gradients are averaged over ranks with the last micro-batch; to be set before the forward pass
+            model.require_backward_grad_sync = i == local_micros - 1
+        if dropout > 0:
+            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + micro) % 2**63)
+        with autocast:
+            _, loss, out = model(x, y)
+        total = loss if out is None else out.loss.sum() if sae_posthoc else loss + out.loss.sum()
+        scaler.scale(total / local_micros).backward()
+        # the next batch comes while the GPU works
+        last = i == local_micros - 1
+        if not (last and step + 1 == max_iters):
+            batch = next_batch(step + 1, 0) if last else next_batch(step, i + 1)
+        if out is not None:
+            fired = out.fired if fired is None else fired | out.fired
+        log_sums += torch.stack([loss.detach().to(wide), *((out.l0.mean().to(wide), out.fvu.mean().to(wide)) if out is not None
+                                 else log_sums.new_zeros(2)), log_sums.new_ones(())])
+
+    # no update with a gradient that is not finite. Gradients are averaged, so all ranks see the same norm
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    params = [p for p in raw_model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    if not math.isfinite(grad_norm) and not scaler.is_enabled():
+        saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
+        fail(f"at step {step} the gradient norm is {float(grad_norm)} (loss {loss.item()}): stopped before the update; "
+             f"{saved}. Try a lower learning rate than {learning_rate}", code=3)
+    for opt in optimizers:
+        scaler.step(opt)
+    scaler.update()
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
+    if fired is not None:
+        fired = all_reduce(fired.int(), dist.ReduceOp.MAX).bool() # all ranks must nudge the same features
+        for s, sae in enumerate(saes.values()):
+            sae.revive(fired[s], tokens_per_step)
+    step += 1
+
+    if step % log_interval == 0 or step == max_iters:
+        loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
+        now = time.time()
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log - paused)
+        record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n, lr=learning_rate *
+                      learning_rate_factor(step - 1), grad_norm=float(grad_norm), tok_s=tok_s)
+        line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
+        if saes:
+            live = 1 - torch.stack([sae.is_silent().to(wide).mean() for sae in saes.values()]).mean().item()
+            record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
+            line += f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f} | live {100 * live:.1f} % | alpha {alpha:.2f}"
+        if scaler.is_enabled():
+            record['loss_scale'] = scaler.get_scale()
+        left = (now - started) / (step - start_step) * (max_iters - step)
+        write_log(record)
+        if master:
+            print(f"{line} | {tok_s / 1000:.1f}k tok/s | {duration(left)} left", flush=True)
+        if not math.isfinite(loss_sum):
+            fail(f"the loss is not finite at step {step}", code=3)
+        log_sums.zero_()
+        last_log, last_step, paused = now, step, 0.0
+
+    # SIGTERM or Ctrl-C on any rank: all finish this step, the first rank saves, and everybody leaves
+    signals = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX) if ddp else stop_signal
+    if signals:
+        save()
+        if master:
+            print(f"stopped by signal {int(signals)} after step {step}; saved. Go on with --init_from=resume", flush=True)
+        if ddp:
+            dist.destroy_process_group()
+        sys.exit(128 + int(signals))
+
+if master:
+    print(f"done in {duration(time.time() - started)}: {out_dir}. Look at its features: python inspect_features.py --out_dir={out_dir}"
+          if saes else f"done in {duration(time.time() - started)}: {out_dir}", flush=True)
+    log_file.close()
+if ddp:
+    dist.destroy_process_group()
