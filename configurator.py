@@ -13,11 +13,12 @@ import difflib
 import os
 import sys
 
-def configure(defaults, argv):
+def configure(defaults, argv, check=None):
     """
     defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same keys.
     int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of ints; a key whose default
-    is a list of strings may be given several times. Prints each problem and exits with code 2 if there is any.
+    is a list of strings may be given several times. check: a function of the config that returns what else is wrong
+    with it, as a list of sentences with key=value in them. Prints each problem and exits with code 2 if there is any.
     """
     config, problems = dict(defaults), []
     for arg in argv:
@@ -34,13 +35,20 @@ def configure(defaults, argv):
         else:
             for key, value in read_file(arg, config, problems).items():
                 assign(config, defaults, key, value, f"in {arg}", problems)
+    if check: # what it says of a key that could not be read would be about the default
+        unread = [problem.partition('=')[0] + '=' for problem in problems]
+        problems += [problem for problem in check(config) if not any(key in problem for key in unread)]
     stop_if(problems)
     return config
 
 def stop_if(problems):
-    """Every problem on a line of its own to stderr, then exit code 2; nothing happens if the list is empty."""
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+    """
+    Every problem on a line of its own to stderr, then exit code 2; nothing happens if the list is empty. Of several
+    ranks the first says all; the others have the same problems, or one of their own (a GPU), and say the first.
+    """
+    rank = os.environ.get('RANK', '0')
+    for problem in problems if rank == '0' else problems[:1]:
+        print(f"error: {problem}" if rank == '0' else f"error: rank {rank}: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)
 
@@ -54,7 +62,7 @@ def read_file(path, config, problems):
             tree = compile(f.read(), path, 'exec')
         names = dict(config)
         exec(tree, names)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})")
         return {}
     assigned = {name for name in tree.co_names if name in names}
@@ -98,8 +106,8 @@ def convert(value, default):
             pass # still text: refused below
     if kind is bool and type(value) is not bool:
         raise ValueError("true or false")
-    if kind is int and type(value) is not int:
-        raise ValueError("a whole number")
+    if kind is int and (type(value) is not int or abs(value) >= 2**63):
+        raise ValueError("a whole number, below 2**63 in size")
     if kind is float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max: # nor nan
             raise ValueError("a finite number")
@@ -112,4 +120,7 @@ def convert(value, default):
     return value
 
 def show(value):
-    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    try:
+        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    except ValueError: # Python will not print more than 4,300 digits
+        return "a very long number"

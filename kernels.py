@@ -36,17 +36,18 @@ except ImportError:  # no Triton (CPU wheels, macOS): keep the kernels' names, n
 MAX_K = 512    # the final sort of _select is held in registers
 MAX_C = 4096   # _pair_sums holds three rows of C in registers, 4 tiles of up to 1024
 
-# Launch shapes. Numbers in results/bench.json were measured with these on one H200.
-TUNE = {
-    "buffer_mb": 256,     # size of the encoder's output buffer; fewer rows at a time when F is wide
-    "select_warps": 1,    # warps a row (more where K > 64): one needs no barriers
-    "select_groups": 4,   # groups in the first pass of _select, as a multiple of K
-    "gather_rows": 8,     # rows of W in flight a program
-    "gather_cols": 256,   # columns a program: 32 lanes times 16 bytes of bf16
-    "gather_warps": 1,
-    "pair_rows": 2,       # tokens in flight a program
-    "pair_part": 256,     # pairs a program; busier features are split
-}
+# Launch shapes, from a sweep of one at a time on one H200, bf16, N=32768, C=768. In brackets the ms
+# measured, at F=12288, K=32 unless said otherwise. Only PAIR_PART touches results: how sums round.
+BUFFER_MB = 512      # the encoder's output, hence how many rows at a time: the forward pass (1.55;
+                     # 256: 1.56, 64: 1.82), at F=49152, K=64 (5.73; 1024: 5.59, 64: 9.33)
+SELECT_GROUPS = 8    # groups in _select's first pass, as a multiple of K (0.300; 4 or 2: 0.351)
+SELECT_WARPS = 1     # a row, more where K > 64: one needs no barriers (2: 0.376, 4: 0.460)
+GATHER_ROWS = 16     # rows of W in flight a program (0.170; 8: 0.171, 4: 0.174, 32: 0.180)
+GATHER_COLS = 256    # columns a program, which is one warp: 32 lanes times 16 bytes of bf16
+                     # (512: 0.194 on one warp, 0.201 on two; 1024 on four: 0.181)
+PAIR_ROWS = 2        # tokens in flight a program (at PAIR_PART = 256: 0.933; 1: 1.122, 3: 0.919,
+                     # 4: 1.009; at F=49152, K=64 1.767; 3: 1.775)
+PAIR_PART = 128      # pairs a program; busier features are split (0.863; 256: 0.933, 512: 0.934)
 
 
 # ---------------------------------------------------------------------------- plain reference
@@ -147,7 +148,7 @@ def _select(pre, b_enc, values, indices, groups, found, F: tl.constexpr, K: tl.c
        instructions an element, all within a thread;
     2. the K-th largest of the G maxima, by bisection, bounds the row's K-th largest from below,
        and only groups whose maximum reaches it can hold one of the K: list them (about K of G);
-    3. read only the listed groups again and keep what reaches the bound: with G = 4 K about 1.15 K
+    3. read only the listed groups again and keep what reaches the bound: with G = 8 K about 1.07 K
        elements, when the large ones are not crowded into few groups;
     4. more than CAP kept (crowded, or many ties): bisect the listed groups' elements for the exact
        K-th largest. Always right, merely slower;
@@ -227,12 +228,12 @@ def _select_rows(pre, b_enc, values, indices):
     (n, F), K = pre.shape, values.shape[1]
     KP = triton.next_power_of_2(K)
     # at least K groups, or there is no K-th largest; no more than there are eights in a row
-    G = max(KP, min(max(128, TUNE["select_groups"] * KP), triton.next_power_of_2(F) // 8))
+    G = max(KP, min(max(128, SELECT_GROUPS * KP), triton.next_power_of_2(F) // 8))
     CAP = 2 * KP
     groups = torch.empty(n, G, dtype=torch.int32, device=pre.device)
     found = torch.empty(n, CAP, dtype=torch.int64, device=pre.device)
     _select[(n,)](pre, b_enc, values, indices, groups, found, F=F, K=K, KP=KP, G=G,
-                  CAP=CAP, num_warps=max(TUNE["select_warps"], KP // 64))
+                  CAP=CAP, num_warps=max(SELECT_WARPS, KP // 64))
 
 
 # ---------------------------------------------------------------------------- gathers
@@ -265,10 +266,10 @@ def _gather_sum(coef, index, W, bias, out, C: tl.constexpr, K: tl.constexpr,
 def _gather(coef, index, W, bias, dtype):
     (N, K), C = coef.shape, W.shape[1]
     out = torch.empty(N, C, dtype=dtype, device=W.device)
-    BLOCK = min(TUNE["gather_cols"], triton.next_power_of_2(C))
+    BLOCK = min(GATHER_COLS, triton.next_power_of_2(C))
     _gather_sum[(N, triton.cdiv(C, BLOCK))](
-        coef, index, W, W if bias is None else bias, out, C=C, K=K, R=TUNE["gather_rows"],
-        BLOCK=BLOCK, BIAS=bias is not None, num_warps=TUNE["gather_warps"])
+        coef, index, W, W if bias is None else bias, out, C=C, K=K, R=GATHER_ROWS,
+        BLOCK=BLOCK, BIAS=bias is not None, num_warps=1)
     return out
 
 
@@ -352,7 +353,7 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
 def _add_parts(first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
                C: tl.constexpr, BLOCK: tl.constexpr):
     """Add the further parts of feature f, in order. Most features have none; at most N K / PART
-    rows of 2 C fp32 are read: 25 MB at N=32768, K=32, C=768."""
+    rows of 2 C fp32 are read: 50 MB at N=32768, K=32, C=768."""
     f = tl.program_id(0).to(tl.int64)
     lo = tl.load(first + f)
     hi = tl.load(ends + f)
@@ -388,11 +389,11 @@ def _sort_pairs(values, indices, F):
 
 def _weight_grads(gy, gvalues, h, W_dec, b_dec, values, indices):
     """-> dvalues (N, K), dW_enc (F, C), dW_dec (F, C), db_enc (F,), all fp32."""
-    (N, K), (F, C), PART = values.shape, W_dec.shape, TUNE["pair_part"]
+    (N, K), (F, C) = values.shape, W_dec.shape
     order, starts = _sort_pairs(values, indices, F)
-    # Further parts: feature f owns numbers first[f] to ends[f] of at most N K / PART.
-    n_parts = N * K // PART
-    more = (starts.diff() - 1).clamp_(min=0) // PART
+    # Further parts: feature f owns numbers first[f] to ends[f] of at most N K / PAIR_PART.
+    n_parts = N * K // PAIR_PART
+    more = (starts.diff() - 1).clamp_(min=0) // PAIR_PART
     ends = more.cumsum(0, dtype=torch.int32)
     first = ends - more
     owner = torch.searchsorted(ends, torch.arange(n_parts, device=h.device, dtype=torch.int32),
@@ -404,7 +405,7 @@ def _weight_grads(gy, gvalues, h, W_dec, b_dec, values, indices):
     BLOCK = min(triton.next_power_of_2(C), 256 * max(1, triton.next_power_of_2(C) // 1024))
     _pair_sums[(F + n_parts,)](
         gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first, dvalues, dW_enc, dW_dec,
-        db_enc, part_enc, part_dec, part_b, F=F, C=C, K=K, PART=PART, R=TUNE["pair_rows"],
+        db_enc, part_enc, part_dec, part_b, F=F, C=C, K=K, PART=PAIR_PART, R=PAIR_ROWS,
         BLOCK=BLOCK, TILES=triton.cdiv(C, BLOCK), num_warps=max(1, BLOCK // 256))
     if n_parts:
         _add_parts[(F,)](first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
@@ -438,7 +439,7 @@ def _autoencode(h: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec
     W = W_enc.to(h.dtype).contiguous()
     values = torch.empty(N, k, device=h.device)
     indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
-    rows = max(256, TUNE["buffer_mb"] * 2**20 // (F * h.element_size()))
+    rows = max(256, BUFFER_MB * 2**20 // (F * h.element_size()))
     rows = min(N, 1 << (rows.bit_length() - 1))
     buffer = torch.empty(rows, F, dtype=h.dtype, device=h.device)
     with torch.autocast(h.device.type, enabled=False):

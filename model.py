@@ -10,8 +10,9 @@ Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S S
 """
 import math
 import os
+import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -35,7 +36,7 @@ class GPTConfig:
     sae_k_start: int = 0          # K annealing begins here; 0 = off
     sae_tied_init: bool = True
     sae_token_skip: bool = True   # add g * norm(wte[token]) to what the SAE writes
-    sae_recon: float = 0.0        # weight of the reconstruction loss
+    sae_recon: float = 0.0        # weight of the reconstruction loss while alpha is 0 (sites resid, mlp, attn)
     sae_auxk: float = 0.0         # weight of the AuxK loss
     sae_nudge: float = 0.02       # added to b_enc of each silent feature, each step; 0 = off
     sae_silent_tokens: int = 1_310_720 # a feature is silent when it has not fired over so many tokens
@@ -49,21 +50,20 @@ class GPTConfig:
                 found.append(f"{field.name}={value} must be at least 1")
             if field.type is float and not 0 <= value < math.inf:
                 found.append(f"{field.name}={value} must be 0 or more, and finite")
-        if found:
-            return found
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size (RoPE turns pairs)")
+        sound = not found # what follows computes with these
         if self.dropout >= 1:
             found.append(f"dropout={self.dropout} must be below 1")
+        if sound and (self.n_embd % self.n_head or self.n_embd // self.n_head % 2):
+            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size (RoPE turns pairs)")
         layers = list(self.sae_layers)
-        if any(type(i) is not int or not 0 <= i < self.n_layer for i in layers) or len(set(layers)) < len(layers):
+        if sound and (any(type(i) is not int or not 0 <= i < self.n_layer for i in layers) or len(set(layers)) < len(layers)):
             found.append(f"sae_layers={layers} must be different block indices in 0..{self.n_layer - 1}")
         if self.sae_site not in SITES:
             found.append(f"sae_site={self.sae_site!r} must be one of {', '.join(SITES)}")
-        elif layers and not 1 <= max(self.sae_k, self.sae_k_start) <= self.n_features:
+        elif sound and layers and not 1 <= max(self.sae_k, self.sae_k_start) <= self.n_features:
             found.append(f"sae_k={self.sae_k} (sae_k_start={self.sae_k_start}) must not exceed the "
                          f"{self.n_features} features of site {self.sae_site}")
-        elif 0 < self.sae_k_start < self.sae_k:
+        elif sound and 0 < self.sae_k_start < self.sae_k:
             found.append(f"sae_k_start={self.sae_k_start} must be 0 (off) or at least sae_k={self.sae_k}")
         if self.sae_auxk and self.sae_site in ('hidden', 'stream'):
             found.append(f"sae_auxk={self.sae_auxk} needs a site with a decoder of its own (resid, mlp, attn), "
@@ -265,12 +265,14 @@ class GPT(nn.Module):
 
     def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor):
         """
-        Parameter groups for AdamW, by what happens to them: matrices decay; 1-D parameters and everything of an SAE do not
-        (decay would silence rare features, which get few gradients), and the SAE has its own learning rate.
+        Parameter groups by what happens to them: the GPT's matrices decay (at site hidden the SAE's two are the MLP's);
+        the SAE's parameters do not (decay would silence rare features, which get few gradients), and have their own
+        learning rate.
         """
         params = list(self.named_parameters())
-        sae = [p for n, p in params if '.sae.' in n]
-        matrices = [p for n, p in params if '.sae.' not in n and p.dim() > 1]
+        own = lambda n, p: '.sae.' in n and not (self.config.sae_site == 'hidden' and p.dim() > 1)
+        sae = [p for n, p in params if own(n, p)]
+        matrices = [p for n, p in params if not own(n, p)]
         groups = [dict(params=matrices, weight_decay=weight_decay, lr=learning_rate, lr_factor=1.0, name='matrices'),
                   dict(params=sae, weight_decay=0.0, lr=learning_rate * sae_lr_factor, lr_factor=sae_lr_factor, name='sae')]
         return [g for g in groups if g['params']]
@@ -279,15 +281,30 @@ class GPT(nn.Module):
 # checkpoints: ckpt.pt is the newest whole one, ckpt_prev.pt the one before
 
 def save_checkpoint(out_dir, checkpoint):
-    """Write whole or not at all: a temporary file, synced, then renamed. At every moment a loadable one is there."""
-    path, prev, tmp = (os.path.join(out_dir, n) for n in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt.tmp'))
-    with open(tmp, 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
+    """
+    Write whole or not at all: a temporary file, synced, then renamed. At every moment ckpt.pt is there, old or new, and
+    ckpt_prev.pt goes only after the new one is in place: it may be the only good one. Raises OSError, e.g. for a full disk.
+    """
+    path, prev, tmp, old = (os.path.join(out_dir, n) for n in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt.tmp', 'ckpt.old'))
+    try:
+        with open(tmp, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e: # on a full disk torch raises RuntimeError: unexpected pos
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? ({str(e).splitlines()[0]})") from None
+    if os.path.exists(old): # from a save that was killed
+        os.remove(old)
     if os.path.exists(path):
-        os.replace(path, prev)
+        try:
+            os.link(path, old)
+        except OSError: # a file system without hard links: ckpt.pt is missing for a moment, but then it is ckpt_prev.pt
+            os.replace(path, prev)
     os.replace(tmp, path)
+    if os.path.exists(old):
+        os.replace(old, prev)
 
 def load_checkpoint(out_dir, map_location='cpu'):
     """
@@ -305,7 +322,7 @@ def load_checkpoint(out_dir, map_location='cpu'):
                 if (bad := z.testzip()) is not None: # every record's CRC: torch.load alone misses a flipped bit
                     raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            if 'model_args' not in checkpoint:
+            if type(checkpoint) is not dict or not {'model', 'model_args', 'step'} <= set(checkpoint):
                 raise ValueError("another program's file")
         except Exception as e: # damage shows up as almost any exception: unpickling, zip, end of file
             problems.append(f"{path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
@@ -316,7 +333,22 @@ def load_checkpoint(out_dir, map_location='cpu'):
     raise ValueError(f"no checkpoint in {out_dir}: {'; '.join(problems)}. Train first, or give another --out_dir.")
 
 def load_model(checkpoint, device='cpu'):
-    """The GPT that a checkpoint holds, in eval mode."""
-    model = GPT(GPTConfig(**checkpoint['model_args']))
-    model.load_state_dict(checkpoint['model'])
+    """
+    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc, watching only, are spliced in.
+    Raises ValueError, one sentence, for a checkpoint of another version or program and for an unusable device.
+    """
+    try:
+        torch.ones((), device=device).item()
+    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
+        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps") from None
+    try:
+        model = GPT(GPTConfig(**checkpoint['model_args']))
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"the checkpoint does not fit this version of model.py ({str(e).strip().splitlines()[-1].strip()}): "
+                         "use the version that wrote it, or train again") from None
+    if checkpoint.get('config', {}).get('sae_posthoc'): # saved with alpha 0
+        print("note: the SAEs were trained post hoc, watching only; here they are spliced in (alpha 1)", file=sys.stderr)
+        for sae in model.saes().values():
+            sae.alpha.fill_(1.0)
     return model.to(device).eval()

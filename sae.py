@@ -65,7 +65,8 @@ class SAE(nn.Module):
             raise ValueError(f"sae_k={k} (sae_k_start={k_start}) must lie in 1..{n_features} features")
         self.n_embd, self.n_features, self.site = n_embd, n_features, site
         self.k_final, self.k_max = k, k_max
-        self.tied_init, self.recon, self.auxk = tied_init, recon, auxk
+        own_space = site in ('resid', 'mlp', 'attn') # has a target to reconstruct; the others' codes are the model's own
+        self.tied_init, self.recon, self.auxk = tied_init, recon if own_space else 0.0, auxk
         self.nudge, self.silent_tokens = nudge, silent_tokens
         if site == 'stream': # no weights; a bias for the selection alone, moved by the nudge
             self.register_buffer('b_enc', torch.zeros(n_features))
@@ -73,7 +74,6 @@ class SAE(nn.Module):
             self.W_enc = nn.Parameter(torch.empty(n_features, n_embd))
             self.b_enc = nn.Parameter(torch.zeros(n_features))
             self.W_dec = nn.Parameter(torch.empty(n_features, n_embd))
-        own_space = site in ('resid', 'mlp', 'attn')
         self.b_dec = nn.Parameter(torch.zeros(n_embd)) if own_space else None
         self.g = nn.Parameter(torch.zeros(n_embd)) if own_space and token_skip else None
         self.register_buffer('alpha', torch.ones(()))
@@ -142,10 +142,11 @@ class SAE(nn.Module):
         At site hidden, x is the MLP's normalised input and the result is the MLP's output.
         """
         h = x if self.site in ('hidden', 'stream') else norm(x)
+        if self.recon: # before the hand-over the SAE watches: it learns to reconstruct, and must not pull on the model
+            h = torch.where(self.alpha > 0, h, h.detach())
         pre = None
         if self.can_use_kernels(h):
-            y, values, indices = kernels.topk_autoencode(
-                h, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k_max)
+            y, values, indices = self.fast_path(h)
         else:
             pre = self.pre_activations(h)                          # (B, T, F)
             a = self.activations(pre)                              # (B, T, F)
@@ -162,9 +163,8 @@ class SAE(nn.Module):
             y = y + self.g * tok
         if self.site != 'hidden':
             target, code = h, y
-        with torch.set_grad_enabled(self.recon > 0 and torch.is_grad_enabled()):
-            fvu = fraction_unexplained(target.detach(), code)
-        loss = self.recon * fvu
+        fvu = fraction_unexplained(target.detach(), code if self.recon > 0 else code.detach())
+        loss = torch.where(self.alpha > 0, 0.0, self.recon * fvu)
         if self.auxk and self.training:
             loss = loss + self.auxk * self.auxk_loss(target, code, pre)
         new_x = y if self.site == 'hidden' else (1 - self.alpha) * x + self.alpha * y
@@ -178,6 +178,14 @@ class SAE(nn.Module):
         """The fast path computes the same y, values and indices; it knows no intervention and no pre-activations."""
         return (self.site in ('resid', 'mlp', 'attn') and kernels.available(h.device)
                 and not self.auxk and self.steer is None and self.k_max == self.k_final)
+
+    def fast_path(self, h):
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        y, values, indices = kernels.topk_autoencode(
+            h.flatten(0, -2), self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k_max)
+        shape = (*h.shape[:-1], self.k_max)
+        return y.view_as(h), values.view(shape), indices.long().view(shape)
 
     # ------------------------------------------------------------------------------------------------
     # revival of silent features

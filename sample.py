@@ -15,19 +15,17 @@ Given several times, the edits apply in their order. At site stream the feature 
 import itertools
 import re
 import sys
-import unicodedata
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.cells import set_cell_size
 from rich.console import Console
 from rich.text import Text
 
 from configurator import configure, stop_if
 from data.dataset import data_dir, load_tokenizer, read_meta, token_bytes
+from inspect_features import caption, fit, prompt_text, safe
 from model import load_checkpoint, load_model
 
 DEFAULTS = dict(
@@ -46,7 +44,7 @@ DEFAULTS = dict(
     device='auto',        # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # steering
 
 def parse_steering(specs, model):
@@ -56,21 +54,19 @@ def parse_steering(specs, model):
     """
     saes, choices = model.saes(), []
     for spec in specs:
-        match = re.fullmatch(r'L([0-9]{1,9})\.F([0-9]{1,9})=(.+)', spec.strip())
+        match = re.fullmatch(r'(L([0-9]{1,9})\.F([0-9]{1,9}))=(.+)', spec.strip())
         if not match:
             raise ValueError(f"--steer={spec!r} is malformed: expected L6.F2386=8 (add), "
                              "L6.F2386=x2 (scale), =off (ablate) or =0,2,4,8 (a sweep)")
-        i, f, name = int(match[1]), int(match[2]), spec.strip().partition('=')[0]
-        if i >= model.config.n_layer:
-            raise ValueError(f"{name}: the model's blocks are 0..{model.config.n_layer - 1}")
+        name, i, f = match[1], int(match[2]), int(match[3])
         if i not in saes:
             raise ValueError(f"{name}: only these blocks have an SAE: {', '.join(map(str, saes))}")
         if f >= saes[i].n_features:
             raise ValueError(f"{name}: the features of block {i} are 0..{saes[i].n_features - 1}")
         if saes[i].alpha == 0 and saes[i].site != 'hidden': # hidden: the edit comes after the blend
-            raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on "
-                             "the text yet; train on, then steer")
-        strengths = [strength.strip() for strength in match[3].split(',')]
+            raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on the text yet; "
+                             "train on, then steer")
+        strengths = [strength.strip() for strength in match[4].split(',')]
         choices.append([(f"{name}={x}", (i, f, *parse_strength(x, spec))) for x in strengths])
     if sum(len(choice) > 1 for choice in choices) > 1:
         raise ValueError("more than one --steer is a sweep: give a list of strengths to one only")
@@ -84,8 +80,8 @@ def parse_strength(text, spec):
         if not abs(number) <= 1e6: # catches nan; beyond it, squares in the norms could overflow
             raise ValueError
     except ValueError:
-        raise ValueError(f"--steer={spec!r}: {text!r} is neither a number to add, x and a number "
-                         "to scale by (both from -1e6 to 1e6), nor off") from None
+        raise ValueError(f"--steer={spec!r}: {text!r} is neither a number to add, x and a number to scale by "
+                         "(both from -1e6 to 1e6), nor off") from None
     return (number, 0.0) if text.startswith(('x', 'off')) else (1.0, number)
 
 def set_steering(model, edits):
@@ -96,22 +92,21 @@ def set_steering(model, edits):
     for i, f, scale, add in edits:
         if saes[i].steer is None:
             ones = torch.ones(saes[i].n_features, device=saes[i].alpha.device)
-            saes[i].steer = ones, torch.zeros_like(ones)            # scale (F,), add (F,)
+            saes[i].steer = ones, torch.zeros_like(ones)                 # scale (F,), add (F,)
         saes[i].steer[0][f] *= scale
         saes[i].steer[1][f] = saes[i].steer[1][f] * scale + add
 
 def usual_activation(out_dir, step, i, f):
-    """What training noted of the feature at this checkpoint's eval, or that it noted nothing."""
+    """What training noted of the feature at this checkpoint's eval, if it noted anything."""
     try:
-        with np.load(Path(out_dir) / 'features' / f'{step:07d}.npz') as stats:
-            count, mean = int(stats[f'L{i}.count'][f]), float(stats[f'L{i}.mean'][f])
-            probed = int(stats['probed'])
-    except (OSError, KeyError, IndexError, ValueError, zipfile.BadZipFile):
+        with np.load(Path(out_dir) / 'features' / f'{step:07d}.npz') as z:
+            count, mean, probed = int(z[f'L{i}.count'][f]), float(z[f'L{i}.mean'][f]), int(z['probed'])
+    except Exception: # missing, torn, another run's: it is only a hint
         return "its usual activation is not known"
     return (f"usually {mean:.3g} where it fires, on {100 * count / probed:.2f} % of tokens" if count
             else f"silent on all {probed:,} tokens of the last eval")
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
 
 def sample(model, prompt, config, seed, edits=()):
@@ -121,18 +116,17 @@ def sample(model, prompt, config, seed, edits=()):
     """
     device = model.transformer.wte.weight.device
     set_steering(model, edits)
-    new = list(model.generate(torch.tensor([prompt], device=device), config['max_new_tokens'],
-                              config['temperature'], config['top_k'] or None,
-                              torch.Generator(device).manual_seed(seed)))
+    new = list(model.generate(torch.tensor([prompt], device=device), config['max_new_tokens'], config['temperature'],
+                              config['top_k'] or None, torch.Generator(device).manual_seed(seed)))
     set_steering(model, [])
     return prompt + torch.cat(new, dim=1)[0].tolist()
 
 @torch.no_grad()
 def read(model, tokens):
     """
-    One pass over a finished text of n ids -> losses (n-1,) in nats, that of token j at j-1; values
-    and indices of its features (S, n, K), None if the model is dense. A text beyond block_size is
-    read in windows that overlap by half, so that no token is read with less than half a window.
+    One pass over a finished text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and indices of its
+    features (S, n, K), None if the model is dense. A text beyond block_size is read in windows that overlap by half,
+    so that no token is read with less than half a window.
     """
     idx = torch.tensor([tokens], device=model.transformer.wte.weight.device)
     T, done = model.config.block_size, 0
@@ -148,47 +142,37 @@ def read(model, tokens):
             values.append(out.values[:, 0, new])
             indices.append(out.indices[:, 0, new])
         done = start + T
-    losses = torch.cat(losses).cpu()
-    return (losses, *(torch.cat(x, 1).cpu() if x else None for x in (values, indices)))
+    return torch.cat(losses).cpu(), *(torch.cat(x, 1).cpu() if x else None for x in (values, indices))
 
 def measure(model, tokens, n_prompt, features):
     """
-    The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for each
-    (block, feature) the share of these tokens on which it fires].
+    The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for each (block, feature)
+    the share of these tokens on which it fires].
     """
     losses, values, indices = read(model, tokens)
     layer = {i: s for s, i in enumerate(model.saes())}
     fires = [((indices == f) & (values != 0))[layer[i], n_prompt:].any(-1) for i, f in features]
     return [losses[n_prompt - 1:].mean().item(), *(x.float().mean().item() for x in fires)]
 
-# --------------------------------------------------------------------------------------------------
-# showing; whatever the tokens hold, only printable characters reach the terminal
-
-def safe(text, keep='\n\t'):
-    """Control characters as pictures (ESC: U+241B), invisible ones (bidi, joiners) as U+FFFD."""
-    def show(c):
-        if c in keep or unicodedata.category(c) not in ('Cc', 'Cf', 'Cs', 'Zl', 'Zp'):
-            return c
-        return chr(0x2400 + ord(c)) if c < ' ' else '\u2421' if c == '\x7f' else '\ufffd'
-    return "".join(map(show, text))
+# ----------------------------------------------------------------------------------------------------
+# showing
 
 def print_columns(left, right):
-    """Two texts side by side, in 80 terminal cells whatever characters they hold."""
+    """Two texts side by side, in 80 columns whatever characters they hold."""
     console = Console(width=80)
     columns = [Text(text).wrap(console, 39, overflow='fold', tab_size=4) for text in (left, right)]
     for a, b in itertools.zip_longest(*columns, fillvalue=Text()):
-        print(f"{set_cell_size(a.plain, 39)}  {b.plain}".rstrip())
+        print(f"{fit(a.plain, 39)}  {b.plain}".rstrip())
 
 def print_features(model, tokens, pieces, n):
     """For each token and SAE layer the n features with the largest activations, in size."""
     _, values, indices = read(model, tokens)
     for t, token in enumerate(tokens):
-        text = safe(pieces[token].decode('utf-8', 'backslashreplace'), keep='').replace(' ', '·')
-        head = f"{t:5d}  {set_cell_size(text, 14)} "
+        head = f"{t:5d}  {fit(caption(pieces[token]), 14)} "
         for s, i in enumerate(model.saes()):
             order = values[s, t].abs().argsort(descending=True, stable=True)[:n].tolist()
-            cells = [f"L{i}.F{indices[s, t, j]} {values[s, t, j]:.2f}" for j in order
-                     if values[s, t, j] != 0] or [f"L{i}: none fires"]
+            cells = [f"L{i}.F{indices[s, t, j]} {values[s, t, j]:.2f}" for j in order if values[s, t, j] != 0]
+            cells = cells or [f"L{i}: none fires"]
             for j in range(0, len(cells), 3):
                 print(head + "".join(f"{cell:19}" for cell in cells[j:j + 3]).rstrip())
                 head = " " * 22
@@ -203,7 +187,7 @@ def print_table(scores, features, n):
         loss, *shares = np.mean(rows, axis=0)
         print(f"{label:{width}}{loss:8.3f}" + "".join(f"{100 * x:11.1f} %" for x in shares))
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 def load_vocabulary(checkpoint, dataset):
     """The data set's tokenizer, its meta.json, and the bytes of each of the model's token ids."""
@@ -214,59 +198,44 @@ def load_vocabulary(checkpoint, dataset):
                          "prepare it, or name another with --dataset=")
     meta = read_meta(file, "prepare it")
     if meta['tokenizer'].endswith('.json') and meta['train_sha256'] != checkpoint['data_sha256']:
-        print(f"warning: {file.parent} is not the data that this model was trained on: if its "
-              "tokenizer is another too, the text is garbled", file=sys.stderr)
+        print(f"warning: {file.parent} is not the data that this model was trained on: if its tokenizer is another too, "
+              "the text is garbled", file=sys.stderr)
     enc = load_tokenizer(file.parent, meta)
     return enc, meta, token_bytes(enc, checkpoint['model_args']['vocab_size'])
 
-def encode_prompt(config, enc, meta, vocab_size):
+def encode_prompt(text, enc, meta, vocab_size):
     """The prompt as a list of ids, never empty. Raises ValueError."""
-    text, path = config['prompt'], config['prompt_file']
-    if path:
-        try:
-            text = Path(path).read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
-            raise ValueError(f"--prompt_file={path} cannot be read: {why}") from None
-        if not text:
-            raise ValueError(f"--prompt_file={path} is empty: write a prompt into it")
-    default = [meta['eot']] if meta['eot'] is not None else enc.encode("\n")
-    tokens = enc.encode(text, allowed_special='all') or default
+    tokens = enc.encode(text, allowed_special='all') or ([meta['eot']] if meta['eot'] is not None else enc.encode("\n"))
     if max(tokens) >= vocab_size:
-        raise ValueError(f"the prompt holds token {max(tokens)}, but the model's end at "
-                         f"{vocab_size - 1}: it was trained with another tokenizer, name its data "
-                         "set with --dataset=")
+        raise ValueError(f"the prompt holds token {max(tokens)}, but the model's end at {vocab_size - 1}: it was trained "
+                         "with another tokenizer, name its data set with --dataset=")
     return tokens
+
+def problems_of(c):
+    """Everything that is wrong with the options, as a list of sentences."""
+    found = [f"{key}={c[key]} must be at least {least}" for key, least in
+             dict(num_samples=1, max_new_tokens=1, top_k=0, show_features=0, seed=0).items() if c[key] < least]
+    if not (c['temperature'] == 0 or 1e-3 <= c['temperature'] <= 1e3):
+        found.append(f"temperature={c['temperature']} must be 0 (always the likeliest token) or lie in 0.001..1000")
+    if c['seed'] >= 2**62:
+        found.append(f"seed={c['seed']} must be below 2^62")
+    if c['compare'] and not c['steer']:
+        found.append("compare=true needs something to compare with, e.g. --steer=L6.F2386=8")
+    return found
 
 def main(argv):
     c = configure(DEFAULTS, argv)
+    stop_if(problems_of(c))
     device = c['device'] if c['device'] != 'auto' else 'cuda' if torch.cuda.is_available() else \
         'mps' if torch.backends.mps.is_available() else 'cpu'
-    problems = [f"{key}={c[key]} must be at least {least}" for key, least in
-                dict(num_samples=1, max_new_tokens=1, top_k=0, show_features=0, seed=0).items()
-                if c[key] < least]
-    if not (c['temperature'] == 0 or 1e-3 <= c['temperature'] <= 1e3):
-        problems.append(f"temperature={c['temperature']} must be 0 (always the likeliest token) or "
-                        "lie in 0.001..1000")
-    if c['seed'] >= 2**62:
-        problems.append(f"seed={c['seed']} must be below 2^62")
-    if c['prompt'] and c['prompt_file']:
-        problems.append("prompt and prompt_file are both given: choose one")
-    if c['compare'] and not c['steer']:
-        problems.append("compare=true needs something to compare with, e.g. --steer=L6.F2386=8")
     try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        problems.append(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps")
-    stop_if(problems)
-    try:
+        given = prompt_text(c['prompt'], c['prompt_file'])
         checkpoint = load_checkpoint(c['out_dir'])
         model = load_model(checkpoint, device)
         if (c['steer'] or c['show_features']) and not model.saes():
-            raise ValueError(f"the model in {c['out_dir']} is dense: it has no features for "
-                             "--steer or --show_features")
+            raise ValueError(f"the model in {c['out_dir']} is dense: it has no features for --steer or --show_features")
         enc, meta, pieces = load_vocabulary(checkpoint, c['dataset'])
-        prompt = encode_prompt(c, enc, meta, model.config.vocab_size)
+        prompt = encode_prompt(given, enc, meta, model.config.vocab_size)
         runs = parse_steering(c['steer'], model)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
@@ -280,16 +249,14 @@ def main(argv):
     if c['compare']:
         runs = [("unsteered", []), *runs]
     def text(tokens): # the default prompt is not printed
-        shown = tokens if c['prompt'] or c['prompt_file'] else tokens[len(prompt):]
-        return safe(b"".join(pieces[t] for t in shown).decode('utf-8', 'replace'))
+        return safe(b"".join(pieces[t] for t in tokens[0 if given else len(prompt):]), keep='\n\t')
     scores = {label: [] for label, _ in runs}
     for seed in range(c['seed'], c['seed'] + c['num_samples']):
         samples = {label: sample(model, prompt, c, seed, edits) for label, edits in runs}
         for label, tokens in samples.items():
             if c['compare'] and label != "unsteered":
                 print(f"\n--- seed {seed} ---")
-                print_columns(f"unsteered\n\n{text(samples['unsteered'])}",
-                              f"{label}\n\n{text(tokens)}")
+                print_columns(f"unsteered\n\n{text(samples['unsteered'])}", f"{label}\n\n{text(tokens)}")
             elif not c['compare']:
                 several = len(runs) * c['num_samples'] > 1 or c['steer'] != []
                 print(f"\n--- seed {seed}, {label} ---\n" * several + text(tokens))

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -65,19 +67,19 @@ sae_k = 32
 sae_k_start = 0
 sae_tied_init = True
 sae_token_skip = True
-sae_recon = 0.0
+sae_recon = 1.0
 sae_auxk = 0.0
 sae_nudge = 0.02
 sae_silent_tokens = 1_310_720
 # schedules of the sparse layers, as shares of max_iters
-sae_blend_start = 0.0     # alpha is 0 until here
-sae_blend_end = 0.6       # and 1 from here; both 0: the SAE replaces the stream from step 0
+sae_blend_start = 0.3     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
+sae_blend_end = 0.35      # and 1 from here; both 0: the SAE replaces the stream from step 0
 sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
 # optimiser
-optimizer = 'adamw'       # 'adamw', or 'muon' for the hidden matrices (and AdamW for the rest)
-learning_rate = 1.5e-3
-sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
+optimizer = 'muon'        # 'muon' for the blocks' matrices (and AdamW for the rest), or 'adamw' for all
+learning_rate = 3e-3
+sae_lr_factor = 0.3       # the SAE's learning rate is this times the model's
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -91,86 +93,130 @@ seed = 1337
 device = 'auto'           # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'            # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True
+rank_timeout = 60         # seconds for which ranks wait for one another in a step; a longer silence ends the run
 # ----------------------------------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)]
-config = configure({k: globals()[k] for k in config_keys}, sys.argv[1:])
+
+ddp = 'RANK' in os.environ # set by torchrun
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+master = rank == 0
+
+def resolve(device):
+    """'auto' and 'cuda' are this rank's own GPU; local_rank is 0 without torchrun."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and not ddp else 'cpu'
+    return f'cuda:{local_rank}' if device == 'cuda' else device
+
+def usable(device):
+    try:
+        torch.zeros((), device=device)
+        return device.partition(':')[0] in ('cpu', 'cuda', 'mps')
+    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
+        return False
+
+def model_args(c):
+    """Of the config c, what GPTConfig takes: all but vocab_size, which is the data's."""
+    return {f.name: c[f.name] for f in fields(GPTConfig) if f.name in c}
+
+def problems(c):
+    """What is out of range or contradictory in the config c, as a list of sentences."""
+    found = GPTConfig(**model_args(c)).problems()
+    at_least = dict(eval_interval=1, save_interval=1, eval_tokens=1, probe_tokens=0, log_interval=1, batch_size=1, max_iters=0,
+                    gradient_accumulation_steps=1, warmup_iters=0, weight_decay=0, grad_clip=0, seed=0, rank_timeout=1)
+    found += [f"{k}={c[k]} must be at least {low}" for k, low in at_least.items() if c[k] < low]
+    found += [f"{k}={c[k]} must be above 0" for k in ('learning_rate', 'sae_lr_factor') if c[k] <= 0]
+    found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio')
+              if not 0 <= c[k] <= 1]
+    found += [f"{k}={c[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= c[k] < 1]
+    one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'), dtype=('auto', 'float32', 'bfloat16', 'float16'))
+    found += [f"{k}={c[k]!r} must be one of {', '.join(known)}" for k, known in one_of.items() if c[k] not in known]
+    if c['sae_blend_start'] > c['sae_blend_end']:
+        found.append(f"sae_blend_start={c['sae_blend_start']} must not be after sae_blend_end={c['sae_blend_end']}")
+    if c['gradient_accumulation_steps'] % world_size:
+        found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a multiple of the {world_size} ranks")
+    if not usable(resolve(c['device'])):
+        found.append(f"device={c['device']!r} is not usable here: expected auto, cpu, cuda or mps")
+    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not c['sae_layers'] or c['sae_recon'] == 0 or c['optimizer'] != 'adamw'):
+        found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, sae_recon above 0, "
+                     "and optimizer=adamw")
+    source, target = (os.path.realpath(c[k]) + os.sep for k in ('init_from', 'out_dir'))
+    if c['init_from'] not in ('scratch', 'resume') and source.startswith(target):
+        found.append(f"init_from={c['init_from']} must not lie in out_dir={c['out_dir']}, which a new run clears; "
+                     "--init_from=resume goes on with the run in there")
+    return found
+
+config = configure({k: globals()[k] for k in config_keys}, sys.argv[1:], problems)
 globals().update(config)
 
 # ----------------------------------------------------------------------------------------------------
 # ranks and devices
-ddp = 'RANK' in os.environ # set by torchrun
-rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-master = rank == 0
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() and not ddp else 'cpu'
-if device == 'cuda': # local_rank is 0 without torchrun
-    device = f'cuda:{local_rank}'
+device = resolve(device)
 device_type = device.partition(':')[0]
 
-model_args = {f.name: config[f.name] for f in fields(GPTConfig) if f.name in config} # all but vocab_size: the data's
-def one_of(key, *allowed):
-    return [] if config[key] in allowed else [f"{key}={config[key]!r} must be one of {', '.join(allowed)}"]
-problems = GPTConfig(**model_args).problems()
-problems += one_of('optimizer', 'adamw', 'muon') + one_of('lr_schedule', 'cosine', 'wsd')
-problems += one_of('dtype', 'auto', 'float32', 'bfloat16', 'float16')
-problems += [f"{k}={config[k]} must be at least 1" for k in ('eval_interval', 'save_interval', 'eval_tokens', 'log_interval',
-             'batch_size', 'gradient_accumulation_steps') if config[k] < 1]
-problems += [f"{k}={config[k]} must not be negative" for k in ('max_iters', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed',
-             'probe_tokens') if config[k] < 0]
-problems += [f"{k}={config[k]} must be a finite number above 0" for k in ('learning_rate', 'sae_lr_factor')
-             if not 0 < config[k] < math.inf]
-problems += [f"{k}={config[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio')
-             if not 0 <= config[k] <= 1]
-problems += [f"{k}={config[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= config[k] < 1]
-problems += [f"seed={seed} must be below 2**63"] if seed >= 2**63 else []
-if sae_blend_start > sae_blend_end:
-    problems.append(f"sae_blend_start={sae_blend_start} must not be after sae_blend_end={sae_blend_end}")
-if gradient_accumulation_steps % world_size:
-    problems.append(f"gradient_accumulation_steps={gradient_accumulation_steps} must be a multiple of the {world_size} ranks")
-def usable(device):
-    try:
-        torch.zeros((), device=device)
-        return True
-    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        return False
-if device_type not in ('cpu', 'cuda', 'mps') or not usable(device):
-    problems.append(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps")
-if sae_posthoc and (init_from == 'scratch' or not sae_layers or sae_recon == 0 or optimizer != 'adamw'):
-    problems.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, sae_recon above 0, "
-                    "and optimizer=adamw")
-stop_if(problems if master else problems and ["see rank 0"])
+def has_fast_bf16():
+    """CPUs with bf16 instructions train 1.6 times as fast in it; without them it is emulated, and slower."""
+    return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
-if ddp:
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+store = None # where a rank leaves the reason why it failed
+if ddp: # one group for what takes as long as it takes (somebody saves), and one in which silence means trouble
+    dist.init_process_group('gloo', timeout=timedelta(hours=1))
+    group = dist.new_group(backend='nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=timedelta(seconds=10))
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
-if dtype == 'auto':
-    dtype = 'float32' if device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+if dtype == 'auto': # bfloat16 where the hardware multiplies it faster than float32
+    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else device_type == 'cpu' and has_fast_bf16()
+    dtype = 'bfloat16' if fast else 'float16' if device_type == 'cuda' else 'float32'
 autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 wide = torch.float32 if device_type == 'mps' else torch.float64 # for sums; MPS has no float64
 
 def fail(message, code=1):
-    """One sentence to stderr and a non-zero exit; under torchrun the other ranks are then stopped too."""
+    """One sentence to stderr and a non-zero exit. Of several ranks, all say why the first of them failed."""
+    if store is not None:
+        message = f"rank {rank}: {message}"
+        try:
+            message = store.compare_set('failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', ''), '', message).decode()
+        except RuntimeError:
+            pass # without torchrun the store goes with rank 0
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(code) if ddp else sys.exit(code) # _exit: no waiting in collectives that the others will never join
+    os._exit(code) # no waiting in collectives that the others will never join
+
+def on_error(kind, e, trace):
+    """What nobody caught: one sentence where the cause lies outside of this program; else with the traceback."""
+    message = str(e)
+    if kind is KeyboardInterrupt:
+        os._exit(130)
+    if ddp and (issubclass(kind, dist.DistError) or kind is RuntimeError and 'gloo' in message):
+        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout): {message.partition('] ')[2].partition('. ')[0]}"
+    elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+        message = f"out of memory with batch_size={batch_size}: halve it, and double gradient_accumulation_steps"
+    elif not issubclass(kind, OSError): # OSError: a full disk, a folder that cannot be written
+        sys.__excepthook__(kind, e, trace)
+        message = f"{kind.__name__}: {e}"
+    fail(message)
+
+sys.excepthook = on_error
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
     if ddp:
-        dist.all_reduce(t, op)
+        dist.all_reduce(t, op, group=group)
     return t
+
+def wait_for_all():
+    if ddp:
+        dist.barrier()
 
 # ----------------------------------------------------------------------------------------------------
 # data; the default corpus is made here if it is missing, since that needs nothing but Python itself
 if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
     print("preparing data/stdlib, once: Python's own library as a corpus", flush=True)
     importlib.import_module('data.stdlib.prepare').prepare()
-if ddp:
-    dist.barrier()
+wait_for_all()
 try:
-    data = load_dataset(dataset)
+    data = load_dataset(dataset, check_hash=local_rank == 0) # one rank of a node reads it all, about 1 GB/s
     for name, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= block_size:
             raise ValueError(f"{data.dir}/{name}.bin has {len(tokens)} tokens; block_size={block_size} needs at least one more")
@@ -183,7 +229,7 @@ vocab_size = data.meta['vocab_size']
 torch.manual_seed(seed)
 step, checkpoint = 0, None
 log_sums = torch.zeros(4, dtype=wide) # since the last log line: loss, L0 and FVU (means over SAE layers), micro-batches
-model_config = GPTConfig(vocab_size=vocab_size, **model_args)
+model_config = GPTConfig(vocab_size=vocab_size, **model_args(config))
 model = GPT(model_config)
 if init_from != 'scratch':
     try:
@@ -192,18 +238,17 @@ if init_from != 'scratch':
         fail(e)
 if init_from == 'resume':
     step = checkpoint['step']
-    # what a resumed run must share with the run it continues: all that decides a step; the rest may change
+    # all that decides a step must be as it was; these may change
     may_change = {'init_from', 'out_dir', 'eval_interval', 'save_interval', 'eval_tokens', 'probe_tokens', 'log_interval', 'wandb_log',
-                  'wandb_project', 'device', 'dtype', 'compile', 'dataset', 'max_iters'}
-    changed = [f"{k}: {checkpoint['config'].get(k)} in the checkpoint, {v} now" for k, v in config.items()
-               if checkpoint['config'].get(k) != v and k not in may_change]
+                  'wandb_project', 'device', 'dtype', 'compile', 'dataset', 'max_iters', 'rank_timeout'}
+    was = checkpoint['config']
+    changed = [f"{k}={v}, but {k}={was.get(k)} in the checkpoint" for k, v in config.items() if was.get(k) != v and k not in may_change]
     if checkpoint['data_sha256'] != data.meta['train_sha256']:
-        changed.append(f"dataset: another train.bin than the checkpoint's ({data.dir})")
-    if changed:
-        fail(f"cannot resume {out_dir} with another configuration ({'; '.join(changed)}). Use the old values, "
-             "or begin a new run with --init_from=" + out_dir, code=2)
+        changed.append(f"dataset={dataset} has another train.bin than the checkpoint's")
     if step > max_iters:
-        fail(f"cannot resume {out_dir} with max_iters={max_iters}: it is at step {step} already", code=2)
+        changed.append(f"max_iters={max_iters}, but the run is at step {step} already")
+    stop_if(changed and changed + [f"cannot resume {out_dir} so: use the old values, or begin another run with its weights, "
+                                   f"--init_from={out_dir} --out_dir=..."])
     model.load_state_dict(checkpoint['model'])
     if master: # of all ranks together
         log_sums = checkpoint['log_sums'].to(wide)
@@ -245,7 +290,8 @@ if compile:
 eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # torch 2.13's name for it is unknown to 2.11
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+    wait_for_all()
+    model = DDP(model, process_group=group, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
 
 # ----------------------------------------------------------------------------------------------------
 # schedules, as functions of the step alone
@@ -387,10 +433,22 @@ def stays_in_log(line):
     """For a resumed run: torn lines go, and so does what comes after the checkpoint, since it will be written again."""
     try:
         record = json.loads(line)
-    except ValueError:
+        again = record['event'] == 'eval' and (step % eval_interval == 0 or step == max_iters)
+        return line.endswith('\n') and record.get('step', 0) < step + (not again)
+    except (ValueError, KeyError, TypeError):
         return False
-    again = record['event'] == 'eval' and (step % eval_interval == 0 or step == max_iters)
-    return line.endswith('\n') and record.get('step', 0) < step + (not again)
+
+def set_aside():
+    """A new run in an old out_dir: the old one's files must not be taken for its own; they go to out_dir/previous."""
+    previous = os.path.join(out_dir, 'previous')
+    names = ('ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl', 'index.npz', 'index_codes.npy', 'timeline.npz')
+    if any(os.path.exists(os.path.join(out_dir, name)) for name in names[:2]): # else it never saved anything
+        shutil.rmtree(previous, ignore_errors=True)
+        os.makedirs(previous)
+        for name in filter(lambda name: os.path.exists(os.path.join(out_dir, name)), names):
+            os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
+        print(f"{out_dir} held another run: it is in {previous} now, in place of an older one", flush=True)
+    shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
 
 def save():
     sums = all_reduce(log_sums.clone())
@@ -399,6 +457,7 @@ def save():
             model=raw_model.state_dict(), model_args=asdict(model_config), optimizers=[o.state_dict() for o in optimizers],
             scaler=scaler.state_dict(), step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
             dataset=str(dataset), versions=versions))
+    wait_for_all()
 
 def duration(seconds):
     m, s = divmod(int(seconds), 60)
@@ -415,6 +474,8 @@ versions = dict(torch=str(torch.__version__), numpy=str(np.__version__), python=
                 gpu=torch.cuda.get_device_name() if device_type == 'cuda' else None)
 if master:
     os.makedirs(out_dir, exist_ok=True)
+    if init_from != 'resume':
+        set_aside()
     log_path = os.path.join(out_dir, 'log.jsonl')
     if init_from == 'resume' and os.path.exists(log_path):
         with open(log_path, encoding='utf-8', errors='replace') as f, open(log_path + '.tmp', 'w', encoding='utf-8') as kept:
@@ -452,7 +513,7 @@ def next_batch(step, i):
 
 log_sums = log_sums.to(device)
 batch = next_batch(step, 0) if step < max_iters else None
-started, start_step, last_log, last_step = time.time(), step, time.time(), step
+started, last_log, last_step = time.time(), time.time(), step
 saved_step, paused = step, 0.0
 
 while True:
@@ -476,6 +537,7 @@ while True:
                 if probe_tokens:
                     snapshot(step)
             print(line, flush=True)
+        wait_for_all()
     paused += time.time() - pause
     if step == max_iters:
         break
@@ -534,10 +596,9 @@ while True:
             line += f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f} | live {100 * live:.1f} % | alpha {alpha:.2f}"
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
-        left = (now - started) / (step - start_step) * (max_iters - step)
         write_log(record)
         if master:
-            print(f"{line} | {tok_s / 1000:.1f}k tok/s | {duration(left)} left", flush=True)
+            print(f"{line} | {tok_s / 1000:.1f}k tok/s | {duration((max_iters - step) * tokens_per_step / tok_s)} left", flush=True)
         if not math.isfinite(loss_sum):
             fail(f"the loss is not finite at step {step}", code=3)
         log_sums.zero_()

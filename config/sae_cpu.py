@@ -1,5 +1,5 @@
-# A small GPT with one SAE layer, trained on the source of Python's own library: minutes on two CPU cores,
-# no download. Long enough for features that one can name; the text it writes is Python-shaped nonsense.
+# A small GPT with one SAE layer, trained on the source of Python's own library: a few minutes on two CPU cores, no
+# download. Long enough for features that one can name; the text it writes is Python-shaped nonsense.
 out_dir = 'out-sae-cpu'
 dataset = 'stdlib'
 
@@ -8,18 +8,17 @@ n_head = 4
 n_embd = 192
 block_size = 256
 sae_layers = (2,)        # after the third of four blocks
-sae_ratio = 11           # F = 2112 features
+sae_ratio = 11           # F = 11 * 192 = 2,112 features
 sae_k = 16
 
-batch_size = 8           # 8 sequences * 2 micro-batches * 256 tokens = 4,096 tokens a step
-gradient_accumulation_steps = 2
-max_iters = 500
-learning_rate = 3e-3
+batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step; twice as many tokens a
+gradient_accumulation_steps = 2 # step and half the steps ended at 4.48 instead of 4.25
+max_iters = 480
 warmup_iters = 20
-sae_silent_tokens = 20 * 4096
+sae_silent_tokens = 20 * 2048
 
-eval_interval = 100
-save_interval = 100
-eval_tokens = 32_768
-probe_tokens = 32_768
+eval_interval = 120
+save_interval = 120
+eval_tokens = 16_384
+probe_tokens = 16_384
 compile = False          # compiling takes longer than it saves at this size

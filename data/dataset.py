@@ -4,7 +4,7 @@ every prepare.py.
 
 A data set is a folder data/<name>/ with
     train.bin, val.bin   token ids, little-endian uint16 (uint32 where vocab_size > 65536)
-    meta.json            vocab_size, tokenizer, dtype, token counts, sha256 of both, source, eot
+    meta.json            vocab_size, tokenizer, dtype, token counts, sha256 of all, source, eot
     tokenizer.json       a tiktoken Encoding, where meta's "tokenizer" names it (else: "gpt2", ...)
 Every document begins with the token `eot`, as in the FineWeb shards of modded-nanogpt.
 
@@ -78,12 +78,19 @@ def read_meta(file, how):
               and meta["dtype"] == token_dtype(vocab_size).name
               and (eot is None or type(eot) is int and 0 <= eot < vocab_size)
               and all(type(meta[f"{split}_tokens"]) is int for split in SPLITS)
-              and all(isinstance(meta[f"{split}_sha256"], str) for split in SPLITS))
+              and all(isinstance(meta[f"{split}_sha256"], str) for split in SPLITS)
+              and meta.get("meta_sha256") in (None, meta_digest(meta)))
     except (ValueError, KeyError, TypeError, RecursionError):
         ok = False
     if not ok:
         raise ValueError(f"{file} is torn, or is not the meta.json of a data set: {how} again")
     return meta
+
+
+def meta_digest(meta):
+    """sha256 of all else in meta.json: a flipped bit in vocab_size is still good JSON."""
+    rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokens(file, meta, split, check_hash, how):
@@ -192,10 +199,19 @@ def load_tokenizer(folder, meta):
     if hashlib.sha256(raw).hexdigest() != meta.get("tokenizer_sha256"):
         raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): prepare its data "
                          "set again")
-    d = json.loads(raw)
-    ranks = {base64.b64decode(token): i for token, i in d["mergeable_ranks"].items()}
-    return tiktoken.Encoding(d["name"], pat_str=d["pat_str"], mergeable_ranks=ranks,
-                             special_tokens=d["special_tokens"])
+    try:
+        d = json.loads(raw)
+        ranks = {base64.b64decode(token): i for token, i in d["mergeable_ranks"].items()}
+        ids = [*ranks.values(), *d["special_tokens"].values()]
+        if (len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < meta["vocab_size"]
+                or not d["pat_str"] or b"" in ranks or not ranks.keys() >= {bytes([i]) for i in range(256)}):
+            raise ValueError  # tiktoken would panic, as an exception that nobody can catch
+        return tiktoken.Encoding(d["name"], pat_str=d["pat_str"], mergeable_ranks=ranks,
+                                 special_tokens=d["special_tokens"])
+    except Exception as e:  # json, base64, regex, tiktoken: of the last nothing is documented
+        raise ValueError(f"{file} is no tiktoken Encoding of all bytes with ids below "
+                         f"{meta['vocab_size']} ({type(e).__name__}): prepare its data set again"
+                         ) from None
 
 
 def encoding_to_json(enc):
@@ -270,6 +286,7 @@ def write_dataset(out_dir, train_iter, val_iter, vocab_size, tokenizer, source, 
             _, digest = write(temp[name], [raw])
             if name == tokenizer:
                 meta["tokenizer_sha256"] = digest
+        meta["meta_sha256"] = meta_digest(meta)
         write(temp["meta.json"], [json.dumps(meta, indent=1).encode()])
         (out / "meta.json").unlink(missing_ok=True)
         for name, file in temp.items():  # meta.json is the last of them

@@ -37,49 +37,58 @@ def rows(size):
     """{name: (what differs from train.py's defaults, what it is)}; the order is the table's."""
     L = SIZES[size]['n_layer']
     at = dict(sae_layers=SAE_LAYER[size])
-    naive = at | dict(sae_blend_end=0.0, sae_tied_init=False, sae_nudge=0.0, sae_token_skip=False)
-    spread = lambda n: tuple(sorted({round((i + 1) * L / (n + 1)) - 1 for i in range(n)}))
-    table = {
+    naive = at | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_tied_init=False, sae_nudge=0.0,
+                      sae_token_skip=False, sae_lr_factor=1.0)
+    strict = at | dict(sae_token_skip=False)
+    slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
+    handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
+    spread = lambda n: tuple(sorted({max(0, round((i + 1) * L / (n + 1)) - 1) for i in range(n)}))
+    return {
         'dense': (dict(sae_layers=()), 'no SAE'),
-        'naive': (naive, 'hard TopK from step 0, untied init, nothing revives'),
-        'default': (at, 'tied init, blend, nudge, token skip'),
-        'strict': (at | dict(sae_token_skip=False), 'default without the token skip'),
-        'posthoc': (at | dict(sae_token_skip=False, sae_posthoc=True, sae_recon=1.0), 'SAE trained on the frozen dense twin, spliced in'),
+        'naive': (naive, 'hard TopK from step 0 and nothing else'),
+        'default': (at, "train.py's defaults"),
+        'strict': (strict, 'default without the token skip'),
+        'posthoc': (strict | dict(sae_posthoc=True, optimizer='adamw'), 'SAE trained on the frozen dense twin, spliced in'),
         # each strategy alone
         'naive+tied': (naive | dict(sae_tied_init=True), ''),
-        'naive+blend': (naive | dict(sae_blend_end=0.6), ''),
+        'naive+blend': (naive | slow_blend, 'alpha from 0 to 1 over 60 %'),
+        'naive+recon': (naive | handover(0.3) | dict(sae_recon=1.0), 'reconstruction, then hand-over at 30 %'),
         'naive+nudge': (naive | dict(sae_nudge=0.02), ''),
         'naive+auxk': (naive | dict(sae_auxk=0.1), ''),
         'naive+anneal': (naive | dict(sae_k_start=512 if size != 'tiny' else 64), 'K from 512 over 30 %'),
         'naive+skip': (naive | dict(sae_token_skip=True), ''),
         'naive+saelr': (naive | dict(sae_lr_factor=0.3), ''),
-        # the default without each
+        # the default without each, or with another
         'default-tied': (at | dict(sae_tied_init=False), ''),
-        'default-blend': (at | dict(sae_blend_end=0.0), ''),
+        'default-recon': (at | dict(sae_recon=0.0), 'hand-over at 30 %, without reconstruction before it'),
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
+        'default-saelr': (at | dict(sae_lr_factor=1.0), ''),
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
-        'default+saelr': (at | dict(sae_lr_factor=0.3), ''),
-        'default+recon': (at | dict(sae_recon=0.1), ''),
-        'dense+muon': (dict(sae_layers=(), optimizer='muon'), ''),
-        'default+muon': (at | dict(optimizer='muon'), ''),
+        'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
+        'strict blend': (strict | slow_blend, 'the same'),
+        **{f'{mode} at {share:.0%}': (base | handover(share), 'hand-over there')
+           for mode, base in (('default', at), ('strict', strict)) for share in (0.15, 0.5)},
+        'dense adamw': (dict(sae_layers=(), optimizer='adamw'), 'AdamW for all'),
+        'default adamw': (at | dict(optimizer='adamw'), 'AdamW for all'),
         # where
-        **{f'default@{i}': (dict(sae_layers=(i,)), '') for i in range(L)},
-        **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), '') for i in range(L)},
+        **{f'default@{i}': (dict(sae_layers=(i,)), 'after another block') for i in range(L)},
+        **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), 'after another block') for i in range(L)},
         'mlp': (at | dict(sae_site='mlp'), ''),
         'attn': (at | dict(sae_site='attn'), ''),
-        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden'), "every block's MLP, K of 4 C"),
-        'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8), 'all blocks but the last two'),
-        'default x2': (dict(sae_layers=spread(2)), 'at two layers'),
-        'default x4': (dict(sae_layers=spread(4)), 'at four layers'),
+        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden') | slow_blend, "every block's MLP, K of 4 C"),
+        'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
+                   | slow_blend, 'all blocks but the last two'),
+        **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},
         'default xL': (dict(sae_layers=tuple(range(L))), 'at every layer'),
         # how many
-        **{f'{mode} K={k}': (at | dict(sae_k=k, sae_token_skip=mode == 'default'), '') for mode in ('default', 'strict') for k in (8, 16, 64, 128)},
-        **{f'{mode} F={r}x': (at | dict(sae_ratio=r, sae_token_skip=mode == 'default'), '') for mode in ('default', 'strict') for r in (4, 64)},
+        **{f'{mode} K={k}': (base | dict(sae_k=k), '') for mode, base in (('default', at), ('strict', strict))
+           for k in (8, 16, 64, 128)},
+        **{f'{mode} F={r}x': (base | dict(sae_ratio=r), '') for mode, base in (('default', at), ('strict', strict))
+           for r in (4, 64)},
         # a slightly larger model in exchange
-        'strict wider': (at | dict(sae_token_skip=False, n_embd=SIZES[size]['n_embd'] * 9 // 8 // 16 * 16), 'C up by an eighth'),
-        'strict deeper': (at | dict(sae_token_skip=False, n_layer=L + 1), 'one block more'),
+        'strict wider': (strict | dict(n_embd=SIZES[size]['n_embd'] * 9 // 8), 'C up by an eighth'),
+        'strict deeper': (strict | dict(n_layer=L + 1), 'one block more'),
     }
-    return table
 
 def command(size, overrides, seed, steps, dataset, out_dir):
     options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // 10),

@@ -12,6 +12,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +49,23 @@ def train(out, data, accident=None, ranks=1, **changes):
     """Runs train.py with TINY and the changes -> its exit code (a list of them for ranks > 1) and all it printed."""
     return run_script('train.py', arguments(out, data, **changes), accident, ranks)
 
-def run_script(script, argv, accident=None, ranks=1, timeout=120):
-    """Runs a script of the repository as `python script argv` would, or as torchrun would with several ranks."""
+def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+def environments(ranks, port):
+    """What torchrun sets, for each rank; nothing for one."""
+    return [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1', MASTER_PORT=port) if ranks > 1 else {}
+            for rank in range(ranks)]
+
+def run_script(script, argv, accident=None, ranks=1, timeout=120):
+    """Runs a script of the repository as `python script argv` would, or as torchrun would with several ranks."""
+    port = free_port()
     path = Path(os.environ.get('TMPDIR', '/tmp')) / f'runs-{os.getpid()}-{port}.txt'
     processes = []
-    for rank in range(ranks):
-        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        args = (script, list(map(str, argv)), str(path), env if ranks > 1 else {}, accident)
-        processes.append(children.Process(target=child, args=args))
+    for env in environments(ranks, port):
+        processes.append(children.Process(target=child, args=(script, list(map(str, argv)), str(path), env, accident)))
         processes[-1].start()
     for p in processes:
         p.join(timeout)
@@ -82,6 +89,9 @@ def child(script, argv, path, env, accident):
         accident()
     try:
         runpy.run_path(str(ROOT / script), run_name='__main__')
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info()) # as the interpreter would; multiprocessing has a way of its own
+        os._exit(1)
     finally:
         sys.stdout.flush()
 
@@ -111,7 +121,7 @@ def at_loss(n, action, rank=None):
     F.cross_entropy = wrapped
 
 def at_replace(n, action):
-    """The n-th renaming of a file: a save is two of them (the first one in a folder: one), a snapshot is one."""
+    """The n-th renaming of a file: a save is two, new into place and old to prev (the first one: one); a snapshot is one."""
     at_call(os, 'replace', n, action)
 
 def at_fsync(n, action):
@@ -147,8 +157,21 @@ def huge(function, *args, **kwargs):
     """A finite loss whose gradients overflow in fp16."""
     return function(*args, **kwargs) * 1e20
 
+def nan_gradient(function, *args, **kwargs):
+    """A loss that looks sound and whose gradient is not."""
+    loss = function(*args, **kwargs)
+    loss.register_hook(lambda grad: grad * float('nan'))
+    return loss
+
 def crash(*args, **kwargs):
     raise RuntimeError("an accident")
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+def oversleep(function, *args, **kwargs):
+    time.sleep(3.5)
+    return function(*args, **kwargs)
 
 def half_saved_then_killed(save, checkpoint, f):
     f.write(b'PK' + os.urandom(1000))

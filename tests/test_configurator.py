@@ -4,11 +4,13 @@ configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad inp
     python -m pytest tests/test_configurator.py
 """
 import random
+import re
 import string
 
 import pytest
 
 from configurator import configure
+from runs import ROOT, run_script
 
 DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,), dataset='fineweb', prompt=['x'])
 
@@ -68,6 +70,35 @@ def test_every_problem_at_once(tmp_path, capsys):
     path = write(tmp_path / 'c.py', "n_layer = 'two'\ncompile = 1\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
     assert len(lines) == 6 and all(line.startswith('error: ') for line in lines)
+
+def test_values_that_do_not_fit_are_listed_too(capsys):
+    """What `check` finds comes in the same list; but nothing about a key that could not be read, which has its default."""
+    check = lambda c: [f"{k}={c[k]} must be below 5" for k in ('n_layer', 'learning_rate') if c[k] >= 5] + ["always n_layer=..."]
+    with pytest.raises(SystemExit) as e:
+        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile=x'], check)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and [line.split('=')[0] for line in lines] == ['error: n_layer', 'error: compile', 'error: learning_rate']
+    assert configure(DEFAULTS, [], lambda c: [])
+
+def test_of_several_ranks_one_says_all(capsys, monkeypatch):
+    """The other ranks say only their first problem, with their number: it may be one that rank 0 does not have."""
+    for rank, n in (('0', 2), ('1', 1)):
+        monkeypatch.setenv('RANK', rank)
+        lines = errors(['--n_layer=x', '--compile=x'], capsys)
+        assert len(lines) == n and ('rank 1' in lines[0]) == (rank == '1')
+
+SCRIPTS = ['train.py', 'sample.py', 'inspect_features.py', 'results/ladder.py', 'bench.py']
+
+@pytest.mark.parametrize('script', [s for s in SCRIPTS if (ROOT / s).exists()])
+def test_every_key_of_every_script(script):
+    """Each key that is not text, with a value of the wrong type: all are listed, in one go, before any work."""
+    code, text = run_script(script, ['--help'])
+    assert code == 0
+    keys = dict(re.findall(r'^  --(\w+)=(.*)$', text, re.M))
+    typed = [k for k, v in keys.items() if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', v)]
+    assert len(typed) >= 2
+    code, text = run_script(script, [f'--{k}=!' for k in typed])
+    assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [f'error: {k}' for k in typed], text
 
 def test_files(tmp_path):
     """A file is Python: it may import, compute, use values set so far, and keep names of its own that begin with _."""

@@ -142,7 +142,8 @@ def test_dtype_follows_the_vocabulary(tmp_path):
 
 def edit_meta(path, **changes):
     file = path / "meta.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    meta = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(meta | {"meta_sha256": dataset.meta_digest(meta)}))
 
 
 @pytest.mark.parametrize("damage,message", [

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from model import load_checkpoint
-from runs import ROOT, arguments, assert_same_run, at_loss, kill, nan, records, terminate, train
+from runs import (ROOT, arguments, assert_same_run, at_loss, at_save, crash, disk_full, kill, nan, out_of_memory, oversleep, records,
+                  terminate, train)
 
 @pytest.fixture(scope='module')
 def pair(tiny_data, tmp_path_factory):
@@ -66,6 +67,34 @@ def test_killed_and_resumed_on_two(pair, tiny_data, tmp_path):
     assert codes == [0, 0], text
     assert_same_run(pair, tmp_path)
 
+def at_loss_of_rank_1(action):
+    return partial(at_loss, 5, action, rank=1)
+
+@pytest.mark.parametrize('what, reason', [
+    (at_loss_of_rank_1(crash), 'rank 1: RuntimeError: an accident'),
+    (at_loss_of_rank_1(out_of_memory), 'rank 1: out of memory with batch_size=2'),
+    (at_loss_of_rank_1(oversleep), 'rank 0: another rank is gone, or silent for 2 s (rank_timeout)'),
+    (at_loss_of_rank_1(kill), 'rank 0: another rank is gone, or silent for 60 s (rank_timeout)'),
+    (partial(at_save, 2, disk_full), 'rank 0: no checkpoint could be saved')],
+    ids=['raises', 'out of memory', 'lags', 'is killed', 'has a full disk'])
+def test_all_leave_when_one_fails(what, reason, tiny_data, tmp_path):
+    """The other rank leaves within rank_timeout with the reason that the first one gave, and shows no traceback of its own;
+    what was saved is there."""
+    begin = time.time()
+    codes, text = train(tmp_path, tiny_data, what, ranks=2, rank_timeout=2 if '2 s' in reason else 60)
+    assert time.time() - begin < 30
+    assert 0 not in codes and None not in codes and codes[0] == 1, text
+    assert f'error: {reason}' in text, text
+    assert text.count('Traceback') == ('an accident' in text), text # that of an unforeseen error, on the rank that had it
+    if reason.startswith('rank 1'):
+        assert text.count(f'error: {reason}') == 2, text # said by both
+    assert load_checkpoint(str(tmp_path))['step'] == 3
+
+def test_slow_rank_0_is_waited_for(tiny_data, tmp_path):
+    """A save may take longer than rank_timeout: there the others wait."""
+    codes, text = train(tmp_path, tiny_data, partial(at_save, 1, oversleep), ranks=2, rank_timeout=2)
+    assert codes == [0, 0], text
+
 def test_another_number_of_ranks(whole, pair, tiny_data, tmp_path):
     """Begun on 2 ranks, gone on with on 1, and back: the same run up to rounding. The signal reached one rank only."""
     for first, then in ((2, 1), (1, 2)):
@@ -114,13 +143,15 @@ def test_torchrun(whole, tiny_data, tmp_path):
     assert_close_run(whole, tmp_path)
 
 @pytest.mark.slow
-def test_torchrun_ends_when_a_rank_fails(tiny_data, tmp_path):
-    """One rank raises (out of memory, say): torchrun ends the other within a minute and shows the reason.
+@pytest.mark.parametrize('failing', [0, 1])
+def test_torchrun_ends_when_a_rank_fails(failing, tiny_data, tmp_path):
+    """One rank raises: torchrun ends the other within a minute and shows the reason, which both say.
 
     python -m pytest tests/test_ddp.py --slow -k torchrun"""
     script = tmp_path / 'accident.py'
     script.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport runs, runpy\n"
-                      f"runs.at_loss(5, runs.crash, rank=1)\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+                      f"runs.at_loss(5, runs.crash, rank={failing})\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
     r = torchrun(script, arguments(tmp_path / 'out', tiny_data))
     assert r.returncode != 0 and 'RuntimeError: an accident' in r.stderr
+    assert r.stderr.count(f'error: rank {failing}: RuntimeError: an accident') == 2
     assert load_checkpoint(str(tmp_path / 'out'))['step'] == 3

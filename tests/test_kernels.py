@@ -162,8 +162,8 @@ def test_layer(N, C, F, k, shift, dtype):
 @needs_kernels
 def test_busy_features(monkeypatch):
     """Features with more pairs than one program takes: their parts are added."""
-    monkeypatch.setitem(kernels.TUNE, "pair_part", 4)
-    monkeypatch.setitem(kernels.TUNE, "buffer_mb", 0)
+    monkeypatch.setattr(kernels, "PAIR_PART", 4)
+    monkeypatch.setattr(kernels, "BUFFER_MB", 0)
     inputs, grads = make(5, 20, 30, 3)
     with torch.no_grad():
         inputs[2][7] += 10

@@ -111,7 +111,7 @@ def test_fewer_positive_than_k():
     assert torch.equal(y, sae.b_dec.expand_as(y))
 
 def test_selection_in_fp32_under_autocast():
-    """bf16 has 8 bits: with it, features that differ by less would tie. Values stay fp32, as they are compared."""
+    """Under autocast the big product is bf16, but the bias is added and features are compared, counted and scored in fp32."""
     with torch.autocast('cpu', torch.bfloat16):
         _, out = make()(inputs())
     assert out.values.dtype == torch.float32 and out.fvu.dtype == torch.float32 and out.loss.dtype == torch.float32
@@ -188,14 +188,33 @@ def test_gradients_against_naive(site):
     assert not out.fired.all()
     assert not sae.W_enc.grad[~out.fired].any() and not sae.W_dec.grad[~out.fired].any()
 
-def test_reconstruction_loss():
-    """recon weighs the FVU; it trains the SAE but its target is fixed (detached): x gets no gradient as target."""
-    sae, x = make(recon=0.5), inputs()
-    _, out = sae(x)
-    torch.testing.assert_close(out.loss, 0.5 * out.fvu)
-    out.loss.backward()
-    assert sae.W_enc.grad.any() and sae.W_dec.grad.any()
-    assert make(recon=0.0)(x)[1].loss == 0
+@pytest.mark.parametrize('site', SITES)
+def test_reconstruction_loss(site):
+    """At alpha = 0 the loss is recon * FVU with a fixed target, and trains the SAE alone: x gets no gradient. At alpha above 0
+    it is off, as it always is at sites without a target of their own."""
+    sae, x = make(site, recon=0.5), inputs().requires_grad_()
+    sae.alpha.zero_()
+    out = sae(x)[1]
+    if site in OWN:
+        out.loss.backward()
+        h = norm(x).detach()
+        want = 0.5 * fraction_unexplained(h, sae.decode(torch.zeros(2, 8, F).scatter(-1, *sae.encode(h)[::-1])))
+        torch.testing.assert_close(out.loss, want)
+        for p, grad in zip(sae.parameters(), torch.autograd.grad(want, list(sae.parameters()))):
+            assert grad.any()
+            torch.testing.assert_close(p.grad, grad)
+        assert x.grad is None or not x.grad.any()
+    else:
+        assert out.loss == 0
+    for alpha in (1e-3, 0.5, 1.0):
+        sae.zero_grad()
+        sae.alpha.fill_(alpha)
+        out = sae(x)[1]
+        assert out.loss == 0 and out.fvu > 0
+        if out.loss.requires_grad:
+            out.loss.backward()
+            assert not any(p.grad.any() for p in sae.parameters() if p.grad is not None)
+    assert not make(site, recon=0.0)(x)[1].loss.requires_grad
 
 # ----------------------------------------------------------------------------------------------------
 # silent features

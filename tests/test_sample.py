@@ -82,7 +82,7 @@ def test_parse_steering():
     (['L1.F3'], 'malformed'), (['L1F3=8'], 'malformed'), (['L1.F3='], 'malformed'),
     (['L-1.F3=8'], 'malformed'), (['L1.F3=y2'], "'y2'"), (['L1.F3=nan'], "'nan'"),
     (['L1.F3=xinf'], "'xinf'"), (['L1.F3=2e6'], "'2e6'"), (['L1.F3=1,,2'], "''"),
-    (['L3.F3=8'], 'blocks are 0..2'), (['L0.F3=8'], 'only these blocks have an SAE: 1, 2'),
+    (['L3.F3=8'], 'only these blocks have an SAE: 1, 2'), (['L0.F3=8'], 'only these blocks have an SAE: 1, 2'),
     (['L1.F64=8'], 'features of block 1 are 0..63'),
     (['L1.F3=1,2', 'L2.F3=1,2'], 'more than one')])
 def test_parse_steering_refuses(specs, part):
@@ -96,6 +96,18 @@ def test_alpha_zero_is_refused_except_at_hidden():
         refuses = pytest.raises(ValueError, match='alpha is 0')
         with contextlib.nullcontext() if site == 'hidden' else refuses:
             sample.parse_steering(['L1.F3=8'], model)
+
+def test_post_hoc_saes_can_be_steered(capsys, tmp_path):
+    """They were saved with alpha 0, since they only watched; here they act."""
+    model = tiny_model()
+    for sae in model.saes().values():
+        sae.alpha.zero_()
+    run = write_run(tmp_path, model, config=dict(sae_posthoc=True))
+    sample.main([f'--out_dir={run}', '--device=cpu', '--max_new_tokens=12', '--prompt=ab', '--steer=L1.F3=9'])
+    seen = capsys.readouterr()
+    assert 'spliced in (alpha 1)' in seen.err and 'alpha 0' not in seen.out
+    write_run(tmp_path / 'twin', tiny_model())
+    assert seen.out == printed(capsys, tmp_path / 'twin', '--prompt=ab', '--steer=L1.F3=9')
 
 @torch.no_grad()
 @pytest.mark.parametrize('site', SITES)
@@ -196,7 +208,7 @@ def test_plain(capsys, run):
     assert printed(capsys, run, '--prompt=<|endoftext|>') == '<|endoftext|>' + printed(capsys, run)
     tokens = sample.sample(tiny_model(), [256], SETTINGS, 1337)[1:]
     text = b''.join(b'<|endoftext|>' if t == 256 else bytes([t]) for t in tokens)
-    text = sample.safe(text.decode('utf-8', 'replace'))
+    text = sample.safe(text, keep='\n\t')
     assert printed(capsys, run) == text + '\n' # after the end of text, which is not printed
     (run / 'prompt.txt').write_text('ab', encoding='utf-8')
     assert printed(capsys, run, f"--prompt_file={run / 'prompt.txt'}") == out
@@ -209,7 +221,7 @@ def test_show_features(capsys, run):
     lines = lines[lines.index('strongest features of the text of seed 1337, unsteered:') + 1:]
     tokens = sample.sample(model, [97, 32, 10], SETTINGS, 1337)
     assert len(lines) == 2 * len(tokens) # two SAE layers
-    assert [lines[n].split()[:2] for n in (0, 2, 4)] == [['0', 'a'], ['1', '·'], ['2', '␊']]
+    assert [lines[n].split()[:2] for n in (0, 2, 4)] == [['0', 'a'], ['1', '·'], ['2', '⏎']]
     for n, line in enumerate(lines):
         t, s = divmod(n, 2)
         strongest = sorted(codes(model, tokens, s + 1)[t].items(), key=lambda item: -item[1])[:2]
@@ -280,10 +292,11 @@ def test_hostile_text(capsys, run):
     for more in ([], ['--show_features=1'], ['--steer=L1.F3=9', '--compare=true']):
         out = printed(capsys, run, *args, *more)
         assert all(c in '\n\t' or unicodedata.category(c)[0] != 'C' for c in out)
-        assert more or '\u241b[31m[red][/x]:smile:\ufffd\ufffd宽' in out
+        assert more or '\u241b[31m[red][/x]:smile:<U+202E><U+200D>宽' in out
     wide = lambda c: 2 if unicodedata.east_asian_width(c) in 'WF' else 1
     assert max(sum(map(wide, line)) for line in out.splitlines()) <= 80 # of the two columns
-    assert sample.safe('a\x00\x7f\x85\u2028\ud800\tb\n') == 'a\u2400\u2421\ufffd\ufffd\ufffd\tb\n'
+    text = sample.safe('a\x00\x7f\x85\u2028\tb\n'.encode() + b'\xed\xa0', keep='\n\t')
+    assert text == 'a\u2400\u2421<U+0085><U+2028>\tb\n<0xED><0xA0>'
 
 # --------------------------------------------------------------------------------------------------
 # errors
@@ -300,9 +313,9 @@ def refused(capsys, *args):
     ('--top_k=-1', 'top_k=-1'), ('--max_new_tokens=0', 'max_new_tokens=0'),
     ('--num_samples=0', 'num_samples=0'), ('--seed=-1', 'seed=-1'), ('--device=tpu9', "'tpu9'"),
     ('--device=meta', "'meta'"), ('--compare=true', 'needs something to compare'),
-    ('--promt=x', "did you mean 'prompt'"), ('--prompt_file=/nonexistent/x', 'No such file'),
-    ('--prompt_file=.', 'cannot be read'), ('--dataset=/nonexistent/x', 'is missing'),
-    ('--steer=L6.F1=8', 'blocks are 0..2'), ('--steer=L1.F1', 'malformed')])
+    ('--promt=x', "did you mean 'prompt'"), ('--prompt_file=no/such/file', 'No such file'),
+    ('--prompt_file=.', 'cannot be read'), ('--dataset=no/such/set', 'is missing'),
+    ('--steer=L6.F1=8', 'only these blocks have an SAE: 1, 2'), ('--steer=L1.F1', 'malformed')])
 def test_bad_options(capsys, run, arg, part):
     assert part in refused(capsys, f'--out_dir={run}', arg)
 
@@ -313,6 +326,8 @@ def test_bad_files(capsys, tmp_path):
     assert 'is dense' in refused(capsys, out_dir, '--steer=L1.F1=8')
     assert 'is dense' in refused(capsys, out_dir, '--show_features=3')
     assert printed(capsys, tmp_path, '--prompt=a') # but it samples
+    write_run(tmp_path / 'foreign', tiny_model(), model_args=dict(n_layer=3, bias=True))
+    assert 'does not fit this version' in refused(capsys, f"--out_dir={tmp_path / 'foreign'}")
     (tmp_path / 'x').write_bytes(b'')
     assert 'is empty' in refused(capsys, out_dir, prompt_file)
     assert 'both given' in refused(capsys, out_dir, prompt_file, '--prompt=a')

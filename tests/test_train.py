@@ -25,12 +25,12 @@ import runs
 from data.dataset import eval_batches, get_batch, load_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model
 from runs import (ROOT, TINY, arguments, assert_same_run, at_eval, at_fsync, at_loss, at_replace, at_save, crash, half_saved_then_killed,
-                  huge, inf, interrupt, kill, nan, records, same, terminate, train)
+                  huge, inf, interrupt, kill, nan, nan_gradient, out_of_memory, records, same, terminate, train)
 from sae import count_pairs, token_entropy
 
 def resume(out, data, **changes):
     code, text = train(out, data, init_from='resume', **changes)
-    assert code == 0, text
+    assert code in (0, [0, 0]), text
     return text
 
 # ----------------------------------------------------------------------------------------------------
@@ -49,15 +49,15 @@ def test_the_undisturbed_run(whole):
     assert TINY['dropout'] > 0 and TINY['gradient_accumulation_steps'] > 1 and TINY['warmup_iters'] > 3
 
 # Two losses a step; saves before the evals at steps 3, 6 and 8. Renamings: the snapshot of step 0; then two a save
-# (one the first time) and one a snapshot: 2 save, 3 snapshot (step 3); 4 and 5 save, 6 snapshot (step 6).
+# (one the first time) and one a snapshot: 2 save, 3 snapshot (step 3); 4 and 5 save, 6 snapshot (step 6: "new").
 KILLS = {
     'in the first step after a save': partial(at_loss, 7, kill),
     'between two micro-batches': partial(at_loss, 10, kill),
     'while the file is written': partial(at_save, 2, half_saved_then_killed),
     'before it is on the disk': partial(at_fsync, 2, kill),
-    'before the first renaming': partial(at_replace, 4, kill),
-    'between the two renamings': partial(at_replace, 5, kill),
-    'in the snapshot after the save': partial(at_replace, 6, kill),
+    'before the new file is in its place': partial(at_replace, 4, kill),
+    'before the old one is ckpt_prev.pt (new)': partial(at_replace, 5, kill),
+    'in the snapshot after the save (new)': partial(at_replace, 6, kill),
 }
 
 @pytest.mark.parametrize('moment', KILLS)
@@ -65,7 +65,7 @@ def test_killed_and_resumed(moment, whole, tiny_data, tmp_path):
     """SIGKILL: there is a loadable checkpoint, and the resumed run ends as if nothing had happened, to the bit."""
     code, text = train(tmp_path, tiny_data, KILLS[moment])
     assert code == -signal.SIGKILL, text
-    assert load_checkpoint(str(tmp_path))['step'] == (6 if 'snapshot' in moment else 3)
+    assert load_checkpoint(str(tmp_path))['step'] == (6 if 'new)' in moment else 3)
     resume(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
 
@@ -126,17 +126,66 @@ def test_crash_in_an_eval_loses_nothing(whole, tiny_data, tmp_path):
 def test_full_disk_while_saving(whole, tiny_data, tmp_path):
     """No space left at the second save: non-zero exit, the first checkpoint is whole, and the run goes on from it."""
     code, text = train(tmp_path, tiny_data, partial(at_save, 2, runs.disk_full))
-    assert code == 1 and 'No space left' in text
+    assert code == 1 and text.count('error: ') == 1 and 'No space left' in text and 'Traceback' not in text
     assert load_checkpoint(str(tmp_path))['step'] == 3
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'features', 'log.jsonl'] # the torn half takes no room
     resume(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
+
+def tmpfs(path, pages):
+    """A file system of that many pages of 4 KiB at path; called again, it gets another size."""
+    options = f"{'remount,' if path.is_mount() else ''}size={pages * 4}k"
+    path.mkdir(exist_ok=True)
+    return subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(path)], capture_output=True).returncode == 0
+
+@pytest.mark.parametrize('pages', [None] + [pytest.param(n, marks=pytest.mark.slow) for n in range(1, 200, 7)])
+def test_full_disk_indeed(pages, whole, tiny_data, tmp_path):
+    """A real full disk (needs root), by default one that holds a checkpoint and a half: torch says `unexpected pos` there.
+    Wherever it fills up, in a save, a snapshot or the log: one sentence, what was saved is whole, and with more room the
+    run ends the same, to the bit.
+
+    python -m pytest tests/test_train.py --slow -k full_disk     (half a minute)"""
+    out, size = tmp_path / 'disk', sum(f.stat().st_size for f in whole.rglob('*') if f.is_file())
+    one = (whole / 'ckpt.pt').stat().st_size
+    if not tmpfs(out, pages or (size - one) // 4096 + one // 8192):
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        code, text = train(out, tiny_data)
+        if code: # it is enough for the whole run at about 90 pages
+            assert code == 1 and text.count('error: ') == 1 and text.endswith('\n') and 'Traceback' not in text, text
+            assert 'No space left' in text or 'is the disk full?' in text, text
+        assert tmpfs(out, 10_000)
+        saved = (out / 'ckpt.pt').exists()
+        assert pages or code == 1 and saved
+        code, text = train(out, tiny_data, init_from='resume' if saved else 'scratch')
+        assert code == 0, text
+        assert_same_run(whole, out)
+    finally:
+        subprocess.run(['umount', str(out)], check=True)
+
+def test_new_run_in_an_old_folder(whole, tiny_data, tmp_path):
+    """nanoGPT writes over it. Here the old run is set aside, so that neither a later resume nor the viewer takes its files
+    for the new run's, and whoever forgot --init_from=resume has lost nothing."""
+    out = tmp_path / 'out'
+    shutil.copytree(whole, out)
+    (out / 'index.npz').write_bytes(b'of the old run')
+    code, text = train(out, tiny_data, partial(at_loss, 3, kill), n_layer=3)
+    assert code == -signal.SIGKILL and text.count(f'{out} held another run') == 1
+    assert sorted(os.listdir(out)) == ['features', 'log.jsonl', 'previous'] and os.listdir(out / 'features') == ['0000000.npz']
+    assert 'no checkpoint' in train(out, tiny_data, init_from='resume')[1]
+    assert_same_run(whole, out / 'previous')
+    train(out, tiny_data, max_iters=0) # it had not saved anything: what is set aside stays
+    assert_same_run(whole, out / 'previous')
+    for inside in (out, out / 'previous'):
+        code, text = train(out, tiny_data, init_from=inside)
+        assert code == 2 and f'init_from={inside} must not lie in out_dir' in text
 
 # ----------------------------------------------------------------------------------------------------
 # numbers that are not finite
 
-@pytest.mark.parametrize('what, text', [(nan, 'nan'), (inf, 'nan|inf')])
+@pytest.mark.parametrize('what, text', [(nan, 'nan'), (inf, 'nan|inf'), (nan_gradient, 'nan')])
 def test_stops_before_the_update(what, text, whole, tiny_data, tmp_path):
-    """NaN or Inf in one micro-batch, on a step that is not logged: exit code 3, the step is named, no update is made and
+    """NaN or Inf in one micro-batch, in the loss or only in its gradient, on a step that is not logged: exit code 3, the step is named, no update is made and
     the last good checkpoint is untouched; going on from it gives the undisturbed run."""
     code, said = train(tmp_path, tiny_data, partial(at_loss, 9, what)) # the first half of the step after step 4
     assert code == 3 and 'at step 4' in said and 'Traceback' not in said
@@ -158,6 +207,16 @@ def test_fp16_overflow_is_for_the_scaler(tiny_data, tmp_path):
     assert code == 0, text
     scale = [r['loss_scale'] for r in records(tmp_path, 'log')]
     assert scale[1] == 2 * scale[2] and scale[2] == scale[-1]
+
+def interrupt_at_compile():
+    runs.at_call(torch, 'compile', 1, interrupt)
+
+def test_out_of_memory(tiny_data, tmp_path):
+    """One sentence with what to change; and Ctrl-C before training has begun leaves no traceback either."""
+    code, text = train(tmp_path, tiny_data, partial(at_loss, 3, out_of_memory))
+    assert code == 1 and text.count('error: out of memory with batch_size=2') == 1 and 'Traceback' not in text
+    code, text = train(tmp_path, tiny_data, interrupt_at_compile, compile='true')
+    assert code == 130 and 'Traceback' not in text
 
 def test_log_is_json_whatever_the_numbers(tiny_data, tmp_path):
     """JSON has no NaN: what is not finite is null, and every line parses strictly."""
@@ -182,6 +241,14 @@ def test_all_problems_at_once(tiny_data, tmp_path):
         assert sum(f'{key}=' in line for line in lines) == 1, key
     assert not os.listdir(tmp_path)
 
+def test_every_number_out_of_range(tiny_data, tmp_path):
+    """Every key with a number, at -7: each is named, with text for a number among them, in one list."""
+    keys = [k for k, v in TINY.items() if type(v) in (int, float) and k != 'sae_layers'] + ['rank_timeout', 'weight_decay', 'beta1', 'beta2',
+            'grad_clip', 'learning_rate', 'sae_lr_factor', 'min_lr_ratio', 'sae_k_end', 'sae_blend_start', 'sae_nudge']
+    code, text = train(tmp_path, tiny_data, **dict.fromkeys(keys, -7) | dict(sae_silent_tokens='many'))
+    assert code == 2 and 'Traceback' not in text
+    assert sorted(line.partition('=')[0] for line in text.splitlines()) == sorted(f'error: {k}' for k in set(keys)), text
+
 @pytest.mark.parametrize('bad', [
     dict(sae_k=65), dict(n_embd=18, n_head=4), dict(sae_auxk=0.1, sae_site='stream'), dict(sae_posthoc='true'),
     dict(sae_blend_end=1.5), dict(beta1=1), dict(eval_tokens=0), dict(seed=10 ** 20), dict(device='cuda:99'),
@@ -191,6 +258,12 @@ def test_contradictions(bad, tiny_data, tmp_path):
     code, text = train(tmp_path, tiny_data, **bad)
     assert code == 2 and 'Traceback' not in text, text
     assert next(iter(bad)) in text and text.startswith('error: ')
+
+@pytest.mark.parametrize('file', sorted(p.name for p in (ROOT / 'config').glob('*.py')))
+def test_presets_are_sound(file, tmp_path):
+    """Every file in config/ passes all checks: the first thing that it then lacks is data."""
+    code, text = runs.run_script('train.py', [ROOT / 'config' / file, f'--dataset={tmp_path}/nowhere', '--device=cpu'])
+    assert code == 1 and 'is not prepared' in text, text
 
 def test_as_a_user_starts_it(tmp_path, tiny_data):
     """Once without the fork server: `python train.py FILE --key=value` from another folder, a typo in each."""
@@ -203,9 +276,9 @@ def test_as_a_user_starts_it(tmp_path, tiny_data):
 
 @pytest.mark.parametrize('damage, words', [
     ('no folder', 'prepare.py'), ('no train.bin', 'train.bin is missing'), ('train.bin cut', 'train.bin has'),
-    ('meta torn', 'meta.json is torn'), ('big id', 'holds token id 400'), ('too short', 'block_size=4000')])
+    ('meta torn', 'meta.json is torn'), ('a bit flipped', 'val.bin is damaged'), ('too short', 'block_size=4000')])
 def test_unusable_data(damage, words, tiny_data, tmp_path):
-    """Missing, torn, too short, or with ids outside the vocabulary: one sentence with what to do, exit code 1."""
+    """Missing, torn, too short, or with a wrong bit: one sentence with what to do, exit code 1."""
     data, changes = tmp_path / 'data', {}
     shutil.copytree(tiny_data, data)
     if damage == 'no folder':
@@ -216,24 +289,36 @@ def test_unusable_data(damage, words, tiny_data, tmp_path):
         (data / 'train.bin').write_bytes((data / 'train.bin').read_bytes()[:-1])
     elif damage == 'meta torn':
         (data / 'meta.json').write_text((data / 'meta.json').read_text()[:40])
-    elif damage == 'big id':
-        tokens = np.fromfile(data / 'train.bin', dtype='<u2')
-        tokens[77] = 400
-        tokens.tofile(data / 'train.bin')
+    elif damage == 'a bit flipped':
+        raw = bytearray((data / 'val.bin').read_bytes())
+        raw[500] ^= 1
+        (data / 'val.bin').write_bytes(raw)
     else:
         changes = dict(block_size=4000)
     code, text = train(tmp_path / 'out', data, **changes)
     assert code == 1 and words in text and 'Traceback' not in text and text.count('\n') == 1, text
 
+MAY_CHANGE = ('init_from out_dir dataset device dtype compile rank_timeout wandb_log wandb_project max_iters '
+              'eval_interval save_interval log_interval eval_tokens probe_tokens').split() # the table in README.md
+
 def test_resume_with_another_config(whole, tiny_data, tmp_path):
-    """What decides a step must be the same: each difference is printed with both values, and nothing is touched."""
+    """All that decides a step must be the same: with every key changed, each that may not is printed with both values, no
+    other is, and nothing is touched."""
     shutil.copytree(whole, tmp_path / 'out')
     other = runs.write_tiny_data(tmp_path / 'other', train_tokens=2999)
-    code, text = train(tmp_path / 'out', other, init_from='resume', n_layer=3, sae_k=5, learning_rate=0.1, sae_layers='0,1')
+    config = load_checkpoint(str(whole))['config']
+    choices = dict(sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1', dropout=0.2, beta1=0.5,
+                   beta2=0.5, min_lr_ratio=0.2, n_embd=32, sae_k_end=0.7, sae_blend_start=0.2, sae_blend_end=0.8, max_iters=7,
+                   sae_posthoc=False, gradient_accumulation_steps=4, wandb_project='x')
+    changed = {k: not v if type(v) is bool else v + 2 for k, v in config.items() if type(v) in (bool, int, float)} | choices
+    code, text = train(tmp_path / 'out', other, init_from='resume', **changed | dict(wandb_log=False))
     assert code == 2 and 'Traceback' not in text
-    for words in ('n_layer: 2 in the checkpoint, 3 now', 'sae_k: 4 in the checkpoint, 5 now', 'sae_layers: (1,) in the checkpoint',
-                  'learning_rate: 0.0015 in the checkpoint, 0.1 now', 'another train.bin'):
-        assert words in text, words
+    lines = text.splitlines()
+    assert 'dataset' in lines[-3] and 'another train.bin' in lines[-3] and 'max_iters=7' in lines[-2] and 'step 8' in lines[-2]
+    assert 'cannot resume' in lines[-1]
+    named = [line.removeprefix('error: ').partition('=')[0] for line in lines[:-3]]
+    assert sorted(named) == sorted(set(config) - set(MAY_CHANGE) - {'sae_posthoc'}) # which cannot be on with a resume of this one
+    assert 'error: n_layer=4, but n_layer=2 in the checkpoint' in lines
     assert_same_run(whole, tmp_path / 'out')
 
 def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
@@ -259,7 +344,7 @@ def test_posthoc_trains_the_sae_alone(tiny_data, tmp_path):
     """The classic SAE, for comparison: the frozen model's weights stay to the bit, and the SAE learns to reconstruct."""
     dense, out = tmp_path / 'dense', tmp_path / 'out'
     train(dense, tiny_data, sae_layers='')
-    code, text = train(out, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1, learning_rate=0.01, max_iters=30)
+    code, text = train(out, tiny_data, init_from=dense, sae_posthoc='true', optimizer='adamw', sae_recon=1, learning_rate=0.01, max_iters=30)
     assert code == 0, text
     a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(out))['model']
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -267,7 +352,7 @@ def test_posthoc_trains_the_sae_alone(tiny_data, tmp_path):
     assert fvu[-1] < fvu[0]
 
 @pytest.mark.parametrize('changes', [dict(sae_site=s, sae_auxk=0) for s in ('mlp', 'attn', 'hidden', 'stream')] + [
-    dict(optimizer='muon'), dict(lr_schedule='wsd'), dict(sae_layers=''), dict(sae_layers='0,1'), dict(dropout=0, seed=2 ** 40),
+    dict(optimizer='adamw'), dict(lr_schedule='wsd'), dict(sae_layers=''), dict(sae_layers='0,1'), dict(dropout=0, seed=2 ** 40),
     dict(seed=2 ** 31), dict(max_iters=0), dict(grad_clip=0), dict(sae_blend_start=0.5, sae_blend_end=0.5), dict(dtype='bfloat16')],
     ids=lambda c: ','.join(f'{k}={v}' for k, v in c.items()))
 def test_every_variant_runs(changes, tiny_data, tmp_path):
@@ -356,6 +441,26 @@ def test_snapshot_by_brute_force(whole, tiny_data):
         assert snap['L1.top_counts'][f, 0] == np.bincount(seen[f]).max()
     np.testing.assert_allclose(snap['L1.W_dec'], model.saes()[1].W_dec.detach().numpy(), atol=1e-3)
 
+def slow_clock():
+    """time.time() goes on by 1 s with each training micro-batch and by 1,000 s with each pass of an eval, and stands else."""
+    import data.dataset
+    now, F, eval_batches = [0.0], torch.nn.functional, data.dataset.eval_batches
+    cross_entropy = F.cross_entropy
+    def loss(*args, **kwargs):
+        now[0] += 1 if torch.is_grad_enabled() else 0
+        return cross_entropy(*args, **kwargs)
+    def batches(*args):
+        now[0] += 1000
+        return eval_batches(*args)
+    F.cross_entropy, data.dataset.eval_batches, runs.time.time = loss, batches, lambda: now[0]
+
+def test_tokens_a_second_by_a_slow_clock(tiny_data, tmp_path):
+    """tok_s counts the tokens of all steps since the last log line over the time they took, saves and evals left out."""
+    code, text = train(tmp_path, tiny_data, slow_clock, eval_interval=1, log_interval=3)
+    lines = (json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines())
+    speeds = [r['tok_s'] for r in lines if r['event'] == 'log']
+    assert len(speeds) == 3 and speeds == pytest.approx([32] * 3) # 64 tokens in two micro-batches of 1 s, whatever comes between
+
 def test_start_of_the_log(whole, tiny_data):
     """The log's first line is a full record: config, versions, sizes."""
     start, = records(whole, 'start')
@@ -368,42 +473,55 @@ def test_start_of_the_log(whole, tiny_data):
 # ----------------------------------------------------------------------------------------------------
 # slow
 
-def start(out, data, **changes):
-    """train.py as a process that can be watched and killed from outside."""
-    argv = arguments(out, data, **changes)
-    p = runs.children.Process(target=runs.child, args=('train.py', argv, str(out) + '.txt', {}, None))
-    p.start()
-    return p
+def start(out, data, ranks=1, **changes):
+    """train.py as processes that can be watched and killed from outside."""
+    argv, port = arguments(out, data, **changes), runs.free_port()
+    processes = [runs.children.Process(target=runs.child, args=('train.py', argv, str(out) + '.txt', env, None))
+                 for env in runs.environments(ranks, port)]
+    for p in processes:
+        p.start()
+    return processes
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tiny_data, tmp_path):
-    """SIGKILL from outside at 20 random moments of a run that saves at every step, in mid-save among them. From the first
-    save on there is always a loadable checkpoint, and the end is that of the undisturbed run, to the bit.
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
+    """SIGKILL of a random rank at 20 random moments of a run that saves at every step, in mid-save among them. From the
+    first save on there is always a loadable checkpoint, a second rank leaves by itself, and the end is that of the
+    undisturbed run, to the bit. Warm-up, alpha, K annealing and dropout go on over the whole run.
 
-    python -m pytest tests/test_train.py --slow -k random_moments      (half a minute)"""
-    changes = dict(max_iters=300, save_interval=1, eval_interval=20, log_interval=3)
-    assert train(tmp_path / 'whole', tiny_data, **changes)[0] == 0
-    rng, out, kills, has_one = random.Random(1), tmp_path / 'killed', 0, False
+    python -m pytest tests/test_train.py --slow -s -k random_moments      (a minute and a half)"""
+    changes = dict(ranks=ranks, max_iters=240, warmup_iters=200, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
+                   log_interval=3)
+    assert train(tmp_path / 'whole', tiny_data, **changes)[0] in (0, [0, 0])
+    rng, out, kills, in_saves, at = random.Random(1), tmp_path / 'killed', 0, 0, 0
     while kills < 20:
-        p = start(out, tiny_data, init_from='resume' if has_one else 'scratch', **changes)
-        p.join(rng.uniform(0.1, 0.6))
-        p.kill()
-        p.join()
-        assert p.exitcode == -signal.SIGKILL, f"finished after {kills} kills: give it more steps"
+        processes = start(out, tiny_data, init_from='resume' if at else 'scratch', **changes)
+        victim = rng.choice(processes)
+        victim.join(rng.uniform(0.2, 0.9) + 0.5 * (ranks - 1))
+        victim.kill()
+        for p in processes:
+            p.join(60)
+            assert p.exitcode not in (0, None), f"finished or hung after {kills} kills"
+        assert victim.exitcode == -signal.SIGKILL
         kills += 1
-        has_one = has_one or (out / 'ckpt.pt').exists()
-        if has_one:
-            print(f"kill {kills} after step {load_checkpoint(str(out))['step']}, files {sorted(os.listdir(out))}")
+        in_saves += any((out / name).exists() for name in ('ckpt.tmp', 'ckpt.old'))
+        if at or (out / 'ckpt.pt').exists():
+            at = load_checkpoint(str(out))['step']
+            print(f"kill {kills} after step {at}, files {sorted(os.listdir(out))}")
     resume(out, tiny_data, **changes)
     assert_same_run(tmp_path / 'whole', out)
+    print(f"{in_saves} of {kills} in mid-save")
+    assert in_saves or ranks == 2
 
 @pytest.mark.slow
 def test_long_run_leaks_nothing(tiny_data, tmp_path):
-    """1,500 steps with a save, an eval and a snapshot every third: memory and open files stay flat, disk use is two
-    checkpoints and one small file a snapshot.
+    """Steps with a save, an eval and a snapshot every third: memory and open files stay flat, and the disk holds two
+    checkpoints, one features/<step>.npz an eval, one line a log or eval, and nothing else.
 
-    python -m pytest tests/test_train.py --slow -k leaks -s     (a minute)"""
-    p, seen = start(tmp_path / 'out', tiny_data, max_iters=1500, eval_interval=3, save_interval=3), []
+    python -m pytest tests/test_train.py --slow -k leaks -s     (1,500 steps, a minute)
+    LONG_RUN_STEPS=45000 python -m pytest ...                   (half an hour)"""
+    steps = int(os.environ.get('LONG_RUN_STEPS', 1500))
+    (p,), seen = start(tmp_path / 'out', tiny_data, max_iters=steps, eval_interval=3, save_interval=3), []
     while p.is_alive():
         p.join(2)
         try:
@@ -416,5 +534,6 @@ def test_long_run_leaks_nothing(tiny_data, tmp_path):
     early, late = seen[len(seen) // 4], seen[-1]
     print(f"memory {early[0]:.0f} MB -> {late[0]:.0f} MB, files {early[1]} -> {late[1]}")
     assert late[0] < early[0] + 20 and late[1] <= early[1] + 1
-    assert len(os.listdir(tmp_path / 'out' / 'features')) == 501
-    assert sorted(f for f in os.listdir(tmp_path / 'out') if f.startswith('ckpt')) == ['ckpt.pt', 'ckpt_prev.pt']
+    assert len(os.listdir(tmp_path / 'out' / 'features')) == steps // 3 + 1
+    assert sorted(os.listdir(tmp_path / 'out')) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
+    assert len((tmp_path / 'out' / 'log.jsonl').read_text().splitlines()) == 1 + steps // 2 + steps // 3 + 1

@@ -1,0 +1,12 @@
+# Naive insertion, the thing that degrades: hard TopK from step 0 and nothing else. Give it after another config:
+# $ python train.py config/sae_cpu.py config/naive_sae.py        (compare with config/sae_cpu.py alone)
+# $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py config/naive_sae.py
+out_dir = 'out-naive-sae'
+
+sae_tied_init = False    # W_dec starts unrelated to W_enc
+sae_blend_start = 0.0    # no hand-over: the SAE replaces the stream from step 0
+sae_blend_end = 0.0
+sae_recon = 0.0          # it never learns to reconstruct
+sae_nudge = 0.0          # silent features stay silent
+sae_token_skip = False   # nothing goes around it
+sae_lr_factor = 1.0

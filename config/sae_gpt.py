@@ -1,0 +1,22 @@
+# GPT-2 size (124 M) with one SAE layer of 16x after block 6, trained on FineWeb; the strategies are train.py's defaults:
+# tied init, reconstruction before the hand-over, a short blend, the bias nudge, the token skip.
+# $ python data/fineweb/prepare.py --shards=25        (2.5 B tokens, 5 GB)
+# $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
+out_dir = 'out-sae-gpt'
+dataset = 'fineweb'
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+sae_layers = (6,)        # F = 16 * 768 = 12,288 features on the stream after block 6
+sae_ratio = 16
+sae_k = 32               # of which each token uses 32
+
+batch_size = 32          # 32 sequences * 16 micro-batches * 1,024 tokens = 524,288 tokens a step
+gradient_accumulation_steps = 16
+max_iters = 4768         # * 524,288 = 2.5 B tokens
+warmup_iters = 250
+eval_interval = 250
+save_interval = 250
+sae_silent_tokens = 10 * 524_288

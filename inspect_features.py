@@ -1,0 +1,1088 @@
+"""
+The viewer: what the features of a trained model mean, in a terminal, in a pipe, or as one HTML file.
+
+    python inspect_features.py --out_dir=out-sae-cpu                          overview of every SAE
+    python inspect_features.py --out_dir=out-sae-cpu --feature=L2.F101        all about one feature
+    ... --prompt="import os"   a text with its features       --find="self|cls"   features that fire on that
+    ... --probe=labels.tsv     features that tell labels apart   --timeline=true   how they formed
+    ... --html=out.html        the same as one page             --export=folder    the SAEs, for SAELens
+
+The model runs once over `scan_tokens` tokens of val (the scan); which features fired where is kept in out_dir, in
+index.npz and three index_*.npy, until the checkpoint changes. From there a view takes under a second: torch is loaded
+only where a model must run (the scan, --prompt, --probe, --effect, --export).
+
+How the numbers are defined, here and in the HTML:
+  fires          the feature is among the K of a position, and its activation is not 0
+  density        share of the scanned positions on which it fires
+  token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest of all live features
+  contexts       a peak is never the first or last token of a window nor end-of-text, whose activations are often
+                 freakish; one context a window, lest one text fill the list; equal texts are folded and counted
+  random         drawn uniformly from the positions where it fires, at most one a window
+  intervals      eighths of (0, R], R the power of two above the largest activation
+At site stream activations are signed, and "strongest" means by magnitude.
+
+Shapes: B windows, T tokens of a window, N = B*T, F features, K active a token, V vocabulary, S SAEs (in the scan) or
+snapshots (in the timeline), P pairs of (feature, position it fires on).
+"""
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+import unicodedata
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+
+from configurator import configure
+from data.dataset import eval_batches, load_dataset, load_tokenizer, token_bytes
+
+DEFAULTS = dict(
+    out_dir='out',       # a run of train.py
+    layer=-1,            # block of the SAE; -1 = all, or the first where one is meant
+    feature='',          # 2386 (with --layer) or L6.F2386; several with commas
+    examples=5,          # contexts shown of a feature, up to 16
+    rows=8,              # lines of a list
+    effect=0,            # positions (64 is plenty) on which to measure the feature's removal
+    prompt='',           # text to read with the model's eyes
+    prompt_file='',
+    top=3,               # features shown of each token of a prompt
+    find='',             # regular expression: which features fire on it?
+    probe='',            # file of lines "label<tab>text": which features tell the labels apart?
+    timeline=False,      # how the features formed, from the snapshots of training
+    html='',             # write the chosen (or all live) features, or the prompt, to this file
+    export='',           # write the SAEs to this folder, for SAELens
+    scan_tokens=0,       # 0 = what the index has; with no index 131,072, on a GPU 1,048,576
+    rescan=False,        # scan again though the index fits
+    dataset='',          # whose val is scanned; '' = that of training
+    device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1'
+    seed=1337,           # of everything drawn at random
+)
+TOPS, RANDOM, INTERVALS, BINS = 16, 8, 8, 32 # contexts kept of a feature; bins of its histogram
+SIDE = 16                # tokens shown on either side of a peak
+SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
+SETTLED = 0.9            # cosine to the final direction from which a feature counts as settled
+
+# ----------------------------------------------------------------------------------------------------
+# the scan: one pass of the model over val, in memory that does not grow with the tokens scanned
+
+def open_model(c):
+    """Checkpoint, model, device, data set and tokenizer of a run. ValueError: one clear sentence."""
+    import torch
+    from model import load_checkpoint, load_model
+    checkpoint = load_checkpoint(c.out_dir)
+    device = c.device if c.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    model = load_model(checkpoint, device)
+    if not model.saes():
+        raise ValueError(f"the model in {c.out_dir} is dense: it has no SAE to look into; train one with --sae_layers")
+    data = load_dataset(c.dataset or checkpoint['dataset'])
+    if data.meta['vocab_size'] != model.config.vocab_size:
+        raise ValueError(f"{data.dir} has {data.meta['vocab_size']} token types, the model in {c.out_dir} "
+                         f"{model.config.vocab_size}: give the --dataset of its training")
+    return SimpleNamespace(checkpoint=checkpoint, model=model, device=device, data=data, eot=data.meta['eot'],
+                           tokenizer=load_tokenizer(data.dir, data.meta))
+
+def forward(run, x):
+    """Logits and SAEOut of the model on tokens x (B, T), in bf16 on a GPU."""
+    import torch
+    with torch.no_grad(), torch.autocast('cuda', torch.bfloat16, enabled='cuda' in run.device):
+        logits, _, out = run.model(x.to(run.device))
+    return logits, out
+
+def scan(c, key):
+    """
+    Runs the model over val, and writes into out_dir index.npz, the statistics of each SAE, and the codes themselves:
+    index_tokens.npy (N,), index_features.npy (F where a slot is not active) and index_values.npy (S, N, K).
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+    from sae import count_pairs
+    run = open_model(c)
+    saes, gpu = run.model.saes(), 'cuda' in run.device
+    T, V = run.model.config.block_size, run.model.config.vocab_size
+    F, K = next((sae.n_features, sae.k_max) for sae in saes.values())
+    wanted = c.scan_tokens or (1_048_576 if gpu else 131_072)
+    B = max(1, min((32_768 if gpu else 4096) // T, wanted // T))
+    batches = lambda: (x for x, _ in eval_batches(run.data.val, T, B, wanted))
+    sizes = [x.numel() for x in batches()]
+    N, S = sum(sizes), len(saes)
+    path = os.path.join(c.out_dir, 'index.npz')
+    if os.path.exists(path):                                             # from here to the end there is no index
+        os.remove(path)
+    create = lambda name, dtype, *shape: np.lib.format.open_memmap(
+        os.path.join(c.out_dir, f'index_{name}.npy'), 'w+', dtype, shape)
+    all_tokens = create('tokens', run.data.val.dtype, N)
+    all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
+    all_values = create('values', np.float16, S, N, K)
+    pairs, fvu = [[] for _ in saes], torch.zeros(S)
+    largest = torch.zeros(S, F, device=run.device)
+    started, first = time.time(), 0
+    for x in track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True,
+                   disable=not sys.stderr.isatty()):
+        tokens, here = x.to(run.device), slice(first, first + x.numel())
+        _, out = forward(run, tokens)
+        all_tokens[here] = x.flatten()
+        fvu += out.fvu.float().cpu() / len(sizes)
+        for s in range(S):
+            values, indices = out.values[s].float(), out.indices[s].long()
+            largest[s].scatter_reduce_(0, indices.flatten(), values.abs().flatten(), 'amax')
+            pairs[s].append(count_pairs(values, indices, tokens, V))
+            if len(pairs[s]) == 16:
+                pairs[s] = [merge(pairs[s])]
+            all_features[s, here] = torch.where(values != 0, indices, F).int().view(-1, K).cpu()
+            all_values[s, here] = values.clamp(-65504, 65504).half().view(-1, K).cpu()
+        first += x.numel()
+    names, arrays = token_bytes(run.tokenizer, V), {}
+    for s, (i, sae) in enumerate(saes.items()):
+        found = statistics(sae, run.model.transformer.wte.weight[:V].detach().float(), *merge(pairs[s]))
+        found |= dict(max=largest[s], fvu=fvu[s])
+        arrays |= {f'L{i}.{name}': x.cpu().numpy().astype(np.float32 if x.is_floating_point() else np.int32)
+                   for name, x in found.items()}
+    meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site,
+                F=F, K=K, T=T, N=N, eot=-1 if run.eot is None else run.eot, wanted=wanted,
+                dataset=str(c.dataset or run.checkpoint['dataset']))
+    save_npz(path, meta=json.dumps(meta), token_bytes=np.frombuffer(b''.join(names), np.uint8),
+             token_ends=np.cumsum([len(b) for b in names]), **arrays)
+    say(f"scanned {N:,} tokens of {meta['dataset']} val in {time.time() - started:.1f} s -> {path}")
+
+def merge(pairs):
+    """Several results of sae.count_pairs as one."""
+    import torch
+    keys, counts = map(torch.cat, zip(*pairs))
+    keys, inverse = torch.unique(keys, return_inverse=True)
+    return keys, torch.zeros_like(keys).index_add_(0, inverse, counts)
+
+def statistics(sae, wte, keys, counts):
+    """Of each feature, from its (feature, token) pairs and from the weights; wte (V, C) are the tokens' embeddings."""
+    import torch
+    from sae import token_entropy, top_tokens
+    F, V, everyone = sae.n_features, len(wte), torch.arange(sae.n_features, device=wte.device)
+    count = torch.zeros_like(everyone).index_add_(0, keys // V, counts)
+    entropy = token_entropy(keys, counts, F, V).float()
+    rank = entropy.nan_to_num(nan=torch.inf).argsort(stable=True).argsort() + 1
+    tokens, token_counts = top_tokens(keys, counts, F, V)
+    out = dict(count=count, entropy=entropy, rank=rank * (count > 0), top_tokens=tokens, top_counts=token_counts)
+    writes = torch.eye(F, device=wte.device) if sae.site == 'stream' else sae.W_dec.detach().float()
+    unit = torch.nn.functional.normalize(writes, dim=-1)
+    best = dict(up=[], down=[], near=[])
+    for rows in everyone.split(1024):
+        logits, cosine = writes[rows] @ wte.T, unit[rows] @ unit.T       # (rows, V), (rows, F)
+        cosine[torch.arange(len(rows)), rows] = -2                       # itself
+        best['up'].append(logits.topk(min(10, V)))
+        best['down'].append(logits.topk(min(10, V), largest=False))
+        best['near'].append(cosine.topk(min(5, F - 1)))
+    for name, parts in best.items():
+        out[name + '_value'], out[name] = map(torch.cat, zip(*parts))
+    return out
+
+# ----------------------------------------------------------------------------------------------------
+# the index: what the scan left in out_dir
+
+def save_npz(path, **arrays):
+    """An .npz, whole or not at all."""
+    with open(path + '.tmp', 'wb') as f:
+        np.savez(f, **arrays)
+    os.replace(path + '.tmp', path)
+
+def load_npz(path):
+    """An .npz as {name: array}; None if it is missing or damaged."""
+    try:
+        with np.load(path) as z:
+            return {name: z[name] for name in z.files}
+    except Exception: # damage shows up as almost any: zip, zlib, header, end of file
+        return None
+
+def fingerprint(path):
+    """
+    A checkpoint's content without reading it: the CRC of each record stands in the directory of the zip file that it
+    is. '' for no file; a broken one gets what load_checkpoint says.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            return hashlib.sha256(repr([(i.filename, i.CRC) for i in z.infolist()]).encode()).hexdigest()[:16]
+    except FileNotFoundError:
+        return ''
+    except (OSError, zipfile.BadZipFile):
+        return 'broken'
+
+def open_index(c):
+    """read_index, after a scan where nothing that fits is there. ValueError: one sentence."""
+    key, index = fingerprint(os.path.join(c.out_dir, 'ckpt.pt')), read_index(c)
+    s = next(iter(index.values()), None)
+    if s is None:
+        damaged = os.path.exists(os.path.join(c.out_dir, 'index.npz'))
+        why = "the index is damaged" if damaged else "there is no index yet"
+    elif key and s.key != key:
+        why = f"the index is of another checkpoint, of step {s.step:,}"
+    elif c.scan_tokens not in (0, s.wanted) or c.dataset not in ('', s.dataset):
+        why = f"the index is of {s.wanted:,} tokens of {s.dataset}"
+    else:
+        why = "asked to" if c.rescan else ""
+    if why:
+        say(f"{why}: scanning")
+        scan(c, key)
+        open_timeline(c.out_dir)                                         # so that no view waits for it
+        return read_index(c)
+    if not key:
+        say(f"note: no checkpoint in {c.out_dir}; its index is of step {s.step:,}")
+    return index
+
+def read_index(c):
+    """
+    {block: its SAE}, where an SAE has as attributes the statistics, e.g. s.count (F,); what scan() calls meta, e.g.
+    s.step; s.names, the bytes of each token; and as memory maps s.tokens (N,), s.features and s.values (N, K).
+    {} where the files are not there or not whole.
+    """
+    arrays = load_npz(os.path.join(c.out_dir, 'index.npz'))
+    try:
+        meta = json.loads(str(arrays['meta']))
+        raw, ends = arrays['token_bytes'].tobytes(), arrays['token_ends'].tolist()
+        tokens, features, values = (np.load(os.path.join(c.out_dir, f'index_{name}.npy'), mmap_mode='r')
+                                    for name in ('tokens', 'features', 'values'))
+        whole = features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K'])
+    except (TypeError, KeyError, ValueError, OSError, EOFError):
+        whole = False
+    if not whole:
+        return {}
+    names = [raw[a:b] for a, b in zip([0] + ends, ends)]
+    return {layer: SimpleNamespace(
+        **meta, **of_layer(arrays, layer), layer=layer, names=names, out_dir=c.out_dir, seed=c.seed,
+        tokens=np.asarray(tokens), features=np.asarray(features[i]),
+        values=np.asarray(values[i]), by_feature=None) for i, layer in enumerate(meta['layers'])}
+
+def of_layer(arrays, layer):
+    """{'L6.count': ..., ...} -> {'count': ...}"""
+    return {name.removeprefix(f'L{layer}.'): x for name, x in arrays.items() if name.startswith(f'L{layer}.')}
+
+# ----------------------------------------------------------------------------------------------------
+# the numbers of the views, for the terminal and the HTML alike
+
+def layer_data(s):
+    """Every number of an SAE's overview but its tables."""
+    live = s.count > 0
+    density, bits = s.count[live] / s.N, s.entropy[live]
+    top = math.ceil(bits.max(initial=1))
+    return dict(live=int(live.sum()), dead=int((~live).sum()), l0=float(s.count.sum() / s.N), fvu=float(s.fvu),
+                top_entropy=top, entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
+                densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist(),
+                density=np.percentile(density, (10, 50, 90)).tolist() if live.any() else None,
+                entropy=[float(np.median(bits)), float(bits.max())] if live.any() else None)
+
+def feature_data(s, f, timeline=None, effect=None):
+    """Every number of the panels of one feature. Tokens are ids; contexts come from context()."""
+    where, a = firings(s, f)
+    R = 2.0 ** np.frexp(s.max[f])[1]                                     # the power of two above it
+    bins = np.minimum(BINS * abs(a) / R, BINS - 1).astype(int)
+    eighth = bins * INTERVALS // BINS
+    ok = (where % s.T > 0) & (where % s.T < s.T - 1) & (s.tokens[where] != s.eot)
+    peaks, rng = where[ok], np.random.default_rng((s.seed, s.layer, f))
+    def contexts(order, n):
+        """Of the first n windows, when the peaks come in that order."""
+        _, first = np.unique(peaks[order] // s.T, return_index=True)
+        return fold([context(s, f, at) for at in peaks[order][np.sort(first)][:n].tolist()])
+    def example(j):
+        some = peaks[eighth[ok] == j]
+        return context(s, f, int(rng.choice(some))) if len(some) else None
+    pairs = lambda tokens, values: list(zip(tokens[f].tolist(), values[f].tolist()))
+    return dict(
+        layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]),
+        entropy=float(s.entropy[f]), max=float(s.max[f]), positive=float((a > 0).sum() / max(1, len(a))),
+        mean=float(a.sum() / max(1, len(a))), hist=np.bincount(bins, minlength=BINS).tolist(), R=R,
+        fires_on=fires_on(s, f), up=pairs(s.up, s.up_value), down=pairs(s.down, s.down_value),
+        near=pairs(s.near, s.near_value) if s.site != 'stream' else [],  # whose channels are orthogonal
+        joint=fires_with(s, f, where), top=contexts(np.argsort(-abs(a[ok]), kind='stable'), TOPS),
+        random=contexts(rng.permutation(len(peaks)), RANDOM), effect=effect,
+        intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float((eighth == j).mean()), example(j))
+                   for j in reversed(np.unique(eighth).tolist())],
+        timeline=timeline and feature_timeline(timeline, f))
+
+def fires_on(s, f):
+    """The 8 tokens on which a feature fires most, with their shares of its firings."""
+    both = zip(s.top_tokens[f].tolist(), s.top_counts[f].tolist())
+    return [(token, times / int(s.count[f])) for token, times in both if token >= 0]
+
+def firings(s, f):
+    """Where a feature fires: positions (P,), ascending, and activations (P,)."""
+    if s.by_feature is None:
+        slots = np.flatnonzero(s.features.reshape(-1) == f)
+    else: # of all features, one after the other: see write_html
+        begin = int(s.count[:f].sum())
+        slots = s.by_feature[begin:begin + s.count[f]]
+    return slots // s.K, s.values.reshape(-1)[slots].astype(np.float32)
+
+def fires_with(s, f, where, n=5):
+    """The n features that fire on the most of the same positions, as a share of those where either does."""
+    both = np.bincount(s.features[where].reshape(-1), minlength=s.F + 1)[:s.F]
+    share = both / np.maximum(1, s.count + len(where) - both)
+    share[f] = -1
+    return [(g, float(share[g])) for g in np.argsort(-share, kind='stable')[:n].tolist() if g != f]
+
+def context(s, f, at):
+    """The text around position `at`, no further than its window: token ids, activations, and which is the peak."""
+    window = at // s.T * s.T
+    part = slice(max(window, at - SIDE), min(window + s.T, at + SIDE + 1))
+    acts = np.where(s.features[part] == f, s.values[part], 0).sum(1)
+    return dict(tokens=s.tokens[part].tolist(), acts=acts.tolist(), peak=at - part.start, where=at, times=1)
+
+def fold(contexts):
+    """Contexts with the same text around the peak as one, counted in `times`."""
+    seen = {}
+    for c in contexts:
+        first = seen.setdefault(tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5]), c)
+        first['times'] += first is not c
+    return list(seen.values())
+
+def removal_effect(run, s, f, n):
+    """
+    What the model loses without a feature. Its code is set to 0 wherever it fires, in this SAE alone; the loss of the
+    next token, in nats, is compared at n of the positions where it fires (drawn at random; all, if it has no more),
+    never the last of a window. Exact: the feature is part of the model, so there is no reconstruction error in
+    between. None where it never fires.
+    """
+    import torch
+    sae = run.model.saes()[s.layer]
+    where, _ = firings(s, f)
+    where = where[where % s.T < s.T - 1]
+    if len(where) > n:
+        where = np.sort(np.random.default_rng(s.seed).choice(where, n, replace=False))
+    whole = torch.ones(sae.n_features, device=run.device)
+    without = whole.clone()
+    without[f] = 0
+    change = []
+    for w in np.unique(where // s.T).tolist():
+        x = torch.from_numpy(s.tokens[w * s.T:(w + 1) * s.T].astype(np.int64))
+        at = torch.from_numpy(where[where // s.T == w] % s.T)
+        losses = []
+        for scale in (whole, without): # both with steering on, so that both take the same path
+            sae.steer = scale, torch.zeros_like(scale)
+            logits = forward(run, x[None])[0][0].float().cpu()
+            losses.append(torch.nn.functional.cross_entropy(logits[at], x[at + 1], reduction='none'))
+        change += (losses[1] - losses[0]).tolist()
+    sae.steer = None
+    if not change:
+        return None
+    d, (low, high) = np.array(change), np.percentile(change, (10, 90))
+    return dict(mean=float(d.mean()), std=float(d.std()), low=float(low), high=float(high),
+                worse=float((d > 0).mean()), n=len(d))
+
+def find(s, pattern):
+    """
+    Which features fire on the text that matches a regular expression? Arrays (F,): precision, the share of a feature's
+    firings that lie inside a match; recall, the share of matches on some token of which it fires; and the numbers of
+    matches and of tokens inside them. Matches lie within a window; a token is inside when any of its bytes is.
+    """
+    sizes, inside, match, n = np.array([len(b) for b in s.names]), [], [], 0 # an entry a (token, match)
+    for start in range(0, s.N, s.T):
+        window = s.tokens[start:start + s.T]
+        text = b''.join([s.names[t] for t in window.tolist()]).decode('utf-8', 'surrogateescape')
+        owner = np.repeat(np.arange(start, start + s.T), sizes[window])    # the position that each byte belongs to
+        for m in pattern.finditer(text):
+            begin, end = (len(text[:at].encode('utf-8', 'surrogateescape')) for at in m.span())
+            if begin < end:
+                positions = range(owner[begin], owner[end - 1] + 1)
+                inside += positions
+                match += [n] * len(positions)
+                n += 1
+    inside, match = np.array(inside, np.int64), np.array(match, np.int64)
+    positions = np.unique(inside)
+    hits = np.bincount(s.features[positions].reshape(-1), minlength=s.F + 1)[:s.F]
+    of_match = np.unique(match[:, None] * (s.F + 1) + s.features[inside]) % (s.F + 1)
+    recall = np.bincount(of_match, minlength=s.F + 1)[:s.F] / max(1, n)
+    return hits / np.maximum(1, s.count), recall, n, len(positions)
+
+def read_text(key, path):
+    """The file that --key=path names. ValueError: one sentence."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
+        raise ValueError(f"{key}={path!r} cannot be read: {why}") from None
+
+def prompt_text(prompt, prompt_file):
+    """What --prompt or --prompt_file gives, '' for neither. ValueError: one sentence."""
+    if prompt and prompt_file:
+        raise ValueError("prompt and prompt_file are both given: choose one")
+    if prompt_file and not (prompt := read_text('prompt_file', prompt_file)):
+        raise ValueError(f"prompt_file={prompt_file!r} is empty: write a prompt into it")
+    return prompt
+
+def encode(run, text):
+    """Token ids of a text, end-of-text before it, as every document of the data begins."""
+    return ([] if run.eot is None else [run.eot]) + run.tokenizer.encode_ordinary(text)
+
+def read_prompt(run, text, top):
+    """[(token, {layer: [(feature, activation)] strongest first})] of a text."""
+    import torch
+    ids, T, rows = encode(run, text), run.model.config.block_size, []
+    for begin in range(0, len(ids), T):                                  # a long text: window by window
+        _, out = forward(run, torch.tensor([ids[begin:begin + T]]))
+        for t, token in enumerate(ids[begin:begin + T]):
+            features = {}
+            for s, layer in enumerate(run.model.saes()):
+                both = zip(out.indices[s, 0, t].tolist(), out.values[s, 0, t].float().tolist())
+                features[layer] = sorted([p for p in both if p[1]], key=lambda p: -abs(p[1]))[:top]
+            rows.append((token, features))
+    return rows
+
+# ----------------------------------------------------------------------------------------------------
+# the probe: do a few features tell labels apart?
+
+def read_labels(path):
+    """Labels (n,), texts (n,) of a probe file. ValueError: one sentence."""
+    lines = read_text('probe', path).split('\n')
+    rows = [(n, *line.partition('\t')[::2]) for n, line in enumerate(lines, 1) if line.strip()]
+    for n, _, text in rows:
+        if not text.strip():
+            raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
+    labels, texts = [row[1] for row in rows], [row[2] for row in rows]
+    kinds = sorted(set(labels))
+    if len(kinds) < 2:
+        raise ValueError(f"probe={path!r} has {len(rows)} texts of {len(kinds)} label{'s'[:len(kinds) != 1]}: "
+                         "it takes two labels or more")
+    if few := [k for k in kinds if labels.count(k) < 4]:
+        raise ValueError(f"probe={path!r} has {labels.count(few[0])} texts of {few[0]!r}: it takes 4 or more "
+                         "of each label, to train on some and test on the others")
+    return labels, texts
+
+def pooled_codes(run, layer, texts):
+    """X (n, F): for each text, each feature's strongest activation on any of its tokens."""
+    import torch
+    s, F = list(run.model.saes()).index(layer), run.model.saes()[layer].n_features
+    X = np.zeros((len(texts), F), np.float32)
+    for row, text in zip(X, texts):
+        _, out = forward(run, torch.tensor([encode(run, text)[:run.model.config.block_size]]))
+        skip = 0 if run.eot is None else 1                               # not what end-of-text sets off
+        values, indices = out.values[s, 0, skip:].float().cpu(), out.indices[s, 0, skip:].cpu()
+        z = torch.zeros(1 + len(values), F)                              # a row of 0 more, for empty texts
+        z[1:].scatter_add_(1, indices, values)
+        row[:] = z.gather(0, z.abs().argmax(0, keepdim=True))[0]
+    return X
+
+def split(y, seed):
+    """Indices of train and test texts: 70 % and 30 % of each class, drawn at random."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    order = order[np.argsort(y[order], kind='stable')]                   # class by class
+    train = np.concatenate([np.arange(n) < 0.7 * n for n in np.bincount(y)])
+    return order[train], order[~train]
+
+def choose_features(X, y, k):
+    """
+    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k
+    together, by orthogonal matching pursuit on one-hot labels.
+    """
+    X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
+    residual = Y = Y - Y.mean(0)
+    explained = lambda Y: np.square(X.T @ Y).sum(1) / np.maximum(np.square(X).sum(0), 1e-6) # by each column alone
+    score, chosen = explained(Y), []
+    alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
+    for _ in range(k):
+        score = explained(residual)
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+        residual = Y - X[:, chosen] @ np.linalg.lstsq(X[:, chosen], Y, rcond=None)[0]
+    return alone, chosen
+
+def accuracy(X, y, train, test):
+    """Held-out accuracy of multinomial logistic regression (L2 of 0.01 on standardised inputs)."""
+    import torch
+    X = torch.from_numpy(((X - X[train].mean(0)) / np.maximum(X[train].std(0), 1e-3)).astype(np.float32))
+    y = torch.from_numpy(y)
+    w = torch.zeros(X.size(1), int(y.max()) + 1, requires_grad=True)
+    b = torch.zeros(w.size(1), requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn='strong_wolfe')
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(X[train] @ w + b, y[train]) + 0.01 * w.square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return float(((X[test] @ w + b).argmax(1) == y[test]).float().mean())
+
+# ----------------------------------------------------------------------------------------------------
+# the timeline: what training wrote into features/ at each eval
+
+def open_timeline(out_dir):
+    """
+    {block: its SAE in all snapshots}, with attributes steps, tokens (S,), count, entropy, mean (S, F), top_tokens,
+    top_counts (S, F, 8), probed, and cos (S, F), the cosine of what a feature writes to what it writes in the last
+    snapshot. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
+    """
+    files = sorted(glob.glob(os.path.join(out_dir, 'features', '[0-9]*.npz')))
+    if not files:
+        return {}
+    path = os.path.join(out_dir, 'timeline.npz')
+    key = json.dumps([(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files])
+    z = load_npz(path)
+    if z is None or str(z.get('key')) != key:
+        say(f"reading {len(files)} snapshots of {out_dir}/features, once")
+        z = stack_snapshots(files)
+        save_npz(path, key=key, **z)
+    return {layer: SimpleNamespace(**of_layer(z, layer), layer=layer, steps=z['step'], tokens=z['tokens'],
+                                   probed=int(z['probed'][0])) for layer in z['layers'][0].tolist()}
+
+def stack_snapshots(files):
+    """The arrays of all snapshots, read one by one, with a first axis S. ValueError: one sentence."""
+    last, snapshots = load_npz(files[-1]), []
+    for file in reversed(files):
+        try:
+            z = load_npz(file)
+            for layer in last['layers'].tolist():
+                z[f'L{layer}.cos'] = cosine_to_last(z, last, f'L{layer}.').astype(np.float32)
+            snapshots.insert(0, {name: x for name, x in z.items() if not name.endswith(('.W_dec', '.cos_final'))})
+            if {name: x.shape for name, x in snapshots[0].items()} != {name: x.shape for name, x in snapshots[-1].items()}:
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
+    return {name: np.stack([z[name] for z in snapshots]) for name in snapshots[0]}
+
+def cosine_to_last(z, last, layer):
+    """
+    (F,) cosines of decoder rows; in a slim copy, as stored; at site stream, where nothing is written, of the counts of
+    top tokens. 0 where one side is 0.
+    """
+    if layer + 'cos_final' in z:
+        return z[layer + 'cos_final']
+    if layer + 'W_dec' in z:
+        a, b = z[layer + 'W_dec'].astype(np.float32), last[layer + 'W_dec'].astype(np.float32)
+        dot = (a * b).sum(1)
+    else:
+        a, b = z[layer + 'top_counts'].astype(float), last[layer + 'top_counts'].astype(float)
+        ids = z[layer + 'top_tokens'][:, :, None]                        # (F, 8, 1), -1 where there are fewer
+        same = (ids == last[layer + 'top_tokens'][:, None, :]) & (ids >= 0)
+        dot = (same * a[:, :, None] * b[:, None, :]).sum((1, 2))
+    return dot / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+def settled_at(cos):
+    """cos (S, F) -> (F,) the first snapshot from which on it stays at SETTLED or above; S if none."""
+    late = np.logical_and.accumulate((cos >= SETTLED)[::-1])[::-1]
+    return np.where(late.any(0), late.argmax(0), len(cos))
+
+def feature_timeline(t, f):
+    """Density, entropy, cosine to final and tokens of one feature at each snapshot."""
+    return dict(steps=t.steps.tolist(), density=(t.count[:, f] / t.probed).tolist(),
+                entropy=[None if x != x else x for x in t.entropy[:, f].tolist()], cos=t.cos[:, f].tolist(),
+                tokens=[[token for token in row[:4] if token >= 0] for row in t.top_tokens[:, f].tolist()],
+                settled=int(settled_at(t.cos[:, f:f + 1])[0]))
+
+# ----------------------------------------------------------------------------------------------------
+# text that is safe on any screen. A view is a list of lines; their colours are escape codes, which
+# show() takes out in a pipe: no token can bring its own, since safe() makes them visible
+
+BARS = ' ▁▂▃▄▅▆▇█'
+ORANGES = (230, 223, 222, 216, 215, 209, 208, 202) # of 256 colours, for eighths of the maximum activation
+SIGNS = {'\n': '⏎', '\t': '⇥', '\x7f': '␡'} | {chr(i): chr(0x2400 + i) for i in range(32) if i not in (9, 10)}
+
+def say(text):
+    """A remark about what is being done; views alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+def has_colour():
+    return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM', 'dumb') != 'dumb'
+
+def show(*views):
+    text = '\n\n\n'.join('\n'.join(view) for view in views)
+    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text))
+
+bold, dim = '\x1b[1m{}\x1b[0m'.format, '\x1b[2m{}\x1b[0m'.format
+
+def title(text, note=''):
+    return f'\n{bold(text)}  {dim(note)}' if note else f'\n{bold(text)}'
+
+def shaded(chars):
+    """(character, eighth of the maximum) pairs as text on a ground of that shade."""
+    runs = ((level, ''.join(ch for ch, _ in run)) for level, run in itertools.groupby(chars, key=lambda c: c[1]))
+    return ''.join(f'\x1b[30;48;5;{ORANGES[level - 1]}m{text}\x1b[0m' if level else text for level, text in runs)
+
+@functools.cache
+def safe(raw, keep=''):
+    """
+    Bytes as text that leaves any screen whole, but for characters to keep. Control bytes become symbols, bytes that are
+    no UTF-8 <0xE2>, invisible and direction-changing characters <U+200B>; a lone accent gets a circle to sit on.
+    """
+    out = ''
+    for ch in raw.decode('utf-8', 'surrogateescape'):
+        code, kind = ord(ch), unicodedata.category(ch)
+        if ch in SIGNS and ch not in keep:
+            ch = SIGNS[ch]
+        elif 0xDC80 <= code <= 0xDCFF:
+            ch = f'<0x{code - 0xDC00:02X}>'
+        elif kind[0] == 'C' and ch not in keep or kind in ('Zl', 'Zp'):
+            ch = f'<U+{code:04X}>'
+        elif kind[0] == 'M' and not out:
+            ch = '◌' + ch
+        out += ch
+    return out
+
+def width_of(text):
+    """Columns of a terminal that text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(ch) in ('Mn', 'Me') else
+               2 if unicodedata.east_asian_width(ch) in 'WF' else 1 for ch in text)
+
+def crop(chars, width):
+    """The first characters, or (character, level) pairs, that fill at most width columns; … if not all."""
+    ends = np.cumsum([width_of(item[0]) for item in chars])
+    if not len(ends) or ends[-1] <= width:
+        return list(chars)
+    return [*chars[:int((ends < width).sum())], '…' if isinstance(chars, str) else ('…', 0)]
+
+def fit(text, width):
+    """Text padded to width columns, or cut to it."""
+    text = ''.join(crop(text, width))
+    return text + ' ' * (width - width_of(text))
+
+def caption(raw):
+    """A token in a list, in 16 columns at most: spaces at its ends are seen as dots."""
+    text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)'
+    return text if width_of(text) <= 16 else fit(text, 16)
+
+def spark(numbers, top=None):
+    """Numbers of 0 or more as one row of bars, up to the largest or to top; above 0 is never invisible."""
+    numbers = [0.0 if n is None or n != n else float(n) for n in numbers]
+    top = top or max(numbers, default=0) or 1
+    return ''.join(BARS[0 if n <= 0 else max(1, min(8, round(8 * n / top)))] for n in numbers)
+
+def percent(x):
+    """A share, with as many digits as mean something."""
+    x = 100 * float(x)
+    digits = 0 if x == 0 or x >= 99.95 else 1 if x >= 10 else 2 if x >= 0.1 else 4
+    return f'{x:.{digits}f} %'
+
+def number(x):
+    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:.4g}'
+
+def pieces(s, context):
+    """A context as (text, activation, is it the peak) for each token; tokens that share a character are one piece."""
+    out, raw, act, peak, last = [], b'', 0, False, len(context['tokens']) - 1
+    for at, token in enumerate(context['tokens']):
+        raw, act, peak = raw + s.names[token], max(act, context['acts'][at], key=abs), peak or at == context['peak']
+        try:
+            raw.decode()
+        except UnicodeDecodeError as e:
+            if e.reason == 'unexpected end of data' and at < last: # the character goes on
+                continue
+        out.append((safe(raw), act, peak))
+        raw, act, peak = b'', 0, False
+    return out
+
+def eighth(act, largest):
+    return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
+
+def marked(s, context, largest):
+    """A context as (character, eighth of the largest activation) pairs, its peak in «»; and where this begins."""
+    chars = []
+    for text, act, peak in pieces(s, context):
+        if peak:
+            word = text.lstrip(' ') or text
+            begin = len(chars) + len(text) - len(word)
+            text = text.removesuffix(word) + f'«{word}»'
+        chars += [(ch, eighth(act, largest)) for ch in text]
+    return chars, begin
+
+def paragraph(s, context, largest, width, colour):
+    """
+    A context wrapped at its line breaks and at spaces. On a terminal the tokens are shaded by activation; without
+    colour, bars stand under the tokens on which the feature fires.
+    """
+    chars, _ = marked(s, context, largest)
+    while chars:
+        fits = max(1, int((np.cumsum([width_of(ch) for ch, _ in chars]) <= width - 2).sum()))
+        text = ''.join(ch for ch, _ in chars[:fits])
+        newline, space = re.match('[^⏎]*⏎+»?', text), text.rfind(' ') + 1
+        n = newline.end() if newline else space if space and fits < len(chars) else fits
+        line, chars = chars[:n], chars[n:]
+        yield '  ' + shaded(line)
+        bars = ''.join(BARS[level] * width_of(ch) for ch, level in line).rstrip()
+        if bars and not colour:
+            yield '  ' + bars
+
+def one_line(s, context, largest, width):
+    """A context cut to one line, the peak beginning at the same column in all: to be read downwards."""
+    (chars, begin), column = marked(s, context, largest), width * 2 // 5
+    left, right = crop(chars[:begin][::-1], column)[::-1], crop(chars[begin:], width - column)
+    return ' ' * (column - sum(width_of(ch) for ch, _ in left)) + shaded(left + right)
+
+# ----------------------------------------------------------------------------------------------------
+# panels: generators of lines
+
+def captions(s, f, width):
+    """The tokens on which a feature fires most, with shares of its firings, as many as fit."""
+    text = ''
+    for token, share in fires_on(s, f):
+        more = f'{"  " if text else ""}{caption(s.names[token])} {100 * share:.0f}%'
+        if width_of(text + more) > width:
+            return text or fit(more, width)
+        text += more
+    return text or 'dead'
+
+def table(s, features, columns='', cells=None):
+    """A line a feature: rank, name, entropy, density, further cells, and what it fires on."""
+    yield dim(f'  {"rank":>6}  {"feature":<11}{"entropy":>8}{"density":>10}{columns}   fires on')
+    for f, more in zip(features, cells or itertools.repeat('')):
+        yield (f"  {s.rank[f] or '-':>6}  {name(s, f)}{f'{s.entropy[f]:.4f}' if s.count[f] else '-':>8}"
+               f"{100 * s.count[f] / s.N:>9.3f}%{more}   {captions(s, f, 38 - len(more))}")
+
+def name(s, f):
+    return bold(f'L{s.layer}.F{f}'.ljust(11))
+
+def overview(s, rows):
+    d = layer_data(s)
+    yield bold(f"SAE at {s.site} of block {s.layer}: {s.F:,} features, K = {s.K}")
+    yield dim(f"step {s.step:,} · {s.N:,} tokens of {os.path.basename(s.dataset)} val scanned")
+    share = percent(d['live'] / s.F)
+    yield f"\n  live {d['live']:,} ({share}) · dead {d['dead']:,} · L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}"
+    if d['live']:
+        low, median, high = map(percent, d['density'])
+        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+        yield dim(f'                  median {median}, the middle 80 % from {low} to {high}')
+        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
+        yield dim('                  median {:.2f}, highest {:.2f}'.format(*d['entropy']))
+    known = np.flatnonzero(s.count >= SHOWN_FROM)
+    known = known[np.lexsort((-s.count[known], s.entropy[known]))]       # equals: the densest first
+    between = known[np.linspace(0, len(known) - 1, rows + 2).astype(int)[1:-1]] if len(known) > 3 * rows else []
+    which = f'token entropy of {len(known):,} that fire {SHOWN_FROM} times or more'
+    for kind, note, features in (
+            ('Most word-like', f'lowest {which}', known[:rows]), ('In between', 'evenly spaced by rank', between),
+            ('Most abstract', f'highest {which}', known[::-1][:rows]),
+            ('Densest', 'fire on the most positions', np.argsort(-s.count, kind='stable')[:min(rows, d['live'])])):
+        if len(features):
+            yield title(kind, note)
+            yield from table(s, features)
+    yield title('Dead', f"never fired in {s.N:,} tokens")
+    some = ' '.join(f'F{f}' for f in np.flatnonzero(s.count == 0)[:rows])
+    yield f"  {some} ... {d['dead']:,} in all" if d['dead'] > rows else f"  {some or 'none'}"
+    if len(known):
+        yield title('Next')
+        yield f"  {command('inspect_features', s)} --feature=L{s.layer}.F{known[len(known) // 2]}"
+        yield dim('  or end with --prompt="text", --find="regex", --timeline=true, --html=page.html')
+
+def command(script, s):
+    return f'python {script}.py --out_dir={shlex.quote(s.out_dir)}'
+
+def feature_view(index, d, examples):
+    """All panels of one feature; d from feature_data."""
+    s, f, count = index[d['layer']], d['f'], d['count']
+    live, which = np.flatnonzero(s.count), f'L{s.layer}.F{f}'
+    if count:
+        yield (f"{bold(which)} · alive · fires on {percent(d['density'])} of {s.N:,} tokens · "
+               f"max {number(d['max'])} · mean {number(d['mean'])}")
+    else:
+        yield f"{bold(which)} is dead: it never fired in {s.N:,} tokens"
+    yield dim(f"step {s.step:,} · SAE at {s.site} of block {s.layer}")
+    if count:
+        used = int(np.flatnonzero(d['hist'])[-1]) + 1
+        signs = f" · {percent(d['positive'])} above 0" if s.site == 'stream' else ''
+        yield title('Activations', f"{count:,} of them{signs}")
+        yield f"  0 |{spark(d['hist'][:used])}| {number(used / BINS * d['R'])}"
+        yield title('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of {len(live):,} live")
+        yield '  ' + captions(s, f, 78)
+    yield title('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
+    for pair in zip(d['down'][:5], d['up']):
+        yield '  ' + '   |   '.join(f'{fit(caption(s.names[token]), 18)}{logit:>+9.4f}' for token, logit in pair)
+    if count:
+        yield from contexts_view(s, d, examples)
+        yield from removal_view(s, d)
+    for neighbours, kind, note in ((d['near'], 'Nearest', 'cosine of what they write'),
+                                   (count and d['joint'], 'Fires with', 'positions with both / positions with either')):
+        if neighbours:
+            yield title(kind, note)
+            yield from (f'  {value:6.3f}  {name(s, g)}{captions(s, g, 58)}' for g, value in neighbours)
+    if s.site == 'stream' and len(index) > 1:
+        yield title('Across layers', f'channel {f} of the stream, after each block with an SAE')
+        for n, other in enumerate(index.values()):
+            yield from list(table(other, [f], f'{"max":>9}', [f"{other.max[f]:>9.3f}"]))[min(n, 1):]
+    if d['timeline']:
+        yield from sparklines(d['timeline'])
+    yield title('Next')
+    if len(live):
+        before, after = live[np.searchsorted(live, f) - 1], live[np.searchsorted(live, f, 'right') % len(live)]
+        yield f'  previous: --feature=L{s.layer}.F{before}   next: --feature=L{s.layer}.F{after}'
+    if count:
+        yield f"  {command('sample', s)} --steer=L{s.layer}.F{f}={number(d['max'])} --compare=true"
+
+def contexts_view(s, d, examples):
+    colour = has_colour()
+    peak = lambda c: number(c['acts'][c['peak']])
+    yield title('Top contexts', f"one a window; the peak in «», {'shaded' if colour else 'bars'} by activation")
+    for n, c in enumerate(d['top'][:examples], 1):
+        yield bold(f"Layer {s.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
+                   f"Token Entropy {d['entropy']:.4f}")
+        yield from paragraph(s, c, d['max'], 80, colour)
+        more = f", the same text {c['times']} times" if c['times'] > 1 else ''
+        yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
+    if not d['top']:
+        yield dim('  none: it fires only on first and last tokens of a window, and on end-of-text')
+    if d['random']:
+        yield title('Random contexts', 'drawn from all positions where it fires')
+        yield from (f"{dim(f'{peak(c):>8}')}  {one_line(s, c, d['max'], 70)}" for c in d['random'][:examples])
+    yield title('By strength', 'intervals of activation, their shares of the firings, an example')
+    for low, high, share, c in d['intervals']:
+        line = one_line(s, c, d['max'], 58) if c else dim('(only where no peak is taken)')
+        yield f"{dim(f'{number(low)} to {number(high)}'.rjust(16) + f'{100 * share:>4.0f}%')} {line}"
+
+def removal_view(s, d):
+    if e := d['effect']:
+        yield title('Without it', f"change of the loss of the next token, at {e['n']} positions where it fires")
+        yield f"  mean {e['mean']:+.4f} nats, standard deviation {e['std']:.4f},"
+        yield f"  the middle 80 % from {e['low']:+.4f} to {e['high']:+.4f}; worse at {percent(e['worse'])}"
+    else:
+        yield title('Without it', 'what its removal does to the loss: takes the model, some seconds')
+        yield f"  --feature=L{s.layer}.F{d['f']} --effect=64"
+
+def sparklines(t):
+    """A feature over training; t from feature_timeline."""
+    steps, settled, n = t['steps'], t['settled'], len(t['steps'])
+    yield title('Timeline', f'{n} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
+    yield f"  density        |{spark(t['density'])}| 0 to {percent(max(t['density']))}"
+    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {max((e or 0 for e in t['entropy'])):.2f} bits"
+    yield f"  cosine to end  |{spark(t['cos'], 1)}| 0 to 1"
+    if settled < n:
+        yield ' ' * (18 + settled) + '^'
+        yield f'  settled from step {steps[settled]:,} on: cosine {SETTLED} or more to its final direction ever since'
+    else:
+        yield '  never settled'
+
+def feature_timeline_view(names, snapshots, f):
+    t = feature_timeline(snapshots, f)
+    yield f"{bold(f'L{snapshots.layer}.F{f}')} over training, on {snapshots.probed:,} tokens at each snapshot"
+    yield from sparklines(t)
+    yield dim(f'\n{"step":>9}{"density":>12}{"entropy":>9}{"cosine":>8}   fires on')
+    for i, step in enumerate(t['steps']):
+        entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
+        tokens = fit('  '.join(caption(names[token]) for token in t['tokens'][i]), 39)
+        mark, density = '*' if i == t['settled'] else ' ', percent(t['density'][i])
+        yield f"{mark}{step:>8,}{density:>12}{entropy:>9}{t['cos'][i]:>8.4f}   {tokens}"
+
+def timeline_view(t):
+    """An SAE over training; t from open_timeline."""
+    S, live, settled = len(t.steps), t.count > 0, settled_at(t.cos)
+    top = math.ceil(t.entropy[live].max(initial=1))
+    yield bold(f'SAE of block {t.layer} over training: {S} snapshots of {t.probed:,} tokens each')
+    yield dim(f'settled: a live feature whose cosine to its final direction is {SETTLED} or more from then on')
+    yield dim(f'\n{"step":>9}{"tokens":>12}{"live":>9}{"settled":>9}{"median":>8}   token entropy, 0 to {top} bits')
+    for i in range(S):
+        bits, done = t.entropy[i][live[i]], int((live[-1] & (settled <= i)).sum())
+        yield (f'{int(t.steps[i]):>9,}{int(t.tokens[i]):>12,}{percent(live[i].mean()):>9}{done:>9,}'
+               f'{np.median(bits) if len(bits) else 0:>8.2f}   |{spark(np.histogram(bits, 24, (0, top))[0])}|')
+    when = np.bincount(settled[live[-1]], minlength=S + 1)
+    yield f'\n  settling       |{spark(when[:S])}| features a snapshot; {when[S]:,} of {live[-1].sum():,} never'
+
+def prompt_view(s, rows, top):
+    yield bold(f'SAE of block {s.layer}: the {top} strongest features of each token') + dim('  bars: of its maximum')
+    for token, features in rows:
+        text = fit(safe(s.names[token]), 16)
+        for n, (f, a) in enumerate(features[s.layer]):
+            level = eighth(a, max(abs(a), s.max[f]))
+            yield (f"{' ' * 16 if n else shaded([(text, level)])} {BARS[level]} {number(a):>7}  "
+                   f"{name(s, f)}{captions(s, f, 40)}")
+        if not features[s.layer]:
+            yield text + dim(' no feature fires')
+
+def find_view(s, pattern, rows):
+    precision, recall, n, n_tokens = find(s, pattern)
+    f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
+    best = [f for f in np.argsort(-f1, kind='stable')[:rows] if f1[f] > 0]
+    text = safe(pattern.pattern.encode('utf-8', 'surrogateescape'))
+    yield bold(f"/{text}/ in the {s.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
+    yield dim('precision: share of its firings in a match; recall: of matches on which it fires')
+    if best:
+        cells = [f'{precision[f]:>8.3f}{recall[f]:>8.3f}{f1[f]:>8.3f}' for f in best]
+        yield from table(s, best, f'{"prec":>8}{"recall":>8}{"F1":>8}', cells)
+    else:
+        yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
+
+def probe_view(s, run, labels, texts, rows):
+    kinds = sorted(set(labels))
+    y, X = np.array([kinds.index(label) for label in labels]), pooled_codes(run, s.layer, texts)
+    train, test = split(y, s.seed)
+    yield bold(f'Probe of block {s.layer}: {len(texts):,} texts of {len(kinds)} labels, {len(train):,} to train on, '
+               f'{len(test):,} held out')
+    yield dim("each text is its features' strongest activations; logistic regression on k of them\n")
+    alone, chosen = choose_features(X[train], y[train], min(5, s.F))
+    for k in sorted({1, min(2, s.F), min(5, s.F)}):
+        names = ' '.join(f'F{f}' for f in chosen[:k])
+        yield f'  k = {k:<5} {100 * accuracy(X[:, chosen[:k]], y, train, test):>6.1f} %   {names}'
+    yield f'  all {s.F:<6,}{100 * accuracy(X, y, train, test):>5.1f} %   dense probe on the same activations'
+    yield f'  majority {100 * (y[test] == np.bincount(y[train]).argmax()).mean():>6.1f} %'
+    yield title('Single features', 'accuracy of each alone; the label on which it is strongest')
+    label = np.stack([X[train][y[train] == k].mean(0) for k in range(len(kinds))]).argmax(0)
+    cells = [f'{100 * accuracy(X[:, [f]], y, train, test):>7.1f}%  {fit(safe(kinds[label[f]].encode()), 9)}'
+             for f in alone[:rows]]
+    yield from table(s, alone[:rows], f'{"alone":>8}  {"label":<9}', cells)
+
+# ----------------------------------------------------------------------------------------------------
+# HTML and export
+
+def write_html(path, index, features, examples, timelines, effects, prompt):
+    """One static file: assets/viewer.html with its data put in. features: [(layer, f)]; prompt: of read_prompt."""
+    def words(s, pairs):
+        return [(safe(s.names[token]), x) for token, x in pairs]
+    def segments(s, c):
+        """[text, or [text, activation, is it the peak] where the feature fires], position, times."""
+        runs = itertools.groupby(pieces(s, c), key=lambda piece: piece[1] != 0 or piece[2]) if c else ()
+        parts = [list(run) if fires else [''.join(text for text, _, _ in run)] for fires, run in runs]
+        return c and (sum(parts, []), c['where'], c['times'])
+    for s in index.values():
+        if len(features) > 100: # sorted once, not searched for each of them
+            s.by_feature = np.argsort(s.features.reshape(-1), kind='stable')
+    data = dict(step=s.step, site=s.site, F=s.F, K=s.K, N=s.N, dataset=s.dataset, settled=SETTLED,
+                shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, features=[],
+                prompt=prompt and words(s, prompt))
+    for layer, f in features:
+        s = index[layer]
+        d = feature_data(s, f, timelines.get(layer), effects.get((layer, f)))
+        d |= {kind: words(s, d[kind]) for kind in ('fires_on', 'up', 'down')}
+        d |= {kind: [segments(s, c) for c in d[kind][:examples]] for kind in ('top', 'random')}
+        d['intervals'] = [(low, high, share, segments(s, c)) for low, high, share, c in d['intervals']]
+        if d['timeline']:
+            d['timeline']['tokens'] = [[safe(s.names[token]) for token in row] for row in d['timeline']['tokens']]
+        data['features'].append(d)
+    # twice through JSON: numbers of 7 digits are short, and nan is no JSON
+    data = json.loads(json.dumps(data), parse_float=lambda x: float(f'{float(x):.7g}'), parse_constant=lambda nan: None)
+    text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
+    template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'viewer.html')
+    with open(template, encoding='utf-8') as source, open(path, 'w', encoding='utf-8') as file:
+        file.write(source.read().replace('"DATA"', text, 1))
+    say(f'{len(features):,} features -> {path}, {len(text) / 1e6:.1f} MB')
+
+def export(c):
+    """
+    The SAEs as folders L<block> that SAELens loads with SAE.load_from_disk: architecture topk, on the layer's
+    normalised input norm(x). The token skip, which no SAE of SAELens has, stays behind.
+    """
+    run = open_model(c)
+    config = run.model.config
+    if config.sae_site in ('hidden', 'stream'):
+        raise ValueError(f"site {config.sae_site} is no TopK autoencoder (relu^2, or no encoder at all): SAELens has "
+                         "no such SAE; resid, mlp and attn can be exported")
+    hook = {'resid': 'hook_resid_post', 'mlp': 'hook_mlp_out', 'attn': 'hook_attn_out'}[config.sae_site]
+    for layer, sae in run.model.saes().items():
+        folder = os.path.join(c.export, f'L{layer}')
+        os.makedirs(folder, exist_ok=True)
+        tensors = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
+        tensors = {k: np.ascontiguousarray(v.detach().float().cpu().numpy(), '<f4') for k, v in tensors.items()}
+        write_safetensors(os.path.join(folder, 'sae_weights.safetensors'), tensors)
+        cfg = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k),
+                   dtype='float32', device='cpu', apply_b_dec_to_input=True, normalize_activations='none',
+                   reshape_activations='none', rescale_acts_by_decoder_norm=False,
+                   metadata=dict(sae_lens_version='6.0.0',               # that of the format
+                                 hook_name=f'blocks.{layer}.{hook}', context_size=config.block_size,
+                                 input='RMS-normalised: x / sqrt(mean(x^2))', step=run.checkpoint['step']))
+        with open(os.path.join(folder, 'cfg.json'), 'w', encoding='utf-8') as file:
+            json.dump(cfg, file, indent=1)
+        say(f'SAE of block {layer} -> {folder}')
+
+def write_safetensors(path, arrays):
+    """The safetensors format: length of the header, the header in JSON, the raw little-endian data."""
+    header, offset = {}, 0
+    for name, x in arrays.items():
+        header[name] = dict(dtype='F32', shape=x.shape, data_offsets=[offset, offset + x.nbytes])
+        offset += x.nbytes
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)
+    with open(path, 'wb') as file:
+        file.write(len(header).to_bytes(8, 'little') + header + b''.join(x.tobytes() for x in arrays.values()))
+
+# ----------------------------------------------------------------------------------------------------
+
+def choose(c, layers, F):
+    """--layer and --feature as [(layer, feature)]. ValueError: one sentence."""
+    blocks, out = ', '.join(map(str, layers)), []
+    if c.layer != -1 and c.layer not in layers:
+        raise ValueError(f"layer={c.layer} has no SAE; block {blocks} has one")
+    for text in filter(None, map(str.strip, c.feature.split(','))):
+        m = re.fullmatch(r'(?:L?(\d+)\.)?F?(\d+)', text, re.I)
+        if not m:
+            raise ValueError(f"feature={text!r} names no feature: write 2386 (with --layer=6) or L6.F2386")
+        layer, f = int(m[1]) if m[1] else c.layer if c.layer != -1 else layers[0], int(m[2])
+        if layer not in layers:
+            raise ValueError(f"feature={text!r}: block {layer} has no SAE; block {blocks} has one")
+        if f >= F:
+            raise ValueError(f"feature={text!r} is out of range: block {layer} has features 0 to {F - 1}")
+        out.append((layer, f))
+    return out
+
+def show_timeline(c):
+    timelines = open_timeline(c.out_dir)
+    if not timelines:
+        raise ValueError(f"there are no snapshots in {c.out_dir}/features: train.py writes one at each eval")
+    features = choose(c, list(timelines), next(iter(timelines.values())).count.shape[1])
+    if features:
+        index = read_index(c)
+        names = next(iter(index.values())).names if index else names_without_index(c)
+        show(*(feature_timeline_view(names, timelines[i], f) for i, f in features))
+    else:
+        show(*(timeline_view(t) for i, t in timelines.items() if c.layer in (-1, i)))
+
+def names_without_index(c):
+    """Token bytes by way of log.jsonl, which names the data set."""
+    try:
+        dataset = c.dataset or json.loads(open(os.path.join(c.out_dir, 'log.jsonl')).readline())['config']['dataset']
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(f"{c.out_dir} has neither an index.npz nor a log.jsonl that names the data set: "
+                         "give --dataset") from None
+    data = load_dataset(dataset)
+    return token_bytes(load_tokenizer(data.dir, data.meta), data.meta['vocab_size'])
+
+def look(c):
+    """Does what the options ask for."""
+    if c.export:
+        return export(c)
+    if c.timeline:
+        return show_timeline(c)
+    try:
+        pattern = re.compile(c.find)
+    except re.error as e:
+        raise ValueError(f"find={c.find!r} is no regular expression: {e}") from None
+    labels, texts = read_labels(c.probe) if c.probe else (None, None)
+    prompt = prompt_text(c.prompt, c.prompt_file)
+    index = open_index(c)
+    features = choose(c, list(index), next(iter(index.values())).F)
+    chosen = [s for i, s in index.items() if c.layer in (-1, i)]
+    run = open_model(c) if prompt or c.probe or c.effect and features else None
+    rows = read_prompt(run, prompt, c.top) if prompt else None
+    effects = {(i, f): removal_effect(run, index[i], f, c.effect) for i, f in features if c.effect}
+    timelines = open_timeline(c.out_dir) if features or c.html else {}
+    if c.html:
+        if rows:
+            features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
+        features = features or [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
+        write_html(c.html, index, features, c.examples, timelines, effects, rows)
+    elif rows:
+        show(*(prompt_view(s, rows, c.top) for s in chosen))
+    elif c.find:
+        show(*(find_view(s, pattern, c.rows) for s in chosen))
+    elif c.probe:
+        show(*(probe_view(s, run, labels, texts, c.rows) for s in chosen))
+    elif features:
+        data = [feature_data(index[i], f, timelines.get(i), effects.get((i, f))) for i, f in features]
+        show(*(feature_view(index, d, c.examples) for d in data))
+    else:
+        show(*(overview(s, c.rows) for s in chosen))
+
+def main(argv):
+    c = SimpleNamespace(**configure(DEFAULTS, argv))
+    try:
+        for key in ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed'):
+            if getattr(c, key) < 0:
+                raise ValueError(f"{key}={getattr(c, key)} must not be negative")
+        look(c)
+        sys.stdout.flush()
+    except BrokenPipeError: # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from None
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace') # a terminal or pipe that is not UTF-8
+    main(sys.argv[1:])
