@@ -175,7 +175,7 @@ def statistics(sae, wte, keys, counts):
     best = dict(up=[], down=[], near=[])
     for rows in everyone.split(1024):
         logits, cosine = writes[rows] @ wte.T, unit[rows] @ unit.T       # (rows, V), (rows, F)
-        cosine[torch.arange(len(rows)), rows] = -2                       # itself
+        cosine[everyone[:len(rows)], rows] = -2                          # itself
         best['up'].append(logits.topk(min(10, V)))
         best['down'].append(logits.topk(min(10, V), largest=False))
         best['near'].append(cosine.topk(min(5, F - 1)))
@@ -219,7 +219,7 @@ def open_index(c):
     s = next(iter(index.values()), None)
     if s is None:
         damaged = os.path.exists(os.path.join(c.out_dir, 'index.npz'))
-        why = "the index is damaged" if damaged else "there is no index yet"
+        why = "the index is damaged or of an older version" if damaged else "there is no index yet"
     elif key and s.key != key:
         why = f"the index is of another checkpoint, of step {s.step:,}"
     elif c.scan_tokens not in (0, s.wanted) or c.dataset not in ('', s.dataset):
@@ -444,13 +444,11 @@ def read_labels(path):
         if not text.strip():
             raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
     labels, texts = [row[1] for row in rows], [row[2] for row in rows]
-    kinds = sorted(set(labels))
-    if len(kinds) < 2:
-        raise ValueError(f"probe={path!r} has {len(rows)} texts of {len(kinds)} label{'s'[:len(kinds) != 1]}: "
-                         "it takes two labels or more")
-    if few := [k for k in kinds if labels.count(k) < 4]:
-        raise ValueError(f"probe={path!r} has {labels.count(few[0])} texts of {few[0]!r}: it takes 4 or more "
-                         "of each label, to train on some and test on the others")
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    if len(counts) < 2 or min(counts.values()) < 4:
+        found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
+        raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, and of each 4 texts "
+                         "or more, to train on some and test on the others")
     return labels, texts
 
 def pooled_codes(run, layer, texts):
@@ -537,8 +535,9 @@ def stack_snapshots(files):
             z = load_npz(file)
             for layer in last['layers'].tolist():
                 z[f'L{layer}.cos'] = cosine_to_last(z, last, f'L{layer}.').astype(np.float32)
-            snapshots.insert(0, {name: x for name, x in z.items() if not name.endswith(('.W_dec', '.cos_final'))})
-            if {name: x.shape for name, x in snapshots[0].items()} != {name: x.shape for name, x in snapshots[-1].items()}:
+            z = {name: x for name, x in z.items() if not name.endswith(('.W_dec', '.cos_final'))}
+            snapshots.insert(0, z)
+            if z.keys() != snapshots[-1].keys() or any(z[name].shape != x.shape for name, x in snapshots[-1].items()):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
@@ -695,7 +694,7 @@ def paragraph(s, context, largest, width, colour):
     colour, bars stand under the tokens on which the feature fires.
     """
     chars, _ = marked(s, context, largest)
-    while chars:
+    while any(ch != ' ' or level for ch, level in chars):
         fits = max(1, int((np.cumsum([width_of(ch) for ch, _ in chars]) <= width - 2).sum()))
         text = ''.join(ch for ch, _ in chars[:fits])
         newline, space = re.match('[^⏎]*⏎+»?', text), text.rfind(' ') + 1
@@ -758,16 +757,20 @@ def overview(s, rows):
         if len(features):
             yield title(kind, note)
             yield from table(s, features)
+    if len(between):
+        yield title('In context', 'those in between: their strongest contexts, one a window; the peak in «»')
+        for f in between:
+            yield f"  {name(s, f)}{captions(s, f, 66)}"
+            feature = feature_data(s, f)
+            yield from (f"    {one_line(s, c, feature['max'], 74)}" for c in feature['top'][:3])
     yield title('Dead', f"never fired in {s.N:,} tokens")
     some = ' '.join(f'F{f}' for f in np.flatnonzero(s.count == 0)[:rows])
     yield f"  {some} ... {d['dead']:,} in all" if d['dead'] > rows else f"  {some or 'none'}"
     if len(known):
         yield title('Next')
-        yield f"  {command('inspect_features', s)} --feature=L{s.layer}.F{known[len(known) // 2]}"
+        middle = f'L{s.layer}.F{known[len(known) // 2]}'
+        yield f"  python inspect_features.py --out_dir={shlex.quote(s.out_dir)} --feature={middle}"
         yield dim('  or end with --prompt="text", --find="regex", --timeline=true, --html=page.html')
-
-def command(script, s):
-    return f'python {script}.py --out_dir={shlex.quote(s.out_dir)}'
 
 def feature_view(index, d, examples):
     """All panels of one feature; d from feature_data."""
@@ -808,7 +811,8 @@ def feature_view(index, d, examples):
         before, after = live[np.searchsorted(live, f) - 1], live[np.searchsorted(live, f, 'right') % len(live)]
         yield f'  previous: --feature=L{s.layer}.F{before}   next: --feature=L{s.layer}.F{after}'
     if count:
-        yield f"  {command('sample', s)} --steer=L{s.layer}.F{f}={number(d['max'])} --compare=true"
+        yield (f"  python sample.py --out_dir={shlex.quote(s.out_dir)} --steer=L{s.layer}.F{f}={number(d['max'])} "
+               "--compare=true")
 
 def contexts_view(s, d, examples):
     colour = has_colour()

@@ -198,8 +198,8 @@ def load_vocabulary(checkpoint, dataset):
                          "prepare it, or name another with --dataset=")
     meta = read_meta(file, "prepare it")
     if meta['tokenizer'].endswith('.json') and meta['train_sha256'] != checkpoint['data_sha256']:
-        print(f"warning: {file.parent} is not the data that this model was trained on: if its tokenizer is another too, "
-              "the text is garbled", file=sys.stderr)
+        print(f"warning: {file.parent} is not the data that this model was trained on: if its tokenizer is another "
+              "too, the text is garbled", file=sys.stderr)
     enc = load_tokenizer(file.parent, meta)
     return enc, meta, token_bytes(enc, checkpoint['model_args']['vocab_size'])
 
@@ -207,8 +207,8 @@ def encode_prompt(text, enc, meta, vocab_size):
     """The prompt as a list of ids, never empty. Raises ValueError."""
     tokens = enc.encode(text, allowed_special='all') or ([meta['eot']] if meta['eot'] is not None else enc.encode("\n"))
     if max(tokens) >= vocab_size:
-        raise ValueError(f"the prompt holds token {max(tokens)}, but the model's end at {vocab_size - 1}: it was trained "
-                         "with another tokenizer, name its data set with --dataset=")
+        raise ValueError(f"the prompt holds token {max(tokens)}, but the model's end at {vocab_size - 1}: it was "
+                         "trained with another tokenizer, name its data set with --dataset=")
     return tokens
 
 def problems_of(c):

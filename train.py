@@ -158,9 +158,9 @@ def has_fast_bf16():
     return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 store = None # where a rank leaves the reason why it failed
-if ddp: # one group for what takes as long as it takes (somebody saves), and one in which silence means trouble
-    dist.init_process_group('gloo', timeout=timedelta(hours=1))
-    group = dist.new_group(backend='nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
+if ddp:
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
+    patient = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
     store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=timedelta(seconds=10))
 if device_type == 'cuda':
     torch.cuda.set_device(device)
@@ -202,12 +202,13 @@ sys.excepthook = on_error
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
     if ddp:
-        dist.all_reduce(t, op, group=group)
+        dist.all_reduce(t, op)
     return t
 
 def wait_for_all():
+    """Where one rank works alone (it prepares data, saves, takes a snapshot), maybe for longer than rank_timeout."""
     if ddp:
-        dist.barrier()
+        dist.barrier(patient)
 
 # ----------------------------------------------------------------------------------------------------
 # data; the default corpus is made here if it is missing, since that needs nothing but Python itself
@@ -238,9 +239,11 @@ if init_from != 'scratch':
         fail(e)
 if init_from == 'resume':
     step = checkpoint['step']
+    if 'optimizers' not in checkpoint:
+        fail(f"{out_dir} holds weights alone: begin a run with them by --init_from={out_dir} --out_dir=...")
     # all that decides a step must be as it was; these may change
-    may_change = {'init_from', 'out_dir', 'eval_interval', 'save_interval', 'eval_tokens', 'probe_tokens', 'log_interval', 'wandb_log',
-                  'wandb_project', 'device', 'dtype', 'compile', 'dataset', 'max_iters', 'rank_timeout'}
+    may_change = ('init_from out_dir dataset device dtype compile rank_timeout wandb_log wandb_project max_iters '
+                  'eval_interval save_interval log_interval eval_tokens probe_tokens').split()
     was = checkpoint['config']
     changed = [f"{k}={v}, but {k}={was.get(k)} in the checkpoint" for k, v in config.items() if was.get(k) != v and k not in may_change]
     if checkpoint['data_sha256'] != data.meta['train_sha256']:
@@ -249,14 +252,15 @@ if init_from == 'resume':
         changed.append(f"max_iters={max_iters}, but the run is at step {step} already")
     stop_if(changed and changed + [f"cannot resume {out_dir} so: use the old values, or begin another run with its weights, "
                                    f"--init_from={out_dir} --out_dir=..."])
-    model.load_state_dict(checkpoint['model'])
     if master: # of all ranks together
         log_sums = checkpoint['log_sums'].to(wide)
-elif checkpoint is not None:
+if checkpoint is not None:
     try:
-        missing = model.load_state_dict(checkpoint['model'], strict=False).missing_keys
+        missing = model.load_state_dict(checkpoint['model'], strict=init_from == 'resume').missing_keys
         if any('.sae.' not in key for key in missing):
             raise RuntimeError(f"it lacks {missing[0]}")
+        if checkpoint['model_args']['vocab_size'] != vocab_size:
+            raise RuntimeError(f"{checkpoint['model_args']['vocab_size']} tokens in their vocabulary, {vocab_size} in that of {data.dir}")
     except RuntimeError as e:
         fail(f"the weights in {init_from} do not fit this model: {str(e).strip().splitlines()[-1].strip()}")
 model.to(device)
@@ -291,7 +295,7 @@ eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # torch 2.13's name for it is unknown to 2.11
     wait_for_all()
-    model = DDP(model, process_group=group, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
 
 # ----------------------------------------------------------------------------------------------------
 # schedules, as functions of the step alone
@@ -429,23 +433,26 @@ def write_log(record):
         if wandb_log and 'step' in record:
             wandb.log(record, step=record['step'])
 
+def due(interval):
+    return step % interval == 0 or step == max_iters
+
 def stays_in_log(line):
     """For a resumed run: torn lines go, and so does what comes after the checkpoint, since it will be written again."""
     try:
         record = json.loads(line)
-        again = record['event'] == 'eval' and (step % eval_interval == 0 or step == max_iters)
+        again = record['event'] == 'eval' and due(eval_interval)
         return line.endswith('\n') and record.get('step', 0) < step + (not again)
     except (ValueError, KeyError, TypeError):
         return False
 
 def set_aside():
-    """A new run in an old out_dir: the old one's files must not be taken for its own; they go to out_dir/previous."""
+    """A new run in an old out_dir: the old one's files must not be taken for its own. They are kept in out_dir/previous."""
     previous = os.path.join(out_dir, 'previous')
-    names = ('ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl', 'index.npz', 'index_codes.npy', 'timeline.npz')
-    if any(os.path.exists(os.path.join(out_dir, name)) for name in names[:2]): # else it never saved anything
+    old = [name for name in os.listdir(out_dir) if name.startswith(('ckpt', 'features', 'log.', 'index', 'timeline'))]
+    if any(name.endswith('.pt') for name in old): # else it never saved anything
         shutil.rmtree(previous, ignore_errors=True)
         os.makedirs(previous)
-        for name in filter(lambda name: os.path.exists(os.path.join(out_dir, name)), names):
+        for name in old:
             os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
         print(f"{out_dir} held another run: it is in {previous} now, in place of an older one", flush=True)
     shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
@@ -521,10 +528,10 @@ while True:
 
     # once in a while: save, then evaluate (in that order: a crash in the evaluation loses nothing)
     pause = time.time()
-    if step > saved_step and (step % save_interval == 0 or step == max_iters):
+    if step > saved_step and due(save_interval):
         save()
         saved_step = step
-    if step % eval_interval == 0 or step == max_iters:
+    if due(eval_interval):
         if ddp:
             check_replicas()
         record = dict(event='eval', step=step, tokens=step * tokens_per_step, alpha=alpha, **evaluate())
@@ -583,7 +590,7 @@ while True:
             sae.revive(fired[s], tokens_per_step)
     step += 1
 
-    if step % log_interval == 0 or step == max_iters:
+    if due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
         now = time.time()
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log - paused)

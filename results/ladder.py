@@ -23,7 +23,7 @@ from collections import deque
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import configure, stop_if # noqa: E402
+from configurator import configure # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
@@ -180,14 +180,21 @@ def load(folder):
             results.append(json.load(f))
     return results
 
+def problems(c):
+    """What is wrong with the options c, as a list of sentences."""
+    found = [] if c['size'] in SIZES else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
+    known = rows(c['size'] if c['size'] in SIZES else 'small')
+    found += [f"rows={r!r} is unknown: known are {', '.join(known)}" for r in c['rows'].split(',') if r not in known]
+    if c['steps'] < 1:
+        found.append(f"steps={c['steps']} must be at least 1")
+    if not c['seeds'] or min(c['seeds']) < 0:
+        found.append(f"seeds={','.join(map(str, c['seeds']))} must be one number or more, from 0")
+    return found
+
 def main(argv):
     c = configure(dict(size='small', rows='dense,naive,default,strict', seeds=(1,), steps=1000, dataset='wiki', table=False,
-                       results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', gpus=-1), argv)
-    problems = [] if c['size'] in SIZES else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
-    if not problems:
-        known = rows(c['size'])
-        problems = [f"unknown row {r!r}: known are {', '.join(known)}" for r in c['rows'].split(',') if r not in known]
-    stop_if(problems)
+                       results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', gpus=-1), argv, problems)
+    known = rows(c['size'])
     if not c['table']:
         import torch
         n = torch.cuda.device_count() if c['gpus'] < 0 else c['gpus']

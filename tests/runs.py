@@ -32,13 +32,13 @@ TINY = dict(
     sae_blend_start=0.1, sae_blend_end=0.9, sae_k_end=0.8, max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
     log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32', compile='false')
 
-def write_tiny_data(out, train_tokens=3000):
-    """A data set of random letters with a byte-level tokenizer of 257 tokens; returns its folder as text."""
+def write_tiny_data(out, train_tokens=3000, vocab_size=257):
+    """A data set of random letters with a byte-level tokenizer of 257 tokens (and gaps); returns its folder as text."""
     import tiktoken
     enc = tiktoken.Encoding('bytes', pat_str='.', mergeable_ranks={bytes([i]): i for i in range(256)},
                             special_tokens={'<|endoftext|>': 256})
     letters = np.random.default_rng(0).choice(np.frombuffer(b'aaaabbbccd   \n', dtype=np.uint8), train_tokens + 500)
-    write_dataset(out, [letters[:train_tokens]], [letters[train_tokens:]], 257, 'tokenizer.json', 'random letters', 256,
+    write_dataset(out, [letters[:train_tokens]], [letters[train_tokens:]], vocab_size, 'tokenizer.json', 'random letters', 256,
                   extra_files={'tokenizer.json': encoding_to_json(enc)})
     return str(out)
 

@@ -100,6 +100,12 @@ def test_every_key_of_every_script(script):
     code, text = run_script(script, [f'--{k}=!' for k in typed])
     assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [f'error: {k}' for k in typed], text
 
+def test_ladder_options():
+    """The ladder's own checks: each value named, in one list."""
+    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0', '--seeds=-1', '--gpus=x'])
+    assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
+        'error: gpus', 'error: size', 'error: rows', 'error: steps', 'error: seeds'], text
+
 def test_files(tmp_path):
     """A file is Python: it may import, compute, use values set so far, and keep names of its own that begin with _."""
     a = write(tmp_path / 'a.py', "import math\n_half = 4\nn_layer = 2 * _half\nlearning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")

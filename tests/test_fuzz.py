@@ -198,7 +198,7 @@ def run_main(module, argv, capsys):
     capsys.readouterr()
     return refused
 
-@pytest.mark.parametrize('n', [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [60, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', list(COMMANDS))
 def test_strange_command_lines(name, n, whole, tmp_path, capsys, monkeypatch):
     """The viewer and the sampler with random values for random keys: a view or a text, or one sentence."""

@@ -324,8 +324,9 @@ def test_probe_finds_the_features_that_matter(out, tmp_path, capsys):
     assert re.search(r'k = 1 +100.0 %', text) and re.search(r'majority +50.0 %', text) and 'dense probe' in text
 
 @pytest.mark.parametrize('content, sentence', (
-    ('', '0 texts of 0 labels'), ('a\tx\na\ty\n', '2 texts of 1 label:'), ('a\tx\nb y\n', 'line 2: expected a label, a tab'),
-    ('a\tx\n' * 4 + 'b\ty\n', "1 texts of 'b'"), (None, 'cannot be read')))
+    ('', 'has these texts: none; it takes two labels'), ('a\tx\n' * 5, "5 of 'a'; it takes two labels"),
+    ('a\tx\nb y\n', 'line 2: expected a label, a tab'), ('a\tx\n' * 4 + 'b\ty\n', "4 of 'a', 1 of 'b'; it takes"),
+    (None, 'cannot be read')))
 def test_bad_probe_files(out, tmp_path, content, sentence):
     if content is not None:
         (tmp_path / 'p.tsv').write_text(content)

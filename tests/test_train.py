@@ -23,7 +23,7 @@ import torch
 
 import runs
 from data.dataset import eval_batches, get_batch, load_dataset
-from model import GPT, GPTConfig, load_checkpoint, load_model
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from runs import (ROOT, TINY, arguments, assert_same_run, at_eval, at_fsync, at_loss, at_replace, at_save, crash, half_saved_then_killed,
                   huge, inf, interrupt, kill, nan, nan_gradient, out_of_memory, records, same, terminate, train)
 from sae import count_pairs, token_entropy
@@ -337,8 +337,14 @@ def test_weights_of_another_run(whole, tiny_data, tmp_path):
     assert code == 0, text
     loss = records(dense, 'eval')[-1]['val_loss'], records(out, 'eval')[0]['val_loss']
     assert loss[0] == loss[1] # alpha is 0 at step 0: still the dense model
-    code, text = train(out, tiny_data, init_from=dense, n_embd=32)
-    assert code == 1 and 'do not fit this model' in text and 'Traceback' not in text
+    other = runs.write_tiny_data(tmp_path / 'other', vocab_size=300) # the same shapes, since both are padded to 320
+    for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch'), (other, {}, '257 tokens in their vocabulary, 300 in')):
+        code, text = train(out, data, init_from=dense, **changes)
+        assert code == 1 and 'do not fit this model' in text and reason in text and text.count('\n') == 1, text
+    weights = {k: v for k, v in load_checkpoint(str(dense)).items() if k != 'optimizers'}
+    save_checkpoint(str(dense), weights)
+    code, text = train(dense, tiny_data, init_from='resume', sae_layers='')
+    assert code == 1 and 'holds weights alone' in text and text.count('\n') == 1, text
 
 def test_posthoc_trains_the_sae_alone(tiny_data, tmp_path):
     """The classic SAE, for comparison: the frozen model's weights stay to the bit, and the SAE learns to reconstruct."""
@@ -489,8 +495,8 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     first save on there is always a loadable checkpoint, a second rank leaves by itself, and the end is that of the
     undisturbed run, to the bit. Warm-up, alpha, K annealing and dropout go on over the whole run.
 
-    python -m pytest tests/test_train.py --slow -s -k random_moments      (a minute and a half)"""
-    changes = dict(ranks=ranks, max_iters=240, warmup_iters=200, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
+    python -m pytest tests/test_train.py --slow -s -k random_moments      (two minutes)"""
+    changes = dict(ranks=ranks, max_iters=600, warmup_iters=500, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
                    log_interval=3)
     assert train(tmp_path / 'whole', tiny_data, **changes)[0] in (0, [0, 0])
     rng, out, kills, in_saves, at = random.Random(1), tmp_path / 'killed', 0, 0, 0
@@ -518,8 +524,8 @@ def test_long_run_leaks_nothing(tiny_data, tmp_path):
     """Steps with a save, an eval and a snapshot every third: memory and open files stay flat, and the disk holds two
     checkpoints, one features/<step>.npz an eval, one line a log or eval, and nothing else.
 
-    python -m pytest tests/test_train.py --slow -k leaks -s     (1,500 steps, a minute)
-    LONG_RUN_STEPS=45000 python -m pytest ...                   (half an hour)"""
+    python -m pytest tests/test_train.py --slow -k leaks -s     (1,500 steps, half a minute)
+    LONG_RUN_STEPS=90000 python -m pytest ...                   (half an hour)"""
     steps = int(os.environ.get('LONG_RUN_STEPS', 1500))
     (p,), seen = start(tmp_path / 'out', tiny_data, max_iters=steps, eval_interval=3, save_interval=3), []
     while p.is_alive():
