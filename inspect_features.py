@@ -758,7 +758,7 @@ def overview(s, rows):
             yield title(kind, note)
             yield from table(s, features)
     if len(between):
-        yield title('In context', 'those in between: their strongest contexts, one a window; the peak in «»')
+        yield title('In context', 'their strongest contexts, one a window; the peak in «»')
         for f in between:
             yield f"  {name(s, f)}{captions(s, f, 66)}"
             feature = feature_data(s, f)

@@ -38,6 +38,7 @@ def assert_close_run(a, b):
         assert len(records(a, event)) == len(records(b, event))
         for r, q in zip(records(a, event), records(b, event)):
             sae, sae2 = r.pop('sae', {}), q.pop('sae', {})
+            assert r.pop('event') == q.pop('event')
             assert r == pytest.approx(q, rel=1e-4)
             for i in sae:
                 assert sae[i] == pytest.approx(sae2[i], rel=1e-4)

@@ -184,6 +184,9 @@ COMMANDS = {
     'inspect_features': 'layer feature examples rows effect prompt prompt_file top find probe timeline html scan_tokens device seed dataset'.split(),
     'sample': 'prompt prompt_file num_samples max_new_tokens temperature top_k seed show_features steer compare dataset device'.split()}
 
+SOUND = dict(feature='L1.F3', prompt='ab', prompt_file='', find='a', probe='', timeline='true', html='x.html', device='cpu', dataset='',
+             steer='L1.F3=1,2', compare='true') # and 1 for the rest
+
 def run_main(module, argv, capsys):
     """Whether it was refused; all it may raise is SystemExit, with a sentence or after one."""
     try:
@@ -210,7 +213,7 @@ def test_strange_command_lines(name, n, whole, tmp_path, capsys, monkeypatch):
         argv = ['--out_dir=out'] + ['--max_new_tokens=2'] * (name == 'sample')
         for key in keys:
             values = [v for v in VALUES if v not in ('63', '64', '999999') or key not in ('num_samples', 'max_new_tokens')]
-            argv.append(f'--{key}={rng.choice(values)}')
+            argv.append(f'--{key}={SOUND.get(key, "1") if rng.random() < 0.5 else rng.choice(values)}')
         refused += run_main(module, argv, capsys)
     assert 0.2 * n < refused < n
 
