@@ -170,7 +170,7 @@ def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 def oversleep(function, *args, **kwargs):
-    time.sleep(3.5)
+    time.sleep(3)
     return function(*args, **kwargs)
 
 def half_saved_then_killed(save, checkpoint, f):

@@ -2,7 +2,7 @@
 train.py on two ranks (gloo, CPU): they compute what one rank computes, and when one fails nobody hangs.
 
     python -m pytest tests/test_ddp.py
-    python -m pytest tests/test_ddp.py --slow      also torchrun itself
+    python -m pytest tests/test_ddp.py --slow      also torchrun itself, and a slow save
 """
 import os
 import signal
@@ -91,8 +91,11 @@ def test_all_leave_when_one_fails(what, reason, tiny_data, tmp_path):
         assert text.count(f'error: {reason}') == 2, text # said by both
     assert load_checkpoint(str(tmp_path))['step'] == 3
 
+@pytest.mark.slow
 def test_slow_rank_0_is_waited_for(tiny_data, tmp_path):
-    """A save may take longer than rank_timeout: there the others wait."""
+    """A save may take longer than rank_timeout: there the others wait.
+
+    python -m pytest tests/test_ddp.py --slow -k waited"""
     codes, text = train(tmp_path, tiny_data, partial(at_save, 1, oversleep), ranks=2, rank_timeout=2)
     assert codes == [0, 0], text
 
