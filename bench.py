@@ -333,6 +333,14 @@ def bench_step(folder, steps, rounds):
         differ = [x['step'] for x, y in zip(a['logs'], b['logs']) if x | {'tok_s': y['tok_s']} != y]
         determinism = dict(same_bits=a['weights'] == b['weights'],
                            log_differs_at=differ[0] if differ else None)
+        if not determinism['same_bits']: # then the flag that promises them must hold
+            try:
+                twins = [train(folder, f'deterministic-{i}', 'sae_gpt', 6, n_layer=2, sae_layers=1, deterministic=True,
+                               gradient_accumulation_steps=2, **SHORT_EVAL) for i in range(2)]
+            except RuntimeError as e: # must not cost the numbers above
+                say(str(e))
+                twins = [dict(weights=0), dict(weights=1)]
+            determinism['deterministic_same_bits'] = twins[0]['weights'] == twins[1]['weights']
     return dict(step=step, graphs=graphs, determinism=determinism), runs['sae'][-1]
 
 def bench_overhead(run):
@@ -415,6 +423,8 @@ def print_table(result):
         if same := result['determinism']:
             print(f"two runs: the same bits: {same['same_bits']}; "
                   f"first log line that differs: step {show(same['log_differs_at'])}")
+            if 'deterministic_same_bits' in same:
+                print(f"with --deterministic=True: {same['deterministic_same_bits']}")
     if cost := result.get('overhead'):
         print("\nshare of training time: " + ', '.join(
             f"{k[:-6]} {100 * v:.2g} %" for k, v in cost.items() if k.endswith('_share')))

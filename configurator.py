@@ -52,6 +52,13 @@ def stop_if(problems):
     if problems:
         sys.exit(2)
 
+def writable(folder):
+    """Whether folder is one in which to write, or can be made."""
+    path = os.path.abspath(folder)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return folder != '' and os.path.isdir(path) and os.access(path, os.W_OK)
+
 def read_file(path, config, problems):
     """Names that the config file at path assigns, as a dict. It may compute with the values configured so far."""
     if not os.path.isfile(path):

@@ -3,18 +3,16 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
 
     python inspect_features.py --out_dir=out-sae-cpu                          overview of every SAE
     python inspect_features.py --out_dir=out-sae-cpu --feature=L2.F101        all about one feature
-    ... --prompt="import os"   a text with its features       --find="self|cls"   features that fire on that
-    ... --probe=labels.tsv     features that tell labels apart   --timeline=true   how they formed
-    ... --html=out.html        the same as one page             --export=folder    the SAEs, for SAELens
+    ... --prompt="import os"  a text with its features          --find="self|cls"  features that fire on that
+    ... --probe=labels.tsv    features that tell labels apart   --timeline=true    how they formed
+    ... --html=out.html       the same as one page              --export=folder    the SAEs, for SAELens
 
-The model runs once over `scan_tokens` tokens of val (the scan); which features fired where is kept in out_dir, in
-index.npz and three index_*.npy, until the checkpoint changes. From there a view takes under a second: torch is loaded
-only where a model must run (the scan, --prompt, --probe, --effect, --export).
+The model runs once over val (the scan); what fired where is kept in out_dir, in index.npz and index_*.npy, until the
+checkpoint changes. A view of it takes under a second: torch is loaded only where a model must run.
 
-How the numbers are defined, here and in the HTML:
   fires          the feature is among the K of a position, and its activation is not 0
   density        share of the scanned positions on which it fires
-  token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest of all live features
+  token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest, of equals the densest
   contexts       a peak is never the first or last token of a window nor end-of-text, whose activations are often
                  freakish; one context a window, lest one text fill the list; equal texts are folded and counted
   random         drawn uniformly from the positions where it fires, at most one a window
@@ -37,6 +35,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,7 +59,6 @@ DEFAULTS = dict(
     html='',             # write the chosen (or all live) features, or the prompt, to this file
     export='',           # write the SAEs to this folder, for SAELens
     scan_tokens=0,       # 0 = what the index has; with no index 131,072, on a GPU 1,048,576
-    rescan=False,        # scan again though the index fits
     dataset='',          # whose val is scanned; '' = that of training
     device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1'
     seed=1337,           # of everything drawn at random
@@ -68,7 +66,9 @@ DEFAULTS = dict(
 TOPS, RANDOM, INTERVALS, BINS = 16, 8, 8, 32 # contexts kept of a feature; bins of its histogram
 SIDE = 16                # tokens shown on either side of a peak
 SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
-SETTLED = 0.9            # cosine to the final direction from which a feature counts as settled
+SETTLED = 0.7            # cosine of its token counts to the final ones from which a feature counts as settled
+PLACES = dict(resid='on the residual stream after block', mlp="on the MLP's output in block", hidden='inside the MLP of block',
+              attn="on the attention's output in block", stream='on the channels of the stream after block')
 
 # ----------------------------------------------------------------------------------------------------
 # the scan: one pass of the model over val, in memory that does not grow with the tokens scanned
@@ -96,16 +96,15 @@ def forward(run, x):
         logits, _, out = run.model(x.to(run.device))
     return logits, out
 
-def scan(c, key):
+def scan(c, run, key):
     """
     Runs the model over val, and writes into out_dir index.npz, the statistics of each SAE, and the codes themselves:
-    index_tokens.npy (N,), index_features.npy (F where a slot is not active) and index_values.npy (S, N, K).
+    index_tokens.npy (N,), index_features.npy (S, N, K), F where a slot is not active, and index_values.npy (S, N, K).
     """
     import torch
     from rich.console import Console
     from rich.progress import track
     from sae import count_pairs
-    run = open_model(c)
     saes, gpu = run.model.saes(), 'cuda' in run.device
     T, V = run.model.config.block_size, run.model.config.vocab_size
     F, K = next((sae.n_features, sae.k_max) for sae in saes.values())
@@ -140,7 +139,7 @@ def scan(c, key):
             all_features[s, here] = torch.where(values != 0, indices, F).int().view(-1, K).cpu()
             all_values[s, here] = values.clamp(-65504, 65504).half().view(-1, K).cpu()
         first += x.numel()
-    names, arrays = token_bytes(run.tokenizer, V), {}
+    arrays = {}
     for s, (i, sae) in enumerate(saes.items()):
         found = statistics(sae, run.model.transformer.wte.weight[:V].detach().float(), *merge(pairs[s]))
         found |= dict(max=largest[s], fvu=fvu[s])
@@ -148,9 +147,9 @@ def scan(c, key):
                    for name, x in found.items()}
     meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site,
                 F=F, K=K, T=T, N=N, eot=-1 if run.eot is None else run.eot, wanted=wanted,
-                dataset=str(c.dataset or run.checkpoint['dataset']))
-    save_npz(path, meta=json.dumps(meta), token_bytes=np.frombuffer(b''.join(names), np.uint8),
-             token_ends=np.cumsum([len(b) for b in names]), **arrays)
+                dataset=str(c.dataset or run.checkpoint['dataset']),
+                names=[raw.decode('latin-1') for raw in token_bytes(run.tokenizer, V)]) # JSON holds no bytes
+    save_npz(path, meta=json.dumps(meta), **arrays)
     say(f"scanned {N:,} tokens of {meta['dataset']} val in {time.time() - started:.1f} s -> {path}")
 
 def merge(pairs):
@@ -167,9 +166,11 @@ def statistics(sae, wte, keys, counts):
     F, V, everyone = sae.n_features, len(wte), torch.arange(sae.n_features, device=wte.device)
     count = torch.zeros_like(everyone).index_add_(0, keys // V, counts)
     entropy = token_entropy(keys, counts, F, V).float()
-    rank = entropy.nan_to_num(nan=torch.inf).argsort(stable=True).argsort() + 1
+    order = count.argsort(descending=True, stable=True)
+    order = order[entropy[order].nan_to_num(nan=torch.inf).argsort(stable=True)]
+    rank = torch.zeros_like(count).index_copy_(0, order, everyone + 1) * (count > 0)
     tokens, token_counts = top_tokens(keys, counts, F, V)
-    out = dict(count=count, entropy=entropy, rank=rank * (count > 0), top_tokens=tokens, top_counts=token_counts)
+    out = dict(count=count, entropy=entropy, rank=rank, top_tokens=tokens, top_counts=token_counts)
     writes = torch.eye(F, device=wte.device) if sae.site == 'stream' else sae.W_dec.detach().float()
     unit = torch.nn.functional.normalize(writes, dim=-1)
     best = dict(up=[], down=[], near=[])
@@ -201,17 +202,12 @@ def load_npz(path):
         return None
 
 def fingerprint(path):
-    """
-    A checkpoint's content without reading it: the CRC of each record stands in the directory of the zip file that it
-    is. '' for no file; a broken one gets what load_checkpoint says.
-    """
+    """A checkpoint's content without reading it, by the checksums in its zip directory; '' if it is not whole."""
     try:
         with zipfile.ZipFile(path) as z:
             return hashlib.sha256(repr([(i.filename, i.CRC) for i in z.infolist()]).encode()).hexdigest()[:16]
-    except FileNotFoundError:
-        return ''
     except (OSError, zipfile.BadZipFile):
-        return 'broken'
+        return ''
 
 def open_index(c):
     """read_index, after a scan where nothing that fits is there. ValueError: one sentence."""
@@ -225,14 +221,14 @@ def open_index(c):
     elif c.scan_tokens not in (0, s.wanted) or c.dataset not in ('', s.dataset):
         why = f"the index is of {s.wanted:,} tokens of {s.dataset}"
     else:
-        why = "asked to" if c.rescan else ""
+        why = None
     if why:
+        run = open_model(c)
         say(f"{why}: scanning")
-        scan(c, key)
-        open_timeline(c.out_dir)                                         # so that no view waits for it
+        scan(c, run, key)
         return read_index(c)
     if not key:
-        say(f"note: no checkpoint in {c.out_dir}; its index is of step {s.step:,}")
+        say(f"note: no checkpoint in {c.out_dir} that can be read; its index is of step {s.step:,}")
     return index
 
 def read_index(c):
@@ -244,19 +240,19 @@ def read_index(c):
     arrays = load_npz(os.path.join(c.out_dir, 'index.npz'))
     try:
         meta = json.loads(str(arrays['meta']))
-        raw, ends = arrays['token_bytes'].tobytes(), arrays['token_ends'].tolist()
+        meta['names'] = [text.encode('latin-1') for text in meta['names']]
         tokens, features, values = (np.load(os.path.join(c.out_dir, f'index_{name}.npy'), mmap_mode='r')
                                     for name in ('tokens', 'features', 'values'))
-        whole = features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K'])
+        whole = features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K']) \
+            and tokens.max() < len(meta['names']) and features.max() <= meta['F'] # a flipped bit
     except (TypeError, KeyError, ValueError, OSError, EOFError):
         whole = False
     if not whole:
         return {}
-    names = [raw[a:b] for a, b in zip([0] + ends, ends)]
     return {layer: SimpleNamespace(
-        **meta, **of_layer(arrays, layer), layer=layer, names=names, out_dir=c.out_dir, seed=c.seed,
-        tokens=np.asarray(tokens), features=np.asarray(features[i]),
-        values=np.asarray(values[i]), by_feature=None) for i, layer in enumerate(meta['layers'])}
+        **meta, **of_layer(arrays, layer), layer=layer, out_dir=c.out_dir, seed=c.seed, by_feature=None,
+        tokens=np.asarray(tokens), features=np.asarray(features[i]), values=np.asarray(values[i]))
+        for i, layer in enumerate(meta['layers'])}
 
 def of_layer(arrays, layer):
     """{'L6.count': ..., ...} -> {'count': ...}"""
@@ -283,26 +279,26 @@ def feature_data(s, f, timeline=None, effect=None):
     bins = np.minimum(BINS * abs(a) / R, BINS - 1).astype(int)
     eighth = bins * INTERVALS // BINS
     ok = (where % s.T > 0) & (where % s.T < s.T - 1) & (s.tokens[where] != s.eot)
-    peaks, rng = where[ok], np.random.default_rng((s.seed, s.layer, f))
+    peaks = where[ok]
+    drawn = np.random.default_rng((s.seed, s.layer, f)).permutation(len(peaks))
     def contexts(order, n):
         """Of the first n windows, when the peaks come in that order."""
         _, first = np.unique(peaks[order] // s.T, return_index=True)
         return fold([context(s, f, at) for at in peaks[order][np.sort(first)][:n].tolist()])
     def example(j):
-        some = peaks[eighth[ok] == j]
-        return context(s, f, int(rng.choice(some))) if len(some) else None
+        some = peaks[drawn][eighth[ok][drawn] == j]
+        return context(s, f, int(some[-1])) if len(some) else None       # the last: the random contexts are the first
     pairs = lambda tokens, values: list(zip(tokens[f].tolist(), values[f].tolist()))
     return dict(
-        layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]),
-        entropy=float(s.entropy[f]), max=float(s.max[f]), positive=float((a > 0).sum() / max(1, len(a))),
-        mean=float(a.sum() / max(1, len(a))), hist=np.bincount(bins, minlength=BINS).tolist(), R=R,
+        layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]), max=float(s.max[f]), R=R,
+        entropy=float(s.entropy[f]) if len(where) else None,
+        mean=float(a.sum() / max(1, len(a))), hist=np.bincount(bins, minlength=BINS).tolist(),
         fires_on=fires_on(s, f), up=pairs(s.up, s.up_value), down=pairs(s.down, s.down_value),
         near=pairs(s.near, s.near_value) if s.site != 'stream' else [],  # whose channels are orthogonal
         joint=fires_with(s, f, where), top=contexts(np.argsort(-abs(a[ok]), kind='stable'), TOPS),
-        random=contexts(rng.permutation(len(peaks)), RANDOM), effect=effect,
+        random=contexts(drawn, RANDOM), effect=effect, timeline=timeline and feature_timeline(timeline, f),
         intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float((eighth == j).mean()), example(j))
-                   for j in reversed(np.unique(eighth).tolist())],
-        timeline=timeline and feature_timeline(timeline, f))
+                   for j in reversed(np.unique(eighth).tolist())])
 
 def fires_on(s, f):
     """The 8 tokens on which a feature fires most, with their shares of its firings."""
@@ -342,20 +338,15 @@ def fold(contexts):
 
 def removal_effect(run, s, f, n):
     """
-    What the model loses without a feature. Its code is set to 0 wherever it fires, in this SAE alone; the loss of the
-    next token, in nats, is compared at n of the positions where it fires (drawn at random; all, if it has no more),
-    never the last of a window. Exact: the feature is part of the model, so there is no reconstruction error in
-    between. None where it never fires.
+    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it fires: exact, since the
+    feature is part of the model. At n of the positions where it fires, drawn at random; None where there is none.
     """
     import torch
     sae = run.model.saes()[s.layer]
     where, _ = firings(s, f)
-    where = where[where % s.T < s.T - 1]
-    if len(where) > n:
-        where = np.sort(np.random.default_rng(s.seed).choice(where, n, replace=False))
+    where = np.random.default_rng(s.seed).permutation(where[where % s.T < s.T - 1])[:n]
     whole = torch.ones(sae.n_features, device=run.device)
-    without = whole.clone()
-    without[f] = 0
+    without = whole.index_fill(0, torch.tensor(f, device=run.device), 0)
     change = []
     for w in np.unique(where // s.T).tolist():
         x = torch.from_numpy(s.tokens[w * s.T:(w + 1) * s.T].astype(np.int64))
@@ -369,15 +360,13 @@ def removal_effect(run, s, f, n):
     sae.steer = None
     if not change:
         return None
-    d, (low, high) = np.array(change), np.percentile(change, (10, 90))
-    return dict(mean=float(d.mean()), std=float(d.std()), low=float(low), high=float(high),
-                worse=float((d > 0).mean()), n=len(d))
+    return dict(mean=float(np.mean(change)), std=float(np.std(change)), n=len(change),
+                worse=float(np.mean(np.array(change) > 0)))
 
 def find(s, pattern):
     """
-    Which features fire on the text that matches a regular expression? Arrays (F,): precision, the share of a feature's
-    firings that lie inside a match; recall, the share of matches on some token of which it fires; and the numbers of
-    matches and of tokens inside them. Matches lie within a window; a token is inside when any of its bytes is.
+    Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall, the share of matches on
+    some token of which it fires; and the numbers of matches and of tokens inside them, i.e. with any byte inside.
     """
     sizes, inside, match, n = np.array([len(b) for b in s.names]), [], [], 0 # an entry a (token, match)
     for start in range(0, s.N, s.T):
@@ -420,10 +409,10 @@ def encode(run, text):
     return ([] if run.eot is None else [run.eot]) + run.tokenizer.encode_ordinary(text)
 
 def read_prompt(run, text, top):
-    """[(token, {layer: [(feature, activation)] strongest first})] of a text."""
+    """[(token, {layer: [(feature, activation)] strongest first})] of a text, read window by window."""
     import torch
     ids, T, rows = encode(run, text), run.model.config.block_size, []
-    for begin in range(0, len(ids), T):                                  # a long text: window by window
+    for begin in range(0, len(ids), T):
         _, out = forward(run, torch.tensor([ids[begin:begin + T]]))
         for t, token in enumerate(ids[begin:begin + T]):
             features = {}
@@ -438,18 +427,18 @@ def read_prompt(run, text, top):
 
 def read_labels(path):
     """Labels (n,), texts (n,) of a probe file. ValueError: one sentence."""
-    lines = read_text('probe', path).split('\n')
-    rows = [(n, *line.partition('\t')[::2]) for n, line in enumerate(lines, 1) if line.strip()]
-    for n, _, text in rows:
-        if not text.strip():
+    rows = []
+    for n, line in enumerate(read_text('probe', path).split('\n'), 1):
+        label, _, text = line.partition('\t')
+        if line.strip() and not text.strip():
             raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-    labels, texts = [row[1] for row in rows], [row[2] for row in rows]
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
+        rows += [(label, text)] * bool(line.strip())
+    counts = Counter(sorted(label for label, _ in rows))
     if len(counts) < 2 or min(counts.values()) < 4:
         found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
         raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, and of each 4 texts "
                          "or more, to train on some and test on the others")
-    return labels, texts
+    return zip(*rows)
 
 def pooled_codes(run, layer, texts):
     """X (n, F): for each text, each feature's strongest activation on any of its tokens."""
@@ -511,14 +500,14 @@ def accuracy(X, y, train, test):
 def open_timeline(out_dir):
     """
     {block: its SAE in all snapshots}, with attributes steps, tokens (S,), count, entropy, mean (S, F), top_tokens,
-    top_counts (S, F, 8), probed, and cos (S, F), the cosine of what a feature writes to what it writes in the last
-    snapshot. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
+    top_counts (S, F, 8), probed, and two cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of
+    the counts of the tokens on which it fires. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
     """
     files = sorted(glob.glob(os.path.join(out_dir, 'features', '[0-9]*.npz')))
     if not files:
         return {}
     path = os.path.join(out_dir, 'timeline.npz')
-    key = json.dumps([(os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files])
+    key = json.dumps(['cos', 'same', *((os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files)])
     z = load_npz(path)
     if z is None or str(z.get('key')) != key:
         say(f"reading {len(files)} snapshots of {out_dir}/features, once")
@@ -534,43 +523,46 @@ def stack_snapshots(files):
         try:
             z = load_npz(file)
             for layer in last['layers'].tolist():
-                z[f'L{layer}.cos'] = cosine_to_last(z, last, f'L{layer}.').astype(np.float32)
-            z = {name: x for name, x in z.items() if not name.endswith(('.W_dec', '.cos_final'))}
+                here, end = of_layer(z, layer), of_layer(last, layer)
+                z[f'L{layer}.same'] = same_tokens(here, end)
+                if 'cos' not in here: # slim snapshots have it in place of W_dec
+                    z[f'L{layer}.cos'] = cosine(here['W_dec'], end['W_dec']) if 'W_dec' in here else np.ones(len(here['count']))
+            z = {name: x for name, x in z.items() if not name.endswith('.W_dec')}
             snapshots.insert(0, z)
             if z.keys() != snapshots[-1].keys() or any(z[name].shape != x.shape for name, x in snapshots[-1].items()):
                 raise ValueError
-        except (TypeError, KeyError, ValueError):
+        except (AttributeError, TypeError, KeyError, ValueError):
             raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
     return {name: np.stack([z[name] for z in snapshots]) for name in snapshots[0]}
 
-def cosine_to_last(z, last, layer):
-    """
-    (F,) cosines of decoder rows; in a slim copy, as stored; at site stream, where nothing is written, of the counts of
-    top tokens. 0 where one side is 0.
-    """
-    if layer + 'cos_final' in z:
-        return z[layer + 'cos_final']
-    if layer + 'W_dec' in z:
-        a, b = z[layer + 'W_dec'].astype(np.float32), last[layer + 'W_dec'].astype(np.float32)
-        dot = (a * b).sum(1)
-    else:
-        a, b = z[layer + 'top_counts'].astype(float), last[layer + 'top_counts'].astype(float)
-        ids = z[layer + 'top_tokens'][:, :, None]                        # (F, 8, 1), -1 where there are fewer
-        same = (ids == last[layer + 'top_tokens'][:, None, :]) & (ids >= 0)
-        dot = (same * a[:, :, None] * b[:, None, :]).sum((1, 2))
-    return dot / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def cosine(a, b):
+    """Of the rows of a and b (F, C): (F,); 0 where one is 0."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return (a * b).sum(1) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
-def settled_at(cos):
-    """cos (S, F) -> (F,) the first snapshot from which on it stays at SETTLED or above; S if none."""
-    late = np.logical_and.accumulate((cos >= SETTLED)[::-1])[::-1]
-    return np.where(late.any(0), late.argmax(0), len(cos))
+def same_tokens(here, end):
+    """(F,) cosine between the counts of a feature's top tokens in two snapshots; -1 stands where there are fewer than 8."""
+    ids = here['top_tokens'][:, :, None]                                 # (F, 8, 1)
+    match = (ids == end['top_tokens'][:, None, :]) & (ids >= 0)          # (F, 8, 8)
+    dot = (match * here['top_counts'][:, :, None] * end['top_counts'][:, None, :].astype(float)).sum((1, 2))
+    sizes = [np.linalg.norm(x['top_counts'], axis=1) for x in (here, end)]
+    return dot / np.maximum(1e-12, sizes[0] * sizes[1])
+
+def settled_at(t):
+    """
+    (F,) the snapshot at which a feature took its final meaning: from it on, the tokens on which it fires are about the
+    final ones. By these, since what a feature writes hardly turns in training while what it fires on changes. S for one
+    that is silent in the last snapshot, or still changed just before it: to the last itself the cosine is always 1.
+    """
+    late = np.logical_and.accumulate((t.same >= SETTLED)[::-1])[::-1]     # (S, F)
+    return np.where(late[:-1].any(0), late.argmax(0), len(late))
 
 def feature_timeline(t, f):
-    """Density, entropy, cosine to final and tokens of one feature at each snapshot."""
-    return dict(steps=t.steps.tolist(), density=(t.count[:, f] / t.probed).tolist(),
-                entropy=[None if x != x else x for x in t.entropy[:, f].tolist()], cos=t.cos[:, f].tolist(),
-                tokens=[[token for token in row[:4] if token >= 0] for row in t.top_tokens[:, f].tolist()],
-                settled=int(settled_at(t.cos[:, f:f + 1])[0]))
+    """Density, entropy, cosines to the end and tokens of one feature at each snapshot."""
+    return dict(steps=t.steps.tolist(), density=(t.count[:, f] / t.probed).tolist(), settled=int(settled_at(t)[f]),
+                entropy=[None if x != x else x for x in t.entropy[:, f].tolist()],
+                cos=t.cos[:, f].tolist(), same=t.same[:, f].tolist(),
+                tokens=[[token for token in row[:4] if token >= 0] for row in t.top_tokens[:, f].tolist()])
 
 # ----------------------------------------------------------------------------------------------------
 # text that is safe on any screen. A view is a list of lines; their colours are escape codes, which
@@ -587,7 +579,7 @@ def say(text):
 def has_colour():
     return sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM', 'dumb') != 'dumb'
 
-def show(*views):
+def show(views):
     text = '\n\n\n'.join('\n'.join(view) for view in views)
     print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text))
 
@@ -652,27 +644,31 @@ def spark(numbers, top=None):
     return ''.join(BARS[0 if n <= 0 else max(1, min(8, round(8 * n / top)))] for n in numbers)
 
 def percent(x):
-    """A share, with as many digits as mean something."""
-    x = 100 * float(x)
-    digits = 0 if x == 0 or x >= 99.95 else 1 if x >= 10 else 2 if x >= 0.1 else 4
-    return f'{x:.{digits}f} %'
+    return (f'{100 * x:.5f}' if 0 < x < 1e-6 else f'{100 * x:#.3g}'.rstrip('.')) + ' %'
 
 def number(x):
-    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:.4g}'
+    """Four digits, so that columns of them align."""
+    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
+
+@functools.cache
+def unfinished(raw):
+    """Do these bytes end within a character?"""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as e:
+        return e.reason == 'unexpected end of data'
+    return False
 
 def pieces(s, context):
     """A context as (text, activation, is it the peak) for each token; tokens that share a character are one piece."""
-    out, raw, act, peak, last = [], b'', 0, False, len(context['tokens']) - 1
-    for at, token in enumerate(context['tokens']):
-        raw, act, peak = raw + s.names[token], max(act, context['acts'][at], key=abs), peak or at == context['peak']
-        try:
-            raw.decode()
-        except UnicodeDecodeError as e:
-            if e.reason == 'unexpected end of data' and at < last: # the character goes on
-                continue
-        out.append((safe(raw), act, peak))
-        raw, act, peak = b'', 0, False
-    return out
+    out = []
+    for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
+        raw, peak = s.names[token], at == context['peak']
+        if out and unfinished(out[-1][0]):
+            before, other, was_peak = out.pop()
+            raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
+        out.append((raw, act, peak))
+    return [(safe(raw), act, peak) for raw, act, peak in out]
 
 def eighth(act, largest):
     return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
@@ -714,51 +710,53 @@ def one_line(s, context, largest, width):
 # ----------------------------------------------------------------------------------------------------
 # panels: generators of lines
 
+def name(s, f):
+    return bold(f'L{s.layer}.F{f}'.ljust(11))
+
 def captions(s, f, width):
-    """The tokens on which a feature fires most, with shares of its firings, as many as fit."""
+    """The tokens on which a feature fires most, with shares of its firings, as many as fit and are not 0 %."""
     text = ''
     for token, share in fires_on(s, f):
         more = f'{"  " if text else ""}{caption(s.names[token])} {100 * share:.0f}%'
-        if width_of(text + more) > width:
+        if width_of(text + more) > width or share < 0.005:
             return text or fit(more, width)
         text += more
     return text or 'dead'
 
-def table(s, features, columns='', cells=None):
-    """A line a feature: rank, name, entropy, density, further cells, and what it fires on."""
-    yield dim(f'  {"rank":>6}  {"feature":<11}{"entropy":>8}{"density":>10}{columns}   fires on')
-    for f, more in zip(features, cells or itertools.repeat('')):
-        yield (f"  {s.rank[f] or '-':>6}  {name(s, f)}{f'{s.entropy[f]:.4f}' if s.count[f] else '-':>8}"
-               f"{100 * s.count[f] / s.N:>9.3f}%{more}   {captions(s, f, 38 - len(more))}")
+RANKED = f'{"rank":>6}{"entropy":>9}{"density":>10}'
 
-def name(s, f):
-    return bold(f'L{s.layer}.F{f}'.ljust(11))
+def ranked(s, f):
+    return f"{s.rank[f] or '-':>6}{f'{s.entropy[f]:.4f}' if s.count[f] else '-':>9}{percent(s.count[f] / s.N):>10}"
+
+def table(head, rows):
+    """A line for each (SAE, feature, cells): its name, the cells under head, and what it fires on."""
+    yield dim(f'  {"feature":<11}{head}   fires on')
+    yield from (f"  {name(s, f)}{cells}   {captions(s, f, 64 - len(cells))}" for s, f, cells in rows)
 
 def overview(s, rows):
     d = layer_data(s)
-    yield bold(f"SAE at {s.site} of block {s.layer}: {s.F:,} features, K = {s.K}")
+    yield bold(f"SAE {PLACES[s.site]} {s.layer}: {s.F:,} features, K = {s.K}")
     yield dim(f"step {s.step:,} · {s.N:,} tokens of {os.path.basename(s.dataset)} val scanned")
-    share = percent(d['live'] / s.F)
-    yield f"\n  live {d['live']:,} ({share}) · dead {d['dead']:,} · L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}"
+    yield f"\n  live {d['live']:,} ({percent(d['live'] / s.F)}) · dead {d['dead']:,} · L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}"
+    yield dim('                  L0: features active a token; FVU: share of variance not kept')
     if d['live']:
         low, median, high = map(percent, d['density'])
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
         yield dim(f'                  median {median}, the middle 80 % from {low} to {high}')
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim('                  median {:.2f}, highest {:.2f}'.format(*d['entropy']))
-    known = np.flatnonzero(s.count >= SHOWN_FROM)
-    known = known[np.lexsort((-s.count[known], s.entropy[known]))]       # equals: the densest first
+    by_rank = np.argsort(np.where(s.count >= SHOWN_FROM, s.rank, s.F + 1), kind='stable')
+    known = by_rank[:int((s.count >= SHOWN_FROM).sum())]
     between = known[np.linspace(0, len(known) - 1, rows + 2).astype(int)[1:-1]] if len(known) > 3 * rows else []
     which = f'token entropy of {len(known):,} that fire {SHOWN_FROM} times or more'
     for kind, note, features in (
-            ('Most word-like', f'lowest {which}', known[:rows]), ('In between', 'evenly spaced by rank', between),
-            ('Most abstract', f'highest {which}', known[::-1][:rows]),
+            ('Most word-like', f'lowest {which}', known[:rows]), ('Most abstract', f'highest {which}', known[::-1][:rows]),
             ('Densest', 'fire on the most positions', np.argsort(-s.count, kind='stable')[:min(rows, d['live'])])):
         if len(features):
             yield title(kind, note)
-            yield from table(s, features)
+            yield from table(RANKED, [(s, f, ranked(s, f)) for f in features])
     if len(between):
-        yield title('In context', 'their strongest contexts, one a window; the peak in «»')
+        yield title('In between', 'evenly spaced by rank; their strongest contexts, the peak in «»')
         for f in between:
             yield f"  {name(s, f)}{captions(s, f, 66)}"
             feature = feature_data(s, f)
@@ -781,20 +779,18 @@ def feature_view(index, d, examples):
                f"max {number(d['max'])} · mean {number(d['mean'])}")
     else:
         yield f"{bold(which)} is dead: it never fired in {s.N:,} tokens"
-    yield dim(f"step {s.step:,} · SAE at {s.site} of block {s.layer}")
+    yield dim(f"step {s.step:,} · {PLACES[s.site]} {s.layer}")
     if count:
         used = int(np.flatnonzero(d['hist'])[-1]) + 1
-        signs = f" · {percent(d['positive'])} above 0" if s.site == 'stream' else ''
-        yield title('Activations', f"{count:,} of them{signs}")
+        yield title('Activations', f"{count:,} of them" + ", by magnitude" * (s.site == 'stream'))
         yield f"  0 |{spark(d['hist'][:used])}| {number(used / BINS * d['R'])}"
-        yield title('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of {len(live):,} live")
+        yield title('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of {len(live):,} live features")
         yield '  ' + captions(s, f, 78)
     yield title('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for pair in zip(d['down'][:5], d['up']):
         yield '  ' + '   |   '.join(f'{fit(caption(s.names[token]), 18)}{logit:>+9.4f}' for token, logit in pair)
     if count:
         yield from contexts_view(s, d, examples)
-        yield from removal_view(s, d)
     for neighbours, kind, note in ((d['near'], 'Nearest', 'cosine of what they write'),
                                    (count and d['joint'], 'Fires with', 'positions with both / positions with either')):
         if neighbours:
@@ -802,8 +798,14 @@ def feature_view(index, d, examples):
             yield from (f'  {value:6.3f}  {name(s, g)}{captions(s, g, 58)}' for g, value in neighbours)
     if s.site == 'stream' and len(index) > 1:
         yield title('Across layers', f'channel {f} of the stream, after each block with an SAE')
-        for n, other in enumerate(index.values()):
-            yield from list(table(other, [f], f'{"max":>9}', [f"{other.max[f]:>9.3f}"]))[min(n, 1):]
+        yield from table(RANKED + f'{"max":>9}', [(x, f, ranked(x, f) + f'{number(x.max[f]):>9}') for x in index.values()])
+    if e := d['effect']:
+        yield title('Without it', f"exact change of the loss, at {e['n']:,} of the positions where it fires")
+        yield f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), standard deviation {e['std']:.4f}"
+        yield f"  the loss rises at {percent(e['worse'])} of them"
+    elif count:
+        yield title('Without it', 'what its removal does to the loss: takes the model, some seconds')
+        yield f"  --feature={which} --effect=64"
     if d['timeline']:
         yield from sparklines(d['timeline'])
     yield title('Next')
@@ -811,8 +813,7 @@ def feature_view(index, d, examples):
         before, after = live[np.searchsorted(live, f) - 1], live[np.searchsorted(live, f, 'right') % len(live)]
         yield f'  previous: --feature=L{s.layer}.F{before}   next: --feature=L{s.layer}.F{after}'
     if count:
-        yield (f"  python sample.py --out_dir={shlex.quote(s.out_dir)} --steer=L{s.layer}.F{f}={number(d['max'])} "
-               "--compare=true")
+        yield f"  python sample.py --out_dir={shlex.quote(s.out_dir)} --steer={which}={number(d['max'])} --compare=true"
 
 def contexts_view(s, d, examples):
     colour = has_colour()
@@ -831,58 +832,52 @@ def contexts_view(s, d, examples):
         yield from (f"{dim(f'{peak(c):>8}')}  {one_line(s, c, d['max'], 70)}" for c in d['random'][:examples])
     yield title('By strength', 'intervals of activation, their shares of the firings, an example')
     for low, high, share, c in d['intervals']:
-        line = one_line(s, c, d['max'], 58) if c else dim('(only where no peak is taken)')
-        yield f"{dim(f'{number(low)} to {number(high)}'.rjust(16) + f'{100 * share:>4.0f}%')} {line}"
-
-def removal_view(s, d):
-    if e := d['effect']:
-        yield title('Without it', f"change of the loss of the next token, at {e['n']} positions where it fires")
-        yield f"  mean {e['mean']:+.4f} nats, standard deviation {e['std']:.4f},"
-        yield f"  the middle 80 % from {e['low']:+.4f} to {e['high']:+.4f}; worse at {percent(e['worse'])}"
-    else:
-        yield title('Without it', 'what its removal does to the loss: takes the model, some seconds')
-        yield f"  --feature=L{s.layer}.F{d['f']} --effect=64"
+        line = one_line(s, c, d['max'], 54) if c else dim('(only where no peak is taken)')
+        yield f"{dim(f'{low:.4g} to {high:.4g}'.rjust(16) + percent(share).rjust(9))} {line}"
 
 def sparklines(t):
     """A feature over training; t from feature_timeline."""
     steps, settled, n = t['steps'], t['settled'], len(t['steps'])
     yield title('Timeline', f'{n} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
     yield f"  density        |{spark(t['density'])}| 0 to {percent(max(t['density']))}"
-    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {max((e or 0 for e in t['entropy'])):.2f} bits"
-    yield f"  cosine to end  |{spark(t['cos'], 1)}| 0 to 1"
+    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {max(e or 0 for e in t['entropy']):.2f} bits"
+    yield f"  direction      |{spark(t['cos'], 1)}| cosine to the end, 0 to 1"
+    yield f"  fires on       |{spark(t['same'], 1)}| cosine of the token counts to the end, 0 to 1"
     if settled < n:
         yield ' ' * (18 + settled) + '^'
-        yield f'  settled from step {steps[settled]:,} on: cosine {SETTLED} or more to its final direction ever since'
+        yield f'  took its final meaning at step {steps[settled]:,}: fires on about the same tokens ever since'
     else:
-        yield '  never settled'
+        yield '  not settled: silent in the last snapshot, or other tokens just before it'
 
 def feature_timeline_view(names, snapshots, f):
     t = feature_timeline(snapshots, f)
     yield f"{bold(f'L{snapshots.layer}.F{f}')} over training, on {snapshots.probed:,} tokens at each snapshot"
     yield from sparklines(t)
-    yield dim(f'\n{"step":>9}{"density":>12}{"entropy":>9}{"cosine":>8}   fires on')
+    yield dim(f'\n{"step":>9}{"density":>11}{"entropy":>9}{"direction":>11}{"tokens":>8}   fires on')
     for i, step in enumerate(t['steps']):
         entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
-        tokens = fit('  '.join(caption(names[token]) for token in t['tokens'][i]), 39)
-        mark, density = '*' if i == t['settled'] else ' ', percent(t['density'][i])
-        yield f"{mark}{step:>8,}{density:>12}{entropy:>9}{t['cos'][i]:>8.4f}   {tokens}"
+        tokens = ''.join(crop('  '.join(caption(names[token]) for token in t['tokens'][i]), 29))
+        mark = '*' if i == t['settled'] else ' '
+        cosines = f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}"
+        yield f"{mark}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}{cosines}   {tokens}"
 
 def timeline_view(t):
     """An SAE over training; t from open_timeline."""
-    S, live, settled = len(t.steps), t.count > 0, settled_at(t.cos)
+    S, live, settled = len(t.steps), t.count > 0, settled_at(t)
     top = math.ceil(t.entropy[live].max(initial=1))
     yield bold(f'SAE of block {t.layer} over training: {S} snapshots of {t.probed:,} tokens each')
-    yield dim(f'settled: a live feature whose cosine to its final direction is {SETTLED} or more from then on')
-    yield dim(f'\n{"step":>9}{"tokens":>12}{"live":>9}{"settled":>9}{"median":>8}   token entropy, 0 to {top} bits')
+    yield dim(f'settled: fires on about its final tokens from then on (cosine of their counts {SETTLED} or more)')
+    yield dim(f'\n{"step":>9}{"tokens":>15}{"live":>9}{"settled":>9}{"median":>8}   token entropy, 0 to {top} bits')
     for i in range(S):
-        bits, done = t.entropy[i][live[i]], int((live[-1] & (settled <= i)).sum())
-        yield (f'{int(t.steps[i]):>9,}{int(t.tokens[i]):>12,}{percent(live[i].mean()):>9}{done:>9,}'
+        bits = t.entropy[i][live[i]]
+        yield (f'{int(t.steps[i]):>9,}{int(t.tokens[i]):>15,}{percent(live[i].mean()):>9}{(settled <= i).sum():>9,}'
                f'{np.median(bits) if len(bits) else 0:>8.2f}   |{spark(np.histogram(bits, 24, (0, top))[0])}|')
     when = np.bincount(settled[live[-1]], minlength=S + 1)
     yield f'\n  settling       |{spark(when[:S])}| features a snapshot; {when[S]:,} of {live[-1].sum():,} never'
 
 def prompt_view(s, rows, top):
-    yield bold(f'SAE of block {s.layer}: the {top} strongest features of each token') + dim('  bars: of its maximum')
+    yield bold(f'SAE of block {s.layer}: the {top} strongest features of each token')
+    yield dim('activation, its bar of the largest in the scan, and what the feature fires on\n')
     for token, features in rows:
         text = fit(safe(s.names[token]), 16)
         for n, (f, a) in enumerate(features[s.layer]):
@@ -900,29 +895,30 @@ def find_view(s, pattern, rows):
     yield bold(f"/{text}/ in the {s.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
     yield dim('precision: share of its firings in a match; recall: of matches on which it fires')
     if best:
-        cells = [f'{precision[f]:>8.3f}{recall[f]:>8.3f}{f1[f]:>8.3f}' for f in best]
-        yield from table(s, best, f'{"prec":>8}{"recall":>8}{"F1":>8}', cells)
+        yield from table(f'{"fires":>9}{"precision":>11}{"recall":>8}{"F1":>7}', [
+            (s, f, f'{s.count[f]:>9,}{precision[f]:>11.3f}{recall[f]:>8.3f}{f1[f]:>7.3f}') for f in best])
     else:
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
-def probe_view(s, run, labels, texts, rows):
+def probe_view(s, run, labels, texts, rows, seed):
     kinds = sorted(set(labels))
     y, X = np.array([kinds.index(label) for label in labels]), pooled_codes(run, s.layer, texts)
-    train, test = split(y, s.seed)
+    train, test = split(y, seed)
     yield bold(f'Probe of block {s.layer}: {len(texts):,} texts of {len(kinds)} labels, {len(train):,} to train on, '
                f'{len(test):,} held out')
-    yield dim("each text is its features' strongest activations; logistic regression on k of them\n")
+    yield dim("each text is its features' strongest activations; logistic regression on k of them;")
+    yield dim(f'accuracy on the held-out texts, of which one is {percent(1 / len(test))}\n')
     alone, chosen = choose_features(X[train], y[train], min(5, s.F))
     for k in sorted({1, min(2, s.F), min(5, s.F)}):
         names = ' '.join(f'F{f}' for f in chosen[:k])
-        yield f'  k = {k:<5} {100 * accuracy(X[:, chosen[:k]], y, train, test):>6.1f} %   {names}'
-    yield f'  all {s.F:<6,}{100 * accuracy(X, y, train, test):>5.1f} %   dense probe on the same activations'
-    yield f'  majority {100 * (y[test] == np.bincount(y[train]).argmax()).mean():>6.1f} %'
+        yield f'  k = {k:<7}{100 * accuracy(X[:, chosen[:k]], y, train, test):>6.1f} %   {names}'
+    yield f'  all {s.F:<7,}{100 * accuracy(X, y, train, test):>6.1f} %   dense probe on the same activations'
+    yield f'  majority   {100 * (y[test] == np.bincount(y[train]).argmax()).mean():>6.1f} %'
     yield title('Single features', 'accuracy of each alone; the label on which it is strongest')
     label = np.stack([X[train][y[train] == k].mean(0) for k in range(len(kinds))]).argmax(0)
-    cells = [f'{100 * accuracy(X[:, [f]], y, train, test):>7.1f}%  {fit(safe(kinds[label[f]].encode()), 9)}'
-             for f in alone[:rows]]
-    yield from table(s, alone[:rows], f'{"alone":>8}  {"label":<9}', cells)
+    yield from table(f'{"alone":>9}  {"label":<12}', [
+        (s, f, f'{100 * accuracy(X[:, [f]], y, train, test):>7.1f} %  ' + fit(safe(kinds[label[f]].encode()), 12))
+        for f in alone[:rows]])
 
 # ----------------------------------------------------------------------------------------------------
 # HTML and export
@@ -933,26 +929,25 @@ def write_html(path, index, features, examples, timelines, effects, prompt):
         return [(safe(s.names[token]), x) for token, x in pairs]
     def segments(s, c):
         """[text, or [text, activation, is it the peak] where the feature fires], position, times."""
-        runs = itertools.groupby(pieces(s, c), key=lambda piece: piece[1] != 0 or piece[2]) if c else ()
-        parts = [list(run) if fires else [''.join(text for text, _, _ in run)] for fires, run in runs]
-        return c and (sum(parts, []), c['where'], c['times'])
+        parts = []
+        for fires, run in itertools.groupby(pieces(s, c), key=lambda piece: piece[1] != 0 or piece[2]):
+            parts += run if fires else [''.join(text for text, _, _ in run)]
+        return parts, c['where'], c['times']
     for s in index.values():
         if len(features) > 100: # sorted once, not searched for each of them
             s.by_feature = np.argsort(s.features.reshape(-1), kind='stable')
-    data = dict(step=s.step, site=s.site, F=s.F, K=s.K, N=s.N, dataset=s.dataset, settled=SETTLED,
-                shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, features=[],
+    data = dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset, features=[],
+                layers={s.layer: layer_data(s) for s in index.values()}, shown_from=SHOWN_FROM,
                 prompt=prompt and words(s, prompt))
     for layer, f in features:
         s = index[layer]
         d = feature_data(s, f, timelines.get(layer), effects.get((layer, f)))
         d |= {kind: words(s, d[kind]) for kind in ('fires_on', 'up', 'down')}
         d |= {kind: [segments(s, c) for c in d[kind][:examples]] for kind in ('top', 'random')}
-        d['intervals'] = [(low, high, share, segments(s, c)) for low, high, share, c in d['intervals']]
+        d['intervals'] = [(low, high, share, c and segments(s, c)) for low, high, share, c in d['intervals']]
         if d['timeline']:
             d['timeline']['tokens'] = [[safe(s.names[token]) for token in row] for row in d['timeline']['tokens']]
         data['features'].append(d)
-    # twice through JSON: numbers of 7 digits are short, and nan is no JSON
-    data = json.loads(json.dumps(data), parse_float=lambda x: float(f'{float(x):.7g}'), parse_constant=lambda nan: None)
     text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
     template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'viewer.html')
     with open(template, encoding='utf-8') as source, open(path, 'w', encoding='utf-8') as file:
@@ -999,10 +994,11 @@ def write_safetensors(path, arrays):
 
 # ----------------------------------------------------------------------------------------------------
 
-def choose(c, layers, F):
-    """--layer and --feature as [(layer, feature)]. ValueError: one sentence."""
-    blocks, out = ', '.join(map(str, layers)), []
-    if c.layer != -1 and c.layer not in layers:
+def choose(c, by_layer, F):
+    """Of {layer: SAE} those that --layer leaves, and --feature as [(layer, feature)]. ValueError: one sentence."""
+    layers, features = list(by_layer), []
+    blocks = ', '.join(map(str, layers))
+    if c.layer not in (-1, *layers):
         raise ValueError(f"layer={c.layer} has no SAE; block {blocks} has one")
     for text in filter(None, map(str.strip, c.feature.split(','))):
         m = re.fullmatch(r'(?:L?(\d+)\.)?F?(\d+)', text, re.I)
@@ -1013,66 +1009,45 @@ def choose(c, layers, F):
             raise ValueError(f"feature={text!r}: block {layer} has no SAE; block {blocks} has one")
         if f >= F:
             raise ValueError(f"feature={text!r} is out of range: block {layer} has features 0 to {F - 1}")
-        out.append((layer, f))
-    return out
-
-def show_timeline(c):
-    timelines = open_timeline(c.out_dir)
-    if not timelines:
-        raise ValueError(f"there are no snapshots in {c.out_dir}/features: train.py writes one at each eval")
-    features = choose(c, list(timelines), next(iter(timelines.values())).count.shape[1])
-    if features:
-        index = read_index(c)
-        names = next(iter(index.values())).names if index else names_without_index(c)
-        show(*(feature_timeline_view(names, timelines[i], f) for i, f in features))
-    else:
-        show(*(timeline_view(t) for i, t in timelines.items() if c.layer in (-1, i)))
-
-def names_without_index(c):
-    """Token bytes by way of log.jsonl, which names the data set."""
-    try:
-        dataset = c.dataset or json.loads(open(os.path.join(c.out_dir, 'log.jsonl')).readline())['config']['dataset']
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ValueError(f"{c.out_dir} has neither an index.npz nor a log.jsonl that names the data set: "
-                         "give --dataset") from None
-    data = load_dataset(dataset)
-    return token_bytes(load_tokenizer(data.dir, data.meta), data.meta['vocab_size'])
+        features.append((layer, f))
+    return [x for i, x in by_layer.items() if c.layer in (-1, i)], features
 
 def look(c):
     """Does what the options ask for."""
     if c.export:
         return export(c)
-    if c.timeline:
-        return show_timeline(c)
-    try:
-        pattern = re.compile(c.find)
-    except re.error as e:
-        raise ValueError(f"find={c.find!r} is no regular expression: {e}") from None
+    timelines = open_timeline(c.out_dir) if c.timeline or c.feature or c.html else {}
+    if c.timeline and not timelines:
+        raise ValueError(f"there are no snapshots in {c.out_dir}/features: train.py writes one at each eval")
+    if c.timeline and not c.feature: # needs neither model nor scan
+        chosen, _ = choose(c, timelines, 0)
+        return show(timeline_view(t) for t in chosen)
     labels, texts = read_labels(c.probe) if c.probe else (None, None)
     prompt = prompt_text(c.prompt, c.prompt_file)
     index = open_index(c)
-    features = choose(c, list(index), next(iter(index.values())).F)
-    chosen = [s for i, s in index.items() if c.layer in (-1, i)]
+    some = next(iter(index.values()))
+    chosen, features = choose(c, index, some.F)
+    if c.timeline:
+        return show(feature_timeline_view(some.names, timelines[i], f) for i, f in features)
     run = open_model(c) if prompt or c.probe or c.effect and features else None
     rows = read_prompt(run, prompt, c.top) if prompt else None
     effects = {(i, f): removal_effect(run, index[i], f, c.effect) for i, f in features if c.effect}
-    timelines = open_timeline(c.out_dir) if features or c.html else {}
     if c.html:
         if rows:
             features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
         features = features or [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
         write_html(c.html, index, features, c.examples, timelines, effects, rows)
     elif rows:
-        show(*(prompt_view(s, rows, c.top) for s in chosen))
+        show(prompt_view(s, rows, c.top) for s in chosen)
     elif c.find:
-        show(*(find_view(s, pattern, c.rows) for s in chosen))
+        show(find_view(s, re.compile(c.find), c.rows) for s in chosen)
     elif c.probe:
-        show(*(probe_view(s, run, labels, texts, c.rows) for s in chosen))
+        show(probe_view(s, run, labels, texts, c.rows, c.seed) for s in chosen)
     elif features:
         data = [feature_data(index[i], f, timelines.get(i), effects.get((i, f))) for i, f in features]
-        show(*(feature_view(index, d, c.examples) for d in data))
+        show(feature_view(index, d, c.examples) for d in data)
     else:
-        show(*(overview(s, c.rows) for s in chosen))
+        show(overview(s, c.rows) for s in chosen)
 
 def main(argv):
     c = SimpleNamespace(**configure(DEFAULTS, argv))
@@ -1084,6 +1059,8 @@ def main(argv):
         sys.stdout.flush()
     except BrokenPipeError: # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except re.error as e:
+        raise SystemExit(f"error: find={c.find!r} is no regular expression: {e}") from None
     except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
 

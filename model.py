@@ -162,7 +162,7 @@ class GPT(nn.Module):
         if config.problems():
             raise ValueError("; ".join(config.problems()))
         self.config = config
-        padded = math.ceil(config.vocab_size / 64) * 64 # matmuls like multiples of 64; the extra logits are cut off
+        padded = math.ceil(config.vocab_size / 64) * 64 # matmuls like multiples of 64; the extra logits never count
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd), # also the output head (tied)
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
@@ -190,7 +190,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
-        loss: mean cross-entropy in nats, without the SAEs' auxiliary losses (SAEOut.loss); None without targets.
+        loss: mean cross-entropy in nats, without the SAEs' auxiliary losses (SAEOut.loss). With targets logits is None,
+        without them loss is.
         SAEOut: its fields stacked over SAE layers along a new first axis, in the order of sae_layers; None if dense.
         cache: a KVCache; idx then continues what it holds, and logits are the last position's only, (B, 1, V).
         """
@@ -211,11 +212,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.pos += T
             x = x[:, -1:]
-        logits = F.linear(norm(x), self.transformer.wte.weight)[..., :self.config.vocab_size] # (B, T, V)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return logits, loss, SAEOut(*map(torch.stack, zip(*outs))) if outs else None
+        out = SAEOut(*map(torch.stack, zip(*outs))) if outs else None
+        logits, V = F.linear(norm(x), self.transformer.wte.weight), self.config.vocab_size # (B, T, padded V)
+        if targets is None:
+            return logits[..., :V], None, out
+        # the padding is masked, not cut off, and the logits are not handed out: 7 % of a 124M model's step
+        logits = logits.float()
+        if logits.size(-1) > V:
+            logits = logits.masked_fill(torch.arange(logits.size(-1), device=x.device) >= V, -math.inf)
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten()), out
 
     def saes(self):
         """{block index: its SAE}, in order."""
@@ -322,7 +327,7 @@ def load_checkpoint(out_dir, map_location='cpu'):
                 if (bad := z.testzip()) is not None: # every record's CRC: torch.load alone misses a flipped bit
                     raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            if type(checkpoint) is not dict or not {'model', 'model_args', 'step'} <= set(checkpoint):
+            if type(checkpoint) is not dict or not {'model', 'model_args'} <= set(checkpoint) or type(checkpoint.get('step')) is not int:
                 raise ValueError("another program's file")
         except Exception as e: # damage shows up as almost any exception: unpickling, zip, end of file
             problems.append(f"{path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")

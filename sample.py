@@ -25,7 +25,7 @@ from rich.text import Text
 
 from configurator import configure, stop_if
 from data.dataset import data_dir, load_tokenizer, read_meta, token_bytes
-from inspect_features import caption, fit, prompt_text, safe
+from inspect_features import PLACES, caption, fit, prompt_text, safe
 from model import load_checkpoint, load_model
 
 DEFAULTS = dict(
@@ -243,7 +243,7 @@ def main(argv):
     features = list(dict.fromkeys(edit[:2] for edit in runs[0][1])) # the steered ones, each once
     for i, f in features:
         sae, usual = model.saes()[i], usual_activation(c['out_dir'], checkpoint['step'], i, f)
-        print(f"L{i}.F{f} ({sae.site} of block {i}): {usual}"
+        print(f"L{i}.F{f}, {PLACES[sae.site]} {i}: {usual}"
               + (f"; steering acts with alpha {sae.alpha:.2f} only" if sae.alpha < 1 else ""))
     sweep = len(runs) > 1
     if c['compare']:

@@ -12,7 +12,7 @@ go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=res
 Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a gradient was not finite,
 4 ranks came to differ, 128 + signal after SIGTERM or Ctrl-C (the step was finished and saved).
 """
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure, stop_if
+from configurator import configure, stop_if, writable
 from data.dataset import data_dir, eval_batches, get_batch, load_dataset
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from sae import blend_alpha, count_pairs, k_at, token_entropy, top_tokens
@@ -77,9 +77,9 @@ sae_blend_end = 0.35      # and 1 from here; both 0: the SAE replaces the stream
 sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
 # optimiser
-optimizer = 'muon'        # 'muon' for the blocks' matrices (and AdamW for the rest), or 'adamw' for all
+optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW for the rest), or 'adamw' for all
 learning_rate = 3e-3
-sae_lr_factor = 0.3       # the SAE's learning rate is this times the model's
+sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -93,6 +93,7 @@ seed = 1337
 device = 'auto'           # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'            # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True
+deterministic = False     # the same bits from run to run on a GPU too, a little slower; a CPU always gives them
 rank_timeout = 60         # seconds for which ranks wait for one another in a step; a longer silence ends the run
 # ----------------------------------------------------------------------------------------------------
 config_keys = [k for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)]
@@ -124,7 +125,7 @@ def problems(c):
     at_least = dict(eval_interval=1, save_interval=1, eval_tokens=1, probe_tokens=0, log_interval=1, batch_size=1, max_iters=0,
                     gradient_accumulation_steps=1, warmup_iters=0, weight_decay=0, grad_clip=0, seed=0, rank_timeout=1)
     found += [f"{k}={c[k]} must be at least {low}" for k, low in at_least.items() if c[k] < low]
-    found += [f"{k}={c[k]} must be above 0" for k in ('learning_rate', 'sae_lr_factor') if c[k] <= 0]
+    found += [f"{k}={c[k]} must be above 0 and below 1000" for k in ('learning_rate', 'sae_lr_factor') if not 0 < c[k] < 1000]
     found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio')
               if not 0 <= c[k] <= 1]
     found += [f"{k}={c[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= c[k] < 1]
@@ -136,9 +137,12 @@ def problems(c):
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a multiple of the {world_size} ranks")
     if not usable(resolve(c['device'])):
         found.append(f"device={c['device']!r} is not usable here: expected auto, cpu, cuda or mps")
-    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not c['sae_layers'] or c['sae_recon'] == 0 or c['optimizer'] != 'adamw'):
-        found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, sae_recon above 0, "
-                     "and optimizer=adamw")
+    if c['wandb_log'] and importlib.util.find_spec('wandb') is None:
+        found.append("wandb_log=True needs wandb: pip install wandb")
+    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not c['sae_layers'] or c['sae_recon'] == 0):
+        found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, and sae_recon above 0")
+    if not writable(c['out_dir']):
+        found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
     source, target = (os.path.realpath(c[k]) + os.sep for k in ('init_from', 'out_dir'))
     if c['init_from'] not in ('scratch', 'resume') and source.startswith(target):
         found.append(f"init_from={c['init_from']} must not lie in out_dir={c['out_dir']}, which a new run clears; "
@@ -158,13 +162,13 @@ def has_fast_bf16():
     return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
 
 store = None # where a rank leaves the reason why it failed
-if ddp:
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
-    patient = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
-    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=timedelta(seconds=10))
 if device_type == 'cuda':
     torch.cuda.set_device(device)
 torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 if dtype == 'auto': # bfloat16 where the hardware multiplies it faster than float32
     fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else device_type == 'cpu' and has_fast_bf16()
     dtype = 'bfloat16' if fast else 'float16' if device_type == 'cuda' else 'float32'
@@ -190,15 +194,24 @@ def on_error(kind, e, trace):
     if kind is KeyboardInterrupt:
         os._exit(130)
     if ddp and (issubclass(kind, dist.DistError) or kind is RuntimeError and 'gloo' in message):
-        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout): {message.partition('] ')[2].partition('. ')[0]}"
+        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout): {message.split('] ')[-1].split('. ')[0]}"
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
-        message = f"out of memory with batch_size={batch_size}: halve it, and double gradient_accumulation_steps"
-    elif not issubclass(kind, OSError): # OSError: a full disk, a folder that cannot be written
+        message = f"out of memory with batch_size={batch_size}: halve it, and double gradient_accumulation_steps, or take a smaller model"
+    elif issubclass(kind, OSError):
+        message += f"; is out_dir={out_dir} a folder that can be written, with room on its disk?"
+    else:
         sys.__excepthook__(kind, e, trace)
         message = f"{kind.__name__}: {e}"
     fail(message)
 
 sys.excepthook = on_error
+
+if ddp:
+    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
+    sys.excepthook = on_error # again: torch has wrapped it in one that loses what is said before os._exit
+    patient = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout)) # to meet, no more patient than others
+    dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), patient)
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=timedelta(seconds=10))
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
     if ddp:
@@ -239,10 +252,10 @@ if init_from != 'scratch':
         fail(e)
 if init_from == 'resume':
     step = checkpoint['step']
-    if 'optimizers' not in checkpoint:
-        fail(f"{out_dir} holds weights alone: begin a run with them by --init_from={out_dir} --out_dir=...")
+    if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
+        fail(f"{out_dir} holds weights alone, or another version's run: begin a run with them by --init_from={out_dir} --out_dir=...")
     # all that decides a step must be as it was; these may change
-    may_change = ('init_from out_dir dataset device dtype compile rank_timeout wandb_log wandb_project max_iters '
+    may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout wandb_log wandb_project max_iters '
                   'eval_interval save_interval log_interval eval_tokens probe_tokens').split()
     was = checkpoint['config']
     changed = [f"{k}={v}, but {k}={was.get(k)} in the checkpoint" for k, v in config.items() if was.get(k) != v and k not in may_change]
@@ -256,12 +269,12 @@ if init_from == 'resume':
         log_sums = checkpoint['log_sums'].to(wide)
 if checkpoint is not None:
     try:
+        if checkpoint['model_args']['vocab_size'] != vocab_size:
+            raise RuntimeError(f"{checkpoint['model_args']['vocab_size']} tokens in their vocabulary, {vocab_size} in that of {data.dir}")
         missing = model.load_state_dict(checkpoint['model'], strict=init_from == 'resume').missing_keys
         if any('.sae.' not in key for key in missing):
             raise RuntimeError(f"it lacks {missing[0]}")
-        if checkpoint['model_args']['vocab_size'] != vocab_size:
-            raise RuntimeError(f"{checkpoint['model_args']['vocab_size']} tokens in their vocabulary, {vocab_size} in that of {data.dir}")
-    except RuntimeError as e:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as e: # the latter: another program's values
         fail(f"the weights in {init_from} do not fit this model: {str(e).strip().splitlines()[-1].strip()}")
 model.to(device)
 if sae_posthoc:
@@ -270,23 +283,27 @@ if sae_posthoc:
 saes = model.saes() # {block: SAE}
 raw_model = model
 
-groups = [g for g in raw_model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)]
+groups = raw_model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
 for g in groups:
     g['params'] = [p for p in g['params'] if p.requires_grad]
-groups = [g for g in groups if g['params']]
 optimizers = []
-if optimizer == 'muon': # the blocks' matrices; the embedding stays with AdamW (Muon: kellerjordan.github.io/posts/muon)
-    wte = raw_model.transformer.wte.weight
-    hidden = [p for p in groups[0]['params'] if p is not wte]
-    groups[0]['params'] = [wte]
-    optimizers.append(torch.optim.Muon([dict(params=hidden, lr_factor=1.0)], lr=learning_rate, weight_decay=weight_decay,
-                                       adjust_lr_fn='match_rms_adamw'))
-optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=device_type in ('cuda', 'cpu')))
+if optimizer == 'muon': # for the matrices, the SAE's too; AdamW for the embedding and vectors (kellerjordan.github.io/posts/muon)
+    by_muon = lambda p: p.dim() == 2 and p is not raw_model.transformer.wte.weight
+    matrices = [g | dict(params=[p for p in g['params'] if by_muon(p)]) for g in groups]
+    optimizers.append(torch.optim.Muon([g for g in matrices if g['params']], lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
+    for g in groups:
+        g['params'] = [p for p in g['params'] if not by_muon(p)]
+optimizers.append(torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
+                                    fused=device_type in ('cuda', 'cpu')))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 if init_from == 'resume':
-    for opt, state in zip(optimizers, checkpoint['optimizers']):
-        opt.load_state_dict(state)
-    scaler.load_state_dict(checkpoint['scaler'])
+    try:
+        for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            opt.load_state_dict(state)
+        scaler.load_state_dict(checkpoint['scaler'])
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
+        fail(f"the optimizer in {out_dir} does not fit this version of train.py ({e}): begin a run with its weights, "
+             f"--init_from={out_dir} --out_dir=...")
 checkpoint = None # free the memory
 
 if compile:
@@ -295,7 +312,8 @@ eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # torch 2.13's name for it is unknown to 2.11
     wait_for_all()
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False)
+    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False,
+                gradient_as_bucket_view=True) # a copy of the gradients less
 
 # ----------------------------------------------------------------------------------------------------
 # schedules, as functions of the step alone
@@ -445,6 +463,16 @@ def stays_in_log(line):
     except (ValueError, KeyError, TypeError):
         return False
 
+def lock():
+    """Of two runs in one out_dir, each would save over the other. The lock goes with this process, however it ends."""
+    try:
+        import fcntl # not on Windows
+        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is training in {out_dir}: stop it first, or give another --out_dir")
+    except (ImportError, OSError):
+        pass # some network file systems cannot lock
+
 def set_aside():
     """A new run in an old out_dir: the old one's files must not be taken for its own. They are kept in out_dir/previous."""
     previous = os.path.join(out_dir, 'previous')
@@ -481,6 +509,7 @@ versions = dict(torch=str(torch.__version__), numpy=str(np.__version__), python=
                 gpu=torch.cuda.get_device_name() if device_type == 'cuda' else None)
 if master:
     os.makedirs(out_dir, exist_ok=True)
+    lock()
     if init_from != 'resume':
         set_aside()
     log_path = os.path.join(out_dir, 'log.jsonl')

@@ -9,4 +9,3 @@ sae_blend_end = 0.0
 sae_recon = 0.0          # it never learns to reconstruct
 sae_nudge = 0.0          # silent features stay silent
 sae_token_skip = False   # nothing goes around it
-sae_lr_factor = 1.0

@@ -64,6 +64,8 @@ def load_dataset(name_or_path, check_hash=False):
         raise ValueError(f"data set {str(name_or_path)!r} is not prepared (there is no "
                          f"{path / 'meta.json'}): {how}")
     meta = read_meta(path / "meta.json", how)
+    if check_hash and meta["tokenizer"].endswith(".json"):
+        read_tokenizer(path, meta)  # or a run would end with features that nobody can read
     train, val = (read_tokens(path / f"{split}.bin", meta, split, check_hash, how)
                   for split in SPLITS)
     return Dataset(train, val, meta, path)
@@ -74,7 +76,7 @@ def read_meta(file, how):
     try:
         meta = json.loads(file.read_bytes())
         vocab_size, eot = meta["vocab_size"], meta["eot"]
-        ok = (type(vocab_size) is int and vocab_size > 0 and isinstance(meta["tokenizer"], str)
+        ok = (type(vocab_size) is int and 0 < vocab_size <= 2**32 and isinstance(meta["tokenizer"], str)
               and meta["dtype"] == token_dtype(vocab_size).name
               and (eot is None or type(eot) is int and 0 <= eot < vocab_size)
               and all(type(meta[f"{split}_tokens"]) is int for split in SPLITS)
@@ -185,26 +187,34 @@ def gather(tokens, starts, block_size):
 # tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
 
 
-def load_tokenizer(folder, meta):
-    """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
-    import tiktoken
-    if not meta["tokenizer"].endswith(".json"):
-        return named_encoding(meta["tokenizer"])
+def read_tokenizer(folder, meta):
+    """Path and bytes of a data set's tokenizer.json, once they have the sha256 in its meta.json."""
     file = Path(folder) / meta["tokenizer"]
     try:
         raw = file.read_bytes()
-    except OSError as e:
-        raise ValueError(f"{file} cannot be read ({e.strerror}): "
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in its name
+        raise ValueError(f"{file} cannot be read ({getattr(e, 'strerror', e)}): "
                          "prepare its data set again") from None
     if hashlib.sha256(raw).hexdigest() != meta.get("tokenizer_sha256"):
         raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): prepare its data "
                          "set again")
+    return file, raw
+
+
+def load_tokenizer(folder, meta):
+    """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
+    import tiktoken
+    import regex
+    if not meta["tokenizer"].endswith(".json"):
+        return named_encoding(meta["tokenizer"])
+    file, raw = read_tokenizer(folder, meta)
     try:
         d = json.loads(raw)
         ranks = {base64.b64decode(token): i for token, i in d["mergeable_ranks"].items()}
         ids = [*ranks.values(), *d["special_tokens"].values()]
         if (len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < meta["vocab_size"]
-                or not d["pat_str"] or b"" in ranks or not ranks.keys() >= {bytes([i]) for i in range(256)}):
+                or b"" in ranks or not ranks.keys() >= {bytes([i]) for i in range(256)}
+                or not all(m.group() for m in regex.finditer(d["pat_str"], "it's 1 é,\n\n  x"))):
             raise ValueError  # tiktoken would panic, as an exception that nobody can catch
         return tiktoken.Encoding(d["name"], pat_str=d["pat_str"], mergeable_ranks=ranks,
                                  special_tokens=d["special_tokens"])
@@ -295,6 +305,16 @@ def write_dataset(out_dir, train_iter, val_iter, vocab_size, tokenizer, source, 
         for file in temp.values():
             file.unlink(missing_ok=True)
     return meta
+
+
+def run(prepare, *args):
+    """A prepare.py as a program: what goes wrong is one sentence and exit code 1, Ctrl-C is 130."""
+    try:
+        prepare(*args)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def write(file, pieces):

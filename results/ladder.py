@@ -6,7 +6,7 @@ Each run is one call of train.py and leaves one JSON in results/ladder/; the tab
     python results/ladder.py --rows=dense,default,strict --seeds=1,2,3 --steps=3000  196 M
     python results/ladder.py --size=large --steps=1500 --rows=dense,default --seeds=1
     python results/ladder.py --size=tiny --rows=dense,default --seeds=1,2            a minute on a CPU
-    python results/ladder.py --table=true                                            no training, only the table
+    python results/ladder.py --table=true --plot=assets/ladder.png                    no training, only table and plot
 
 A run whose JSON is there is not run again. The corpus of the committed results is a sample of English Wikipedia
 (45 M GPT-2 tokens), given as any data set of this project (see data/text/prepare.py).
@@ -23,7 +23,7 @@ from collections import deque
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import configure # noqa: E402
+from configurator import configure, writable # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
@@ -38,7 +38,7 @@ def rows(size):
     L = SIZES[size]['n_layer']
     at = dict(sae_layers=SAE_LAYER[size])
     naive = at | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_tied_init=False, sae_nudge=0.0,
-                      sae_token_skip=False, sae_lr_factor=1.0)
+                      sae_token_skip=False)
     strict = at | dict(sae_token_skip=False)
     slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
     handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
@@ -48,7 +48,7 @@ def rows(size):
         'naive': (naive, 'hard TopK from step 0 and nothing else'),
         'default': (at, "train.py's defaults"),
         'strict': (strict, 'default without the token skip'),
-        'posthoc': (strict | dict(sae_posthoc=True, optimizer='adamw'), 'SAE trained on the frozen dense twin, spliced in'),
+        'posthoc': (strict | dict(sae_posthoc=True), 'SAE trained on the frozen dense twin, spliced in'),
         # each strategy alone
         'naive+tied': (naive | dict(sae_tied_init=True), ''),
         'naive+blend': (naive | slow_blend, 'alpha from 0 to 1 over 60 %'),
@@ -62,7 +62,7 @@ def rows(size):
         'default-tied': (at | dict(sae_tied_init=False), ''),
         'default-recon': (at | dict(sae_recon=0.0), 'hand-over at 30 %, without reconstruction before it'),
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
-        'default-saelr': (at | dict(sae_lr_factor=1.0), ''),
+        'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
         'strict blend': (strict | slow_blend, 'the same'),
@@ -173,11 +173,44 @@ def print_table(results):
                   pm(diffs, '+') if diffs and row != 'dense' else '', *sae, f"{mean('tok_s') / 1e3:.0f}",
                   f"{mean('params_non_embedding') / 1e6:.1f}", f"{mean('flops_per_token') / 1e6:.0f}"]) + " |")
 
+def plot(results, path, rows=('dense', 'naive', 'default', 'strict', 'posthoc')):
+    """Validation loss against tokens, the mean over seeds, of the largest group of runs that has these rows."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: --plot needs matplotlib: pip install matplotlib")
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    kinds = {(r['size'], r['tokens']) for r in results}
+    groups = [[r for r in results if (r['size'], r['tokens']) == kind and r['row'] in rows] for kind in kinds]
+    group = max(groups, key=lambda g: (len({r['row'] for r in g}), len(g)))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for row, style in zip(rows, ('k-', 'r-', 'b-', 'c-', 'm:')):
+        runs = [r for r in group if r['row'] == row]
+        if not runs:
+            continue
+        steps = list(zip(*(r['curve'] for r in runs)))
+        x, y = [s[0][0] / 1e6 for s in steps], [statistics.mean(v for _, v in s) for s in steps]
+        axes.plot(x[1:], y[1:], style, label=f"{row}: {y[-1]:.3f}" + (f", mean of {len(runs)}" if len(runs) > 1 else ""))
+    end = min(r['val_loss'] for r in group)
+    axes.set(xlabel='M tokens', ylabel='validation loss, nats', ylim=(end - 0.05, end + 1.2))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+NEEDED = 'row size seed tokens val_loss val_loss_zeroed val_loss_mean live_share_min l0 fvu tok_s params_non_embedding flops_per_token'
+
 def load(folder):
     results = []
     for path in sorted(glob.glob(os.path.join(folder, '*.json'))):
-        with open(path, encoding='utf-8') as f:
-            results.append(json.load(f))
+        try:
+            with open(path, encoding='utf-8') as f:
+                results.append(json.load(f))
+            if not set(NEEDED.split()) <= set(results[-1]):
+                raise ValueError
+        except (ValueError, TypeError):
+            sys.exit(f"error: {path} is torn, or no result of this script: delete it, and its run will be made again")
     return results
 
 def problems(c):
@@ -185,6 +218,11 @@ def problems(c):
     found = [] if c['size'] in SIZES else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
     known = rows(c['size'] if c['size'] in SIZES else 'small')
     found += [f"rows={r!r} is unknown: known are {', '.join(known)}" for r in c['rows'].split(',') if r not in known]
+    found += [f"{k}={c[k]} must be a folder that can be written" for k in ('results', 'out') if not (c['table'] or writable(c[k]))]
+    if c['table'] and not glob.glob(os.path.join(c['results'], '*.json')):
+        found.append(f"results={c['results']} holds no results: run this without --table=true first")
+    if c['gpus'] < -1:
+        found.append(f"gpus={c['gpus']} must be how many GPUs to use, 0 for the CPU, -1 for all there are")
     if c['steps'] < 1:
         found.append(f"steps={c['steps']} must be at least 1")
     if not c['seeds'] or min(c['seeds']) < 0:
@@ -192,7 +230,7 @@ def problems(c):
     return found
 
 def main(argv):
-    c = configure(dict(size='small', rows='dense,naive,default,strict', seeds=(1,), steps=1000, dataset='wiki', table=False,
+    c = configure(dict(size='small', rows='dense,naive,default,strict', seeds=(1,), steps=1000, dataset='wiki', table=False, plot='',
                        results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', gpus=-1), argv, problems)
     known = rows(c['size'])
     if not c['table']:
@@ -201,8 +239,8 @@ def main(argv):
         os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
         jobs = []
-        for seed in c['seeds']:
-            for row in c['rows'].split(','):
+        for seed in dict.fromkeys(c['seeds']):
+            for row in dict.fromkeys(c['rows'].split(',')):
                 name = f"{c['size']}-{c['steps']}-{row.replace(' ', '-')}-s{seed}"
                 target, out_dir = os.path.join(c['results'], name + '.json'), os.path.join(c['out'], name)
                 overrides, needs = known[row][0], None
@@ -218,9 +256,16 @@ def main(argv):
                 jobs.append((name, command(c['size'], overrides, seed, c['steps'], c['dataset'], out_dir), needs, done))
         failed = run_all(jobs, list(range(n)) or [None])
     print_table(load(c['results']))
+    if c['plot']:
+        plot(load(c['results']), c['plot'])
     if not c['table'] and failed:
         print(f"\nerror: {len(failed)} runs failed ({', '.join(failed)}): see {c['out']}/<run>.txt", file=sys.stderr)
         sys.exit(1)
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130) # the runs got it too: each finishes its step and saves
+    except OSError as e: # a full disk
+        sys.exit(f"error: {e}")

@@ -82,6 +82,7 @@ def child(script, argv, path, env, accident):
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update({k: str(v) for k, v in env.items()})
+    signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore it
     torch.set_num_threads(1)
     sys.argv = [script, *argv]
     sys.path.insert(0, str(ROOT))

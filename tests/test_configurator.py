@@ -102,9 +102,18 @@ def test_every_key_of_every_script(script):
 
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
-    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0', '--seeds=-1', '--gpus=x'])
+    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0', '--seeds=-1', '--gpus=x', f'--out={__file__}'])
     assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
-        'error: gpus', 'error: size', 'error: rows', 'error: steps', 'error: seeds'], text
+        'error: gpus', 'error: size', 'error: rows', 'error: out', 'error: steps', 'error: seeds'], text
+
+def test_ladder_results(tmp_path):
+    """The table without results, or with a torn one: a sentence."""
+    code, text = run_script('results/ladder.py', ['--table=true', f'--results={tmp_path}'])
+    assert code == 2 and text.startswith(f'error: results={tmp_path} holds no results') and text.count('\n') == 1
+    for torn in ('{"row": 1', '[]', '{"row": 1}'):
+        write(tmp_path / 'a.json', torn)
+        code, text = run_script('results/ladder.py', ['--table=true', f'--results={tmp_path}'])
+        assert code == 1 and text.startswith(f'error: {tmp_path}/a.json is torn') and text.count('\n') == 1, text
 
 def test_files(tmp_path):
     """A file is Python: it may import, compute, use values set so far, and keep names of its own that begin with _."""

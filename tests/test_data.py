@@ -474,10 +474,10 @@ def test_no_file_matches(tmp_path):
 
 
 @pytest.mark.parametrize("command,message", [
-    ("stdlib/prepare.py --vocab=9", "data/stdlib/prepare.py takes no arguments, got --vocab=9"),
-    ("text/prepare.py nothing.txt", "no .txt, .md, .jsonl file matches 'nothing.txt'"),
-    ("text/prepare.py README.txt --encoding=x", "no .txt"),
-    ("fineweb/prepare.py --shards=0", "--shards=0 should be from 1 to 103"),
+    ("stdlib/prepare.py --vocab=9", "error: data/stdlib/prepare.py takes no arguments, got --vocab=9"),
+    ("text/prepare.py nothing.txt", "error: no .txt, .md, .jsonl file matches 'nothing.txt'"),
+    ("text/prepare.py README.txt --encoding=x", "error: no .txt"),
+    ("fineweb/prepare.py --shards=0", "error: --shards=0 should be from 1 to 103"),
 ])
 def test_command_line_errors_are_one_sentence(tmp_path, command, message):
     """As a user meets them: from any folder, no traceback, exit code 1."""
@@ -485,6 +485,15 @@ def test_command_line_errors_are_one_sentence(tmp_path, command, message):
     run = subprocess.run([sys.executable, dataset.ROOT / script, *args], cwd=tmp_path,
                          capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+def test_ctrl_c():
+    """Exit code 130, no traceback; write_dataset has taken its temporary files away."""
+    def prepare():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as e:
+        dataset.run(prepare)
+    assert e.value.code == 130
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from model import load_checkpoint
-from runs import (ROOT, arguments, assert_same_run, at_loss, at_save, crash, disk_full, kill, nan, out_of_memory, oversleep, records,
+from runs import (ROOT, arguments, assert_same_run, at_call, at_loss, at_save, crash, disk_full, kill, nan, out_of_memory, oversleep, records,
                   terminate, train)
 
 @pytest.fixture(scope='module')
@@ -90,6 +90,17 @@ def test_all_leave_when_one_fails(what, reason, tiny_data, tmp_path):
     if reason.startswith('rank 1'):
         assert text.count(f'error: {reason}') == 2, text # said by both
     assert load_checkpoint(str(tmp_path))['step'] == 3
+
+def killed_at(name):
+    if os.environ['RANK'] == '1':
+        at_call(torch.distributed, name, 1, kill)
+
+@pytest.mark.parametrize('name', ['new_group', pytest.param('init_process_group', marks=pytest.mark.slow)])
+def test_killed_before_the_first_step(name, tiny_data, tmp_path):
+    """A rank that is gone before all have met: the other one leaves after rank_timeout, in a sentence."""
+    codes, text = train(tmp_path, tiny_data, partial(killed_at, name), ranks=2, rank_timeout=2)
+    assert codes == [1, -signal.SIGKILL] and 'Traceback' not in text, text
+    assert 'error: another rank is gone, or silent for 2 s (rank_timeout)' in text, text
 
 @pytest.mark.slow
 def test_slow_rank_0_is_waited_for(tiny_data, tmp_path):

@@ -21,7 +21,7 @@ import torch
 import runs
 from configurator import configure
 from data.dataset import get_batch, load_dataset, load_tokenizer, token_bytes
-from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, load_model
 
 JUNK = [None, True, 0, -1, 7, 2**70, 1.5, float('nan'), '', 'x', '../..', 'é\x00\n', [], [1], {}, {'a': 1}, 'gpt2', 'uint32']
 
@@ -48,11 +48,11 @@ def one_sentence(e):
 
 @pytest.mark.parametrize('n', [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_data(n, tiny_data, tmp_path):
-    """meta.json, train.bin and val.bin damaged or missing: refused in one sentence, or nothing was lost (a space in JSON)."""
+    """Every file of a data set damaged or missing: refused in one sentence, or nothing was lost (a space in JSON)."""
     good, rng, refused = load_dataset(tiny_data), random.Random(0), 0
     shutil.copytree(tiny_data, tmp_path / 'data')
     for case in range(n):
-        file = tmp_path / 'data' / rng.choice(['meta.json', 'meta.json', 'train.bin', 'val.bin'])
+        file = tmp_path / 'data' / rng.choice(['meta.json', 'meta.json', 'train.bin', 'val.bin', 'tokenizer.json'])
         raw = file.read_bytes()
         file.unlink()
         if rng.random() < 0.98:
@@ -90,7 +90,7 @@ def test_strange_meta(n, tiny_data, tmp_path):
             one_sentence(e)
     assert 0.5 * n < refused < n
 
-@pytest.mark.parametrize('n', [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_strange_tokenizers(n, tiny_data, tmp_path):
     """tokenizer.json damaged: refused by its hash. Written so by another program, hash and all: refused, or it decodes."""
     data, rng, refused = load_dataset(tiny_data), random.Random(2), 0
@@ -100,7 +100,7 @@ def test_strange_tokenizers(n, tiny_data, tmp_path):
         if case % 3:
             d = json.loads(json.dumps(good))
             if rng.random() < 0.5:
-                d[rng.choice(list(d))] = rng.choice(JUNK + ['(', '[', {'YQ==': 'x'}, {'YQ==': -1}, {'%': 1}, {'': 300}])
+                d[rng.choice(list(d))] = rng.choice(JUNK + ['(', '[', {'YQ==': 'x'}, {'YQ==': -1}, {'%': 1}, {'': 300}, '.*', '|', '$', r'\b'])
             else:
                 d['mergeable_ranks'][rng.choice(['YQ==', 'Yg==', 'zz', '', 'YWI='])] = rng.choice(JUNK)
             raw = json.dumps(d).encode()
@@ -115,7 +115,7 @@ def test_strange_tokenizers(n, tiny_data, tmp_path):
             one_sentence(e)
     assert 0.3 * n < refused < n
 
-@pytest.mark.parametrize('n', [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('n', [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_strange_checkpoints(n, tmp_path, capsys):
     """Files that are whole, of another version or program, with any value anywhere: a model, or ValueError in one sentence.
     (Damaged ones: test_model.py, fuzzed_checkpoints.)"""
@@ -130,8 +130,7 @@ def test_strange_checkpoints(n, tmp_path, capsys):
             where['a' + key] = where.pop(key)
         else:
             where[key] = rng.choice([x for x in JUNK if x != 2**70] + [torch.ones(3), torch.ones(0), torch.ones(8, 4).long()])
-        save_checkpoint(str(tmp_path), rng.choice([bad, bad, bad, bad, list(bad), None]))
-        (tmp_path / 'ckpt_prev.pt').unlink(missing_ok=True)
+        torch.save(rng.choice([bad, bad, bad, bad, list(bad), None]), tmp_path / 'ckpt.pt')
         try:
             load_model(load_checkpoint(str(tmp_path)))
         except ValueError as e:

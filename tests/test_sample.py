@@ -279,8 +279,8 @@ def test_usual_activation(capsys, run):
     count[7], mean[7] = 5, 2.5
     np.savez(run / 'features' / '0000007.npz', probed=200, **{'L2.count': count, 'L2.mean': mean})
     out = printed(capsys, run, '--steer=L2.F7=4', '--steer=L2.F8=4')
-    assert 'L2.F7 (resid of block 2): usually 2.5 where it fires, on 2.50 % of tokens' in out
-    assert 'L2.F8 (resid of block 2): silent on all 200 tokens' in out
+    assert 'L2.F7, on the residual stream after block 2: usually 2.5 where it fires, on 2.50 % of tokens' in out
+    assert 'L2.F8, on the residual stream after block 2: silent on all 200 tokens' in out
     (run / 'features' / '0000007.npz').write_bytes(b'torn')
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
 

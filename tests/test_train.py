@@ -180,6 +180,22 @@ def test_new_run_in_an_old_folder(whole, tiny_data, tmp_path):
         code, text = train(out, tiny_data, init_from=inside)
         assert code == 2 and f'init_from={inside} must not lie in out_dir' in text
 
+def test_two_runs_in_one_folder(whole, tiny_data, tmp_path):
+    """The second one is refused before it touches anything, and the first one ends as if alone. A killed run leaves no lock."""
+    first = start(tmp_path / 'out', tiny_data, max_iters=10 ** 6)[0]
+    while not (tmp_path / 'out' / 'ckpt.pt').exists():
+        assert first.exitcode is None
+        first.join(0.1)
+    for init_from in ('scratch', 'resume'):
+        code, text = train(tmp_path / 'out', tiny_data, max_iters=10 ** 6, init_from=init_from)
+        assert code == 1 and 'another run is training in' in text and 'Traceback' not in text, text
+    assert not (tmp_path / 'out' / 'previous').exists() and first.exitcode is None
+    first.kill()
+    first.join()
+    code, text = train(tmp_path / 'out', tiny_data)
+    assert code == 0, text
+    assert_same_run(whole, tmp_path / 'out')
+
 # ----------------------------------------------------------------------------------------------------
 # numbers that are not finite
 
@@ -249,10 +265,18 @@ def test_every_number_out_of_range(tiny_data, tmp_path):
     assert code == 2 and 'Traceback' not in text
     assert sorted(line.partition('=')[0] for line in text.splitlines()) == sorted(f'error: {k}' for k in set(keys)), text
 
+@pytest.mark.parametrize('out', ['', 'a file', 'a file/sub', '/proc/nowhere'])
+def test_unusable_out_dir(out, tiny_data, tmp_path):
+    """No folder, or one that cannot be made: said before any work."""
+    (tmp_path / 'a file').write_text('precious')
+    code, text = train(out if out[:1] in ('', '/') else tmp_path / out, tiny_data)
+    assert code in (1, 2) and f"out_dir={out if out[:1] == '/' else ''}" in text and text.count('\n') == 1, text
+    assert (tmp_path / 'a file').read_text() == 'precious'
+
 @pytest.mark.parametrize('bad', [
     dict(sae_k=65), dict(n_embd=18, n_head=4), dict(sae_auxk=0.1, sae_site='stream'), dict(sae_posthoc='true'),
     dict(sae_blend_end=1.5), dict(beta1=1), dict(eval_tokens=0), dict(seed=10 ** 20), dict(device='cuda:99'),
-    dict(sae_k_start=3), dict(weight_decay='1e999'), dict(block_size='x'), dict(bolck_size=3)])
+    dict(sae_k_start=3), dict(weight_decay='1e999'), dict(block_size='x'), dict(learning_rate=1e300), dict(bolck_size=3)])
 def test_contradictions(bad, tiny_data, tmp_path):
     """K above F, C not divisible by heads, options that need each other, ...: a sentence with the key, exit code 2."""
     code, text = train(tmp_path, tiny_data, **bad)
@@ -298,7 +322,7 @@ def test_unusable_data(damage, words, tiny_data, tmp_path):
     code, text = train(tmp_path / 'out', data, **changes)
     assert code == 1 and words in text and 'Traceback' not in text and text.count('\n') == 1, text
 
-MAY_CHANGE = ('init_from out_dir dataset device dtype compile rank_timeout wandb_log wandb_project max_iters '
+MAY_CHANGE = ('init_from out_dir dataset device dtype compile deterministic rank_timeout wandb_log wandb_project max_iters '
               'eval_interval save_interval log_interval eval_tokens probe_tokens').split() # the table in README.md
 
 def test_resume_with_another_config(whole, tiny_data, tmp_path):
@@ -346,11 +370,20 @@ def test_weights_of_another_run(whole, tiny_data, tmp_path):
     code, text = train(dense, tiny_data, init_from='resume', sae_layers='')
     assert code == 1 and 'holds weights alone' in text and text.count('\n') == 1, text
 
+@pytest.mark.parametrize('key, value', [('optimizers', []), ('optimizers', [{}, {}]), ('model_args', {}), ('model', None), ('step', None)])
+def test_resume_of_another_version(key, value, whole, tiny_data, tmp_path):
+    """A whole checkpoint that another version of the code wrote: one sentence, and it stays as it was."""
+    save_checkpoint(str(tmp_path), load_checkpoint(str(whole)) | {key: value})
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    code, text = train(tmp_path, tiny_data, init_from='resume')
+    assert code == 1 and text.count('error: ') == 1 and 'Traceback' not in text, text
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+
 def test_posthoc_trains_the_sae_alone(tiny_data, tmp_path):
     """The classic SAE, for comparison: the frozen model's weights stay to the bit, and the SAE learns to reconstruct."""
     dense, out = tmp_path / 'dense', tmp_path / 'out'
     train(dense, tiny_data, sae_layers='')
-    code, text = train(out, tiny_data, init_from=dense, sae_posthoc='true', optimizer='adamw', sae_recon=1, learning_rate=0.01, max_iters=30)
+    code, text = train(out, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1, learning_rate=0.01, max_iters=30)
     assert code == 0, text
     a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(out))['model']
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -497,7 +530,7 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
 
     python -m pytest tests/test_train.py --slow -s -k random_moments      (two minutes)"""
     changes = dict(ranks=ranks, max_iters=600, warmup_iters=500, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
-                   log_interval=3)
+                   log_interval=3, rank_timeout=20)
     assert train(tmp_path / 'whole', tiny_data, **changes)[0] in (0, [0, 0])
     rng, out, kills, in_saves, at = random.Random(1), tmp_path / 'killed', 0, 0, 0
     while kills < 20:
@@ -524,22 +557,28 @@ def test_long_run_leaks_nothing(tiny_data, tmp_path):
     """Steps with a save, an eval and a snapshot every third: memory and open files stay flat, and the disk holds two
     checkpoints, one features/<step>.npz an eval, one line a log or eval, and nothing else.
 
-    python -m pytest tests/test_train.py --slow -k leaks -s     (1,500 steps, half a minute)
-    LONG_RUN_STEPS=90000 python -m pytest ...                   (half an hour)"""
-    steps = int(os.environ.get('LONG_RUN_STEPS', 1500))
-    (p,), seen = start(tmp_path / 'out', tiny_data, max_iters=steps, eval_interval=3, save_interval=3), []
-    while p.is_alive():
-        p.join(2)
-        try:
-            with open(f'/proc/{p.pid}/statm') as f:
-                mb = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
-            seen.append((mb, len(os.listdir(f'/proc/{p.pid}/fd'))))
-        except (OSError, IndexError):
-            pass # it has just ended
-    assert p.exitcode == 0
-    early, late = seen[len(seen) // 4], seen[-1]
-    print(f"memory {early[0]:.0f} MB -> {late[0]:.0f} MB, files {early[1]} -> {late[1]}")
-    assert late[0] < early[0] + 20 and late[1] <= early[1] + 1
-    assert len(os.listdir(tmp_path / 'out' / 'features')) == steps // 3 + 1
-    assert sorted(os.listdir(tmp_path / 'out')) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
-    assert len((tmp_path / 'out' / 'log.jsonl').read_text().splitlines()) == 1 + steps // 2 + steps // 3 + 1
+    python -m pytest tests/test_train.py --slow -k leaks -s         (half a minute)
+    LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s"""
+    seconds, out, seen = 60 * float(os.environ.get('LONG_RUN_MINUTES', 0.5)), tmp_path / 'out', []
+    (p,) = start(out, tiny_data, max_iters=10 ** 7, eval_interval=3, save_interval=3, sae_blend_start=0, sae_blend_end=0)
+    for i in range(21): # the first look is when a twentieth is over: all that is allocated once has been
+        p.join(seconds / 21)
+        assert p.is_alive(), (tmp_path / 'out.txt').read_text()[-1000:]
+        with open(f'/proc/{p.pid}/statm') as f:
+            mb = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
+        seen.append((mb, len(os.listdir(f'/proc/{p.pid}/fd'))))
+        print(f"{(i + 1) * seconds / 21:5.0f} s: {mb:.1f} MB, {seen[-1][1]} open files", flush=True)
+    p.terminate()
+    p.join(60)
+    assert p.exitcode == 143
+    steps, snapshots = load_checkpoint(str(out))['step'], sorted((out / 'features').iterdir())
+    log, size = (out / 'log.jsonl').read_bytes(), lambda files: sum(f.stat().st_size for f in files)
+    disk = size(f for f in out.rglob('*') if f.is_file())
+    print(f"{steps:,} steps: memory {seen[0][0]:.0f} -> {seen[-1][0]:.0f} MB, open files {seen[0][1]} -> {seen[-1][1]}; disk {disk:,} bytes: "
+          f"2 checkpoints {size(out.glob('*.pt')):,}, {len(snapshots):,} snapshots {size(snapshots):,}, log {len(log):,}")
+    assert steps > seconds # or there was nothing to see
+    assert seen[-1][0] < seen[0][0] + 20 and seen[-1][1] <= seen[0][1] + 1
+    assert sorted(os.listdir(out)) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
+    assert [int(f.stem) for f in snapshots] == list(range(0, steps + 1, 3))[:len(snapshots)] and len(snapshots) >= steps // 3
+    assert max(f.stat().st_size for f in snapshots) < 2 * 64 * 16 + 400 * 64 # 2 F C, and top tokens, counts, ... of F features
+    assert len(log.splitlines()) == 1 + steps // 2 + len(snapshots) and len(log) < 500 * (steps + 10)

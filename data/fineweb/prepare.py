@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-from data.dataset import data_dir, encoding_to_json, named_encoding, write_dataset  # noqa: E402
+from data.dataset import data_dir, encoding_to_json, named_encoding, run, write_dataset  # noqa: E402
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 SHARDS = 103
@@ -140,7 +140,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="fineweb", help="folder of the data set (data/fineweb)")
     parser.add_argument("--url", default=URL, help="where the shards are (a mirror)")
     args = parser.parse_args()
-    try:
-        prepare(args.out, args.shards, args.url.rstrip("/"))
-    except (ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+    run(prepare, args.out, args.shards, args.url.rstrip("/"))

@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python data/stdlib/prepare.py`
-from data.dataset import encoding_to_json, write_dataset  # noqa: E402
+from data.dataset import encoding_to_json, run, write_dataset  # noqa: E402
 
 VOCAB_SIZE = 4096  # 256 bytes, 3839 merges, <|endoftext|>
 EOT = "<|endoftext|>"
@@ -192,8 +192,5 @@ def prepare(out_dir=None, max_bytes=None, vocab_size=VOCAB_SIZE):
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        raise SystemExit("data/stdlib/prepare.py takes no arguments, got " + " ".join(sys.argv[1:]))
-    try:
-        prepare()
-    except (ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+        raise SystemExit("error: data/stdlib/prepare.py takes no arguments, got " + " ".join(sys.argv[1:]))
+    run(prepare)

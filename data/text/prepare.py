@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-from data.dataset import data_dir, encoding_to_json, named_encoding, write_dataset  # noqa: E402
+from data.dataset import data_dir, encoding_to_json, named_encoding, run, write_dataset  # noqa: E402
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 VAL_EVERY = 20
@@ -152,7 +152,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="data/mytext", help="folder of the data set (%(default)s)")
     parser.add_argument("--encoding", default="gpt2", help="tiktoken encoding (%(default)s)")
     args = parser.parse_args()
-    try:
-        prepare(args.patterns, args.out, args.encoding)
-    except (ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+    run(prepare, args.patterns, args.out, args.encoding)
