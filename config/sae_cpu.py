@@ -7,7 +7,7 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 block_size = 256
-sae_layers = (2,)        # after the third of four blocks
+sae_layers = (1,)        # after the second of four blocks
 sae_ratio = 11           # F = 11 * 192 = 2,112 features
 sae_k = 16
 

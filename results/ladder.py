@@ -5,6 +5,7 @@ Each run is one call of train.py and leaves one JSON in results/ladder/; the tab
     python results/ladder.py --rows=dense,naive,default,strict --seeds=1,2,3,4,5     65 M tokens each
     python results/ladder.py --rows=dense,default,strict --seeds=1,2,3 --steps=3000  196 M
     python results/ladder.py --size=large --steps=1500 --rows=dense,default --seeds=1
+    python results/ladder.py --size=cpu --steps=480 --dataset=stdlib --seeds=1,2,3   1 M tokens each, minutes on a CPU
     python results/ladder.py --size=tiny --rows=dense,default --seeds=1,2            a minute on a CPU
     python results/ladder.py --table=true --plot=assets/ladder.png                    no training, only table and plot
 
@@ -28,10 +29,12 @@ from configurator import configure, writable # noqa: E402
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
                  sae_silent_tokens=20 * 128, compile=False, device='cpu'),
+    'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
+                sae_k=16, sae_silent_tokens=20 * 2048, eval_tokens=32_768, compile=False, device='cpu'), # config/sae_cpu.py
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
     'large': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
 }
-SAE_LAYER = {'tiny': (0,), 'small': (3,), 'large': (6,)}
+SAE_LAYER = {'tiny': (0,), 'cpu': (1,), 'small': (3,), 'large': (6,)}
 
 def rows(size):
     """{name: (what differs from train.py's defaults, what it is)}; the order is the table's."""
@@ -91,7 +94,7 @@ def rows(size):
     }
 
 def command(size, overrides, seed, steps, dataset, out_dir):
-    options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // 10),
+    options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // (4 if size == 'cpu' else 10)),
                    save_interval=10 ** 9, probe_tokens=0) | SIZES[size] | overrides
     options |= dict(seed=seed, max_iters=steps, dataset=dataset, out_dir=out_dir)
     show = lambda v: ','.join(map(str, v)) if isinstance(v, (tuple, list)) else str(v)
