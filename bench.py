@@ -480,4 +480,7 @@ def main(argv):
         sys.exit(f"error: these parts failed, see above: {', '.join(failed)}")
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1066,4 +1066,7 @@ def main(argv):
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace') # a terminal or pipe that is not UTF-8
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)

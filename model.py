@@ -308,8 +308,11 @@ def save_checkpoint(out_dir, checkpoint):
         except OSError: # a file system without hard links: ckpt.pt is missing for a moment, but then it is ckpt_prev.pt
             os.replace(path, prev)
     os.replace(tmp, path)
-    if os.path.exists(old):
-        os.replace(old, prev)
+    try:
+        if os.path.exists(old):
+            os.replace(old, prev)
+    except OSError as e: # the new one is safe: no reason to end a run
+        print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
 
 def load_checkpoint(out_dir, map_location='cpu'):
     """

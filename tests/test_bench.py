@@ -10,6 +10,14 @@ import pytest
 
 import bench
 
+def test_mfu(monkeypatch):
+    """tokens/s times FLOPs a token over the card's peak; None for a card that is not in the list."""
+    monkeypatch.setattr(bench, 'GPU', True)
+    monkeypatch.setattr(bench.torch.cuda, 'get_device_name', lambda: 'NVIDIA H200')
+    assert bench.mfu(1e6, 494.5e6) == pytest.approx(0.5)
+    monkeypatch.setattr(bench.torch.cuda, 'get_device_name', lambda: 'another')
+    assert bench.mfu(1e6, 494.5e6) is None
+
 def test_layer(tmp_path, capsys, monkeypatch):
     """Every field of a row is there and positive; file and print agree; 80 columns do."""
     monkeypatch.setattr(bench, 'N', 64)

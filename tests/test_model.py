@@ -428,6 +428,18 @@ def test_checkpoint_of_another_version(tmp_path):
             load_model(good | bad)
         assert '\n' not in str(e.value)
 
+def test_rotation_fails(tmp_path, monkeypatch, capsys):
+    """The old checkpoint cannot be put aside: a warning; the new one is in place, and the run goes on."""
+    two_saves(tmp_path)
+    replace = os.replace
+    def refuse(source, target):
+        if str(target).endswith('ckpt_prev.pt'):
+            raise PermissionError("not today")
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', refuse)
+    save_checkpoint(str(tmp_path), checkpoint(3))
+    assert 'warning' in capsys.readouterr().out and load_checkpoint(str(tmp_path))['step'] == 3
+
 def test_full_disk_loses_nothing(tmp_path, monkeypatch):
     """No space left in the middle of a save: both older checkpoints are as they were, and the next save works."""
     two_saves(tmp_path)
