@@ -19,6 +19,6 @@ sae_silent_tokens = 20 * 2048
 
 eval_interval = 120
 save_interval = 120
-eval_tokens = 16_384
+eval_tokens = 8_192
 probe_tokens = 16_384
 compile = False          # compiling takes longer than it saves at this size

@@ -85,7 +85,7 @@ def rows(size):
         'default xL': (dict(sae_layers=tuple(range(L))), 'at every layer'),
         # how many
         **{f'{mode} K={k}': (base | dict(sae_k=k), '') for mode, base in (('default', at), ('strict', strict))
-           for k in (8, 16, 64, 128)},
+           for k in (8, 16, 32, 64, 128) if k != SIZES[size].get('sae_k', 32)},
         **{f'{mode} F={r}x': (base | dict(sae_ratio=r), '') for mode, base in (('default', at), ('strict', strict))
            for r in (4, 64)},
         # a slightly larger model in exchange
