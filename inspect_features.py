@@ -245,7 +245,7 @@ def read_index(c):
                                     for name in ('tokens', 'features', 'values'))
         whole = features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K']) \
             and tokens.max() < len(meta['names']) and features.max() <= meta['F'] # a flipped bit
-    except (TypeError, KeyError, ValueError, OSError, EOFError):
+    except Exception: # of almost any kind: numpy reads a file's header as Python
         whole = False
     if not whole:
         return {}
