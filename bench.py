@@ -35,7 +35,7 @@ from torch.nn import functional
 
 import data.dataset
 import kernels
-from configurator import configure, stop_if
+from configurator import configure, run, stop_if
 from sae import SAE
 
 ROOT = Path(__file__).resolve().parent
@@ -480,7 +480,4 @@ def main(argv):
         sys.exit(f"error: these parts failed, see above: {', '.join(failed)}")
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, sys.argv[1:])

@@ -52,6 +52,19 @@ def stop_if(problems):
     if problems:
         sys.exit(2)
 
+def run(main, *args):
+    """
+    A script as a program: ValueError and OSError, which say what the user can mend, are one sentence and exit code 1;
+    Ctrl-C is 130; and a terminal or pipe that is not UTF-8 gets question marks.
+    """
+    sys.stdout.reconfigure(errors='replace')
+    try:
+        main(*args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 def writable(folder):
     """Whether folder is one in which to write, or can be made."""
     path = os.path.abspath(folder)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.text import Text
 
-from configurator import configure, stop_if
+from configurator import configure, run, stop_if
 from data.dataset import data_dir, load_tokenizer, read_meta, token_bytes
 from inspect_features import PLACES, caption, fit, prompt_text, safe
 from model import load_checkpoint, load_model
@@ -270,8 +270,4 @@ def main(argv):
         print_table(scores, features, c['max_new_tokens'])
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace') # a terminal or pipe that is not UTF-8
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, sys.argv[1:])

@@ -203,10 +203,10 @@ def read_tokenizer(folder, meta):
 
 def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
-    import tiktoken
-    import regex
     if not meta["tokenizer"].endswith(".json"):
         return named_encoding(meta["tokenizer"])
+    import regex  # tiktoken's own engine for patterns comes with it
+    import tiktoken
     file, raw = read_tokenizer(folder, meta)
     try:
         d = json.loads(raw)
@@ -305,16 +305,6 @@ def write_dataset(out_dir, train_iter, val_iter, vocab_size, tokenizer, source, 
         for file in temp.values():
             file.unlink(missing_ok=True)
     return meta
-
-
-def run(prepare, *args):
-    """A prepare.py as a program: what goes wrong is one sentence and exit code 1, Ctrl-C is 130."""
-    try:
-        prepare(*args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def write(file, pieces):

@@ -14,7 +14,6 @@ A run whose JSON is there is not run again. The corpus of the committed results 
 """
 import glob
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from collections import deque
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from configurator import configure, writable # noqa: E402
+from configurator import configure, run, writable # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
@@ -258,17 +257,13 @@ def main(argv):
                     os.replace(target + '.tmp', target)
                 jobs.append((name, command(c['size'], overrides, seed, c['steps'], c['dataset'], out_dir), needs, done))
         failed = run_all(jobs, list(range(n)) or [None])
-    print_table(load(c['results']))
+    results = load(c['results'])
+    print_table(results)
     if c['plot']:
-        plot(load(c['results']), c['plot'])
+        plot(results, c['plot'])
     if not c['table'] and failed:
         print(f"\nerror: {len(failed)} runs failed ({', '.join(failed)}): see {c['out']}/<run>.txt", file=sys.stderr)
         sys.exit(1)
 
 if __name__ == '__main__':
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130) # the runs got it too: each finishes its step and saves
-    except OSError as e: # a full disk
-        sys.exit(f"error: {e}")
+    run(main, sys.argv[1:]) # Ctrl-C reaches the runs too: each finishes its step and saves

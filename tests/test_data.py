@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiktoken
 
+import configurator
 from data import dataset
 from data.dataset import (encoding_to_json, eval_batches, get_batch, load_dataset, load_tokenizer,
                           named_encoding, token_bytes, windows_per_epoch, write_dataset)
@@ -492,7 +493,7 @@ def test_ctrl_c():
     def prepare():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as e:
-        dataset.run(prepare)
+        configurator.run(prepare)
     assert e.value.code == 130
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-from data.dataset import data_dir, encoding_to_json, named_encoding, run, write_dataset  # noqa: E402
+from configurator import run  # noqa: E402
+from data.dataset import data_dir, encoding_to_json, named_encoding, write_dataset  # noqa: E402
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 SHARDS = 103

@@ -30,7 +30,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python data/stdlib/prepare.py`
-from data.dataset import encoding_to_json, run, write_dataset  # noqa: E402
+from configurator import run  # noqa: E402
+from data.dataset import encoding_to_json, write_dataset  # noqa: E402
 
 VOCAB_SIZE = 4096  # 256 bytes, 3839 merges, <|endoftext|>
 EOT = "<|endoftext|>"

@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-from data.dataset import data_dir, encoding_to_json, named_encoding, run, write_dataset  # noqa: E402
+from configurator import run  # noqa: E402
+from data.dataset import data_dir, encoding_to_json, named_encoding, write_dataset  # noqa: E402
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 VAL_EVERY = 20
