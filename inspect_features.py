@@ -8,7 +8,7 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
     ... --html=out.html       the same as one page              --export=folder    the SAEs, for SAELens
 
 The model runs once over val (the scan); what fired where is kept in out_dir, in index.npz and index_*.npy, until the
-checkpoint changes. A view of it takes under a second: torch is loaded only where a model must run.
+checkpoint changes. A view of it takes a moment (a page of 2,000 features, a second): torch is loaded only where a model runs.
 
   fires          the feature is among the K of a position, and its activation is not 0
   density        share of the scanned positions on which it fires
@@ -23,7 +23,6 @@ Shapes: B windows, T tokens of a window, N = B*T, F features, K active a token, 
 snapshots (in the timeline), P pairs of (feature, position it fires on).
 """
 import functools
-import glob
 import hashlib
 import itertools
 import json
@@ -36,11 +35,12 @@ import time
 import unicodedata
 import zipfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import configure
+from configurator import configure, run
 from data.dataset import eval_batches, load_dataset, load_tokenizer, token_bytes
 
 DEFAULTS = dict(
@@ -105,7 +105,7 @@ def scan(c, run, key):
     from rich.console import Console
     from rich.progress import track
     from sae import count_pairs
-    saes, gpu = run.model.saes(), 'cuda' in run.device
+    saes, gpu, path = run.model.saes(), 'cuda' in run.device, Path(c.out_dir) / 'index.npz'
     T, V = run.model.config.block_size, run.model.config.vocab_size
     F, K = next((sae.n_features, sae.k_max) for sae in saes.values())
     wanted = c.scan_tokens or (1_048_576 if gpu else 131_072)
@@ -113,11 +113,8 @@ def scan(c, run, key):
     batches = lambda: (x for x, _ in eval_batches(run.data.val, T, B, wanted))
     sizes = [x.numel() for x in batches()]
     N, S = sum(sizes), len(saes)
-    path = os.path.join(c.out_dir, 'index.npz')
-    if os.path.exists(path):                                             # from here to the end there is no index
-        os.remove(path)
-    create = lambda name, dtype, *shape: np.lib.format.open_memmap(
-        os.path.join(c.out_dir, f'index_{name}.npy'), 'w+', dtype, shape)
+    path.unlink(missing_ok=True)                                         # from here to the end there is no index
+    create = lambda name, dtype, *shape: np.lib.format.open_memmap(path.with_name(f'index_{name}.npy'), 'w+', dtype, shape)
     all_tokens = create('tokens', run.data.val.dtype, N)
     all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
     all_values = create('values', np.float16, S, N, K)
@@ -189,9 +186,10 @@ def statistics(sae, wte, keys, counts):
 
 def save_npz(path, **arrays):
     """An .npz, whole or not at all."""
-    with open(path + '.tmp', 'wb') as f:
-        np.savez(f, **arrays)
-    os.replace(path + '.tmp', path)
+    temporary = path.with_suffix('.npz.tmp')
+    with open(temporary, 'wb') as file:
+        np.savez(file, **arrays)
+    temporary.replace(path)
 
 def load_npz(path):
     """An .npz as {name: array}; None if it is missing or damaged."""
@@ -211,24 +209,22 @@ def fingerprint(path):
 
 def open_index(c):
     """read_index, after a scan where nothing that fits is there. ValueError: one sentence."""
-    key, index = fingerprint(os.path.join(c.out_dir, 'ckpt.pt')), read_index(c)
+    key, index, why = fingerprint(Path(c.out_dir) / 'ckpt.pt'), read_index(c), None
     s = next(iter(index.values()), None)
     if s is None:
-        damaged = os.path.exists(os.path.join(c.out_dir, 'index.npz'))
+        damaged = (Path(c.out_dir) / 'index.npz').exists()
         why = "the index is damaged or of an older version" if damaged else "there is no index yet"
     elif key and s.key != key:
         why = f"the index is of another checkpoint, of step {s.step:,}"
     elif c.scan_tokens not in (0, s.wanted) or c.dataset not in ('', s.dataset):
         why = f"the index is of {s.wanted:,} tokens of {s.dataset}"
-    else:
-        why = None
+    elif not key:
+        say(f"note: no checkpoint in {c.out_dir} that can be read; its index is of step {s.step:,}")
     if why:
         run = open_model(c)
         say(f"{why}: scanning")
         scan(c, run, key)
-        return read_index(c)
-    if not key:
-        say(f"note: no checkpoint in {c.out_dir} that can be read; its index is of step {s.step:,}")
+        index = read_index(c)
     return index
 
 def read_index(c):
@@ -237,22 +233,21 @@ def read_index(c):
     s.step; s.names, the bytes of each token; and as memory maps s.tokens (N,), s.features and s.values (N, K).
     {} where the files are not there or not whole.
     """
-    arrays = load_npz(os.path.join(c.out_dir, 'index.npz'))
+    path = Path(c.out_dir) / 'index.npz'
     try:
+        arrays = load_npz(path)
         meta = json.loads(str(arrays['meta']))
         meta['names'] = [text.encode('latin-1') for text in meta['names']]
-        tokens, features, values = (np.load(os.path.join(c.out_dir, f'index_{name}.npy'), mmap_mode='r')
+        tokens, features, values = (np.asarray(np.load(path.with_name(f'index_{name}.npy'), mmap_mode='r'))
                                     for name in ('tokens', 'features', 'values'))
-        whole = features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K']) \
-            and tokens.max() < len(meta['names']) and features.max() <= meta['F'] # a flipped bit
+        if not (features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K'])
+                and tokens.max() < len(meta['names']) and features.max() <= meta['F']): # a bit has flipped
+            raise ValueError
     except Exception: # of almost any kind: numpy reads a file's header as Python
-        whole = False
-    if not whole:
         return {}
-    return {layer: SimpleNamespace(
-        **meta, **of_layer(arrays, layer), layer=layer, out_dir=c.out_dir, seed=c.seed, by_feature=None,
-        tokens=np.asarray(tokens), features=np.asarray(features[i]), values=np.asarray(values[i]))
-        for i, layer in enumerate(meta['layers'])}
+    return {layer: SimpleNamespace(**meta, **of_layer(arrays, layer), layer=layer, out_dir=c.out_dir, seed=c.seed,
+                                   by_feature=None, tokens=tokens, features=features[i], values=values[i])
+            for i, layer in enumerate(meta['layers'])}
 
 def of_layer(arrays, layer):
     """{'L6.count': ..., ...} -> {'count': ...}"""
@@ -273,32 +268,32 @@ def layer_data(s):
                 entropy=[float(np.median(bits)), float(bits.max())] if live.any() else None)
 
 def feature_data(s, f, timeline=None, effect=None):
-    """Every number of the panels of one feature. Tokens are ids; contexts come from context()."""
+    """Every number of the panels of one feature. Tokens are ids."""
     where, a = firings(s, f)
-    R = 2.0 ** np.frexp(s.max[f])[1]                                     # the power of two above it
-    bins = np.minimum(BINS * abs(a) / R, BINS - 1).astype(int)
-    eighth = bins * INTERVALS // BINS
-    ok = (where % s.T > 0) & (where % s.T < s.T - 1) & (s.tokens[where] != s.eot)
-    peaks = where[ok]
-    drawn = np.random.default_rng((s.seed, s.layer, f)).permutation(len(peaks))
-    def contexts(order, n):
-        """Of the first n windows, when the peaks come in that order."""
-        _, first = np.unique(peaks[order] // s.T, return_index=True)
-        return fold([context(s, f, at) for at in peaks[order][np.sort(first)][:n].tolist()])
-    def example(j):
-        some = peaks[drawn][eighth[ok][drawn] == j]
-        return context(s, f, int(some[-1])) if len(some) else None       # the last: the random contexts are the first
+    size = abs(a)
+    R = 2.0 ** math.frexp(s.max[f])[1]                                   # the power of two above it
+    bins = np.minimum(BINS * size / R, BINS - 1).astype(int)
+    hist = np.bincount(bins, minlength=BINS)
+    shares = hist.reshape(INTERVALS, -1).sum(1) / max(1, len(where))
+    peaks = np.flatnonzero(((where + 1) % s.T > 1) & (s.tokens.take(where) != s.eot)) # neither first nor last of a window
+    strongest = peaks[np.argsort(~size[peaks].astype(np.float16).view(np.uint16), kind='stable')] # bits: a fast radix sort
+    drawn = np.random.default_rng((s.seed, s.layer, f)).permutation(peaks)
+    top, random = one_a_window(s, where[strongest], TOPS), one_a_window(s, where[drawn], RANDOM)
+    example = np.full(INTERVALS, -1)
+    example[bins[drawn] * INTERVALS // BINS] = where[drawn]              # the last: the random contexts are the first
+    some = np.flatnonzero(example >= 0)
+    found = contexts(s, where, a, top + random + example[some].tolist()) # at once: many cost little more than one
+    examples = dict(zip(some.tolist(), found[len(top) + len(random):]))
     pairs = lambda tokens, values: list(zip(tokens[f].tolist(), values[f].tolist()))
     return dict(
         layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]), max=float(s.max[f]), R=R,
-        entropy=float(s.entropy[f]) if len(where) else None,
-        mean=float(a.sum() / max(1, len(a))), hist=np.bincount(bins, minlength=BINS).tolist(),
+        entropy=float(s.entropy[f]) if len(where) else None, mean=float(a.sum() / max(1, len(a))), hist=hist.tolist(),
         fires_on=fires_on(s, f), up=pairs(s.up, s.up_value), down=pairs(s.down, s.down_value),
         near=pairs(s.near, s.near_value) if s.site != 'stream' else [],  # whose channels are orthogonal
-        joint=fires_with(s, f, where), top=contexts(np.argsort(-abs(a[ok]), kind='stable'), TOPS),
-        random=contexts(drawn, RANDOM), effect=effect, timeline=timeline and feature_timeline(timeline, f),
-        intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float((eighth == j).mean()), example(j))
-                   for j in reversed(np.unique(eighth).tolist())])
+        joint=fires_with(s, f, where), top=fold(found[:len(top)]), random=fold(found[len(top):len(top) + len(random)]),
+        intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float(shares[j]), examples.get(j))
+                   for j in reversed(np.flatnonzero(shares).tolist())],
+        effect=effect, timeline=timeline and feature_timeline(timeline, f))
 
 def fires_on(s, f):
     """The 8 tokens on which a feature fires most, with their shares of its firings."""
@@ -309,24 +304,42 @@ def firings(s, f):
     """Where a feature fires: positions (P,), ascending, and activations (P,)."""
     if s.by_feature is None:
         slots = np.flatnonzero(s.features.reshape(-1) == f)
-    else: # of all features, one after the other: see write_html
+    else:                                                                # of all features, one after the other
         begin = int(s.count[:f].sum())
         slots = s.by_feature[begin:begin + s.count[f]]
     return slots // s.K, s.values.reshape(-1)[slots].astype(np.float32)
 
 def fires_with(s, f, where, n=5):
     """The n features that fire on the most of the same positions, as a share of those where either does."""
-    both = np.bincount(s.features[where].reshape(-1), minlength=s.F + 1)[:s.F]
+    both = np.bincount(s.features.take(where, axis=0).reshape(-1), minlength=s.F + 1)[:s.F]
     share = both / np.maximum(1, s.count + len(where) - both)
-    share[f] = -1
-    return [(g, float(share[g])) for g in np.argsort(-share, kind='stable')[:n].tolist() if g != f]
+    share[f], out = -1, []
+    for _ in range(min(n, s.F - 1)):
+        g = int(share.argmax())
+        out.append((g, float(share[g])))
+        share[g] = -1
+    return out
 
-def context(s, f, at):
-    """The text around position `at`, no further than its window: token ids, activations, and which is the peak."""
-    window = at // s.T * s.T
-    part = slice(max(window, at - SIDE), min(window + s.T, at + SIDE + 1))
-    acts = np.where(s.features[part] == f, s.values[part], 0).sum(1)
-    return dict(tokens=s.tokens[part].tolist(), acts=acts.tolist(), peak=at - part.start, where=at, times=1)
+def one_a_window(s, positions, n):
+    """The first of the positions in each of the first n windows that they visit."""
+    first = {}
+    for at in map(int, positions):                                       # few are visited
+        first.setdefault(at // s.T, at)
+        if len(first) == n:
+            break
+    return list(first.values())
+
+def contexts(s, where, a, peaks):
+    """The text around each peak, no further than its window: token ids, activations, and which is the peak. (where, a): firings."""
+    spans = np.array(peaks, int)[:, None] + np.arange(-SIDE, SIDE + 1)   # (contexts, tokens)
+    slot = np.searchsorted(where, spans)
+    acts = np.where(where.take(slot, mode='clip') == spans, a.take(slot, mode='clip'), 0).tolist()
+    out = []
+    for at, tokens, acts in zip(peaks, s.tokens.take(spans, mode='clip').tolist(), acts):
+        before = min(SIDE, at % s.T)
+        part = slice(SIDE - before, SIDE + s.T - at % s.T)
+        out.append(dict(tokens=tokens[part], acts=acts[part], peak=before, where=at, times=1))
+    return out
 
 def fold(contexts):
     """Contexts with the same text around the peak as one, counted in `times`."""
@@ -360,32 +373,34 @@ def removal_effect(run, s, f, n):
     sae.steer = None
     if not change:
         return None
-    return dict(mean=float(np.mean(change)), std=float(np.std(change)), n=len(change),
-                worse=float(np.mean(np.array(change) > 0)))
+    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=float(np.mean(np.greater(change, 0))))
 
 def find(s, pattern):
     """
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall, the share of matches on
     some token of which it fires; and the numbers of matches and of tokens inside them, i.e. with any byte inside.
     """
-    sizes, inside, match, n = np.array([len(b) for b in s.names]), [], [], 0 # an entry a (token, match)
+    sizes, spans = np.array([len(raw) for raw in s.names]), [np.zeros((0, 2), int)]
     for start in range(0, s.N, s.T):
         window = s.tokens[start:start + s.T]
-        text = b''.join([s.names[t] for t in window.tolist()]).decode('utf-8', 'surrogateescape')
-        owner = np.repeat(np.arange(start, start + s.T), sizes[window])    # the position that each byte belongs to
-        for m in pattern.finditer(text):
-            begin, end = (len(text[:at].encode('utf-8', 'surrogateescape')) for at in m.span())
-            if begin < end:
-                positions = range(owner[begin], owner[end - 1] + 1)
-                inside += positions
-                match += [n] * len(positions)
-                n += 1
-    inside, match = np.array(inside, np.int64), np.array(match, np.int64)
-    positions = np.unique(inside)
-    hits = np.bincount(s.features[positions].reshape(-1), minlength=s.F + 1)[:s.F]
-    of_match = np.unique(match[:, None] * (s.F + 1) + s.features[inside]) % (s.F + 1)
-    recall = np.bincount(of_match, minlength=s.F + 1)[:s.F] / max(1, n)
-    return hits / np.maximum(1, s.count), recall, n, len(positions)
+        text = b''.join([s.names[token] for token in window.tolist()]).decode('utf-8', 'surrogateescape')
+        code = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        n_bytes = 1 + np.searchsorted((0x80, 0x800, 0x10000), code, 'right') # of each character in UTF-8
+        n_bytes[code >> 8 == 0xDC] = 1                                   # a byte that is none
+        ends = np.append(0, np.cumsum(n_bytes))                          # of the characters before each, in bytes
+        owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
+        found = np.array([m.span() for m in pattern.finditer(text) if m.group()], int).reshape(-1, 2)
+        spans.append(owner[ends[found] - (0, 1)])                        # first and last position
+    first, last = np.concatenate(spans).T                                # (matches,)
+    n = last - first + 1
+    match = np.repeat(np.arange(len(n)), n)                              # an entry a (match, position)
+    inside = np.arange(n.sum()) + np.repeat(first - np.cumsum(n) + n, n)
+    tokens = np.zeros(s.N, bool)
+    tokens[inside] = True
+    once = np.sort((match[:, None] * (s.F + 1) + s.features[inside]).reshape(-1), kind='stable') # faster than np.unique
+    once = once[np.diff(once, prepend=-1) > 0] % (s.F + 1)               # an entry a (match, feature)
+    hits, recalled = (np.bincount(x.reshape(-1), minlength=s.F + 1)[:s.F] for x in (s.features[tokens], once))
+    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), int(tokens.sum())
 
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
@@ -404,17 +419,19 @@ def prompt_text(prompt, prompt_file):
         raise ValueError(f"prompt_file={prompt_file!r} is empty: write a prompt into it")
     return prompt
 
-def encode(run, text):
-    """Token ids of a text, end-of-text before it, as every document of the data begins."""
-    return ([] if run.eot is None else [run.eot]) + run.tokenizer.encode_ordinary(text)
+def read(run, text):
+    """Yields token ids (T,) and SAEOut of a text, window by window; end-of-text before it, as in the data."""
+    import torch
+    ids, T = ([] if run.eot is None else [run.eot]) + run.tokenizer.encode_ordinary(text), run.model.config.block_size
+    for begin in range(0, len(ids), T):
+        window = ids[begin:begin + T]
+        yield window, forward(run, torch.tensor([window]))[1]
 
 def read_prompt(run, text, top):
-    """[(token, {layer: [(feature, activation)] strongest first})] of a text, read window by window."""
-    import torch
-    ids, T, rows = encode(run, text), run.model.config.block_size, []
-    for begin in range(0, len(ids), T):
-        _, out = forward(run, torch.tensor([ids[begin:begin + T]]))
-        for t, token in enumerate(ids[begin:begin + T]):
+    """[(token, {layer: [(feature, activation)] strongest first})] of a text."""
+    rows = []
+    for window, out in read(run, text):
+        for t, token in enumerate(window):
             features = {}
             for s, layer in enumerate(run.model.saes()):
                 both = zip(out.indices[s, 0, t].tolist(), out.values[s, 0, t].float().tolist())
@@ -442,16 +459,13 @@ def read_labels(path):
 
 def pooled_codes(run, layer, texts):
     """X (n, F): for each text, each feature's strongest activation on any of its tokens."""
-    import torch
-    s, F = list(run.model.saes()).index(layer), run.model.saes()[layer].n_features
-    X = np.zeros((len(texts), F), np.float32)
+    s, X = list(run.model.saes()).index(layer), np.zeros((len(texts), run.model.saes()[layer].n_features), np.float32)
     for row, text in zip(X, texts):
-        _, out = forward(run, torch.tensor([encode(run, text)[:run.model.config.block_size]]))
+        _, out = next(read(run, text))                                   # the first window
         skip = 0 if run.eot is None else 1                               # not what end-of-text sets off
-        values, indices = out.values[s, 0, skip:].float().cpu(), out.indices[s, 0, skip:].cpu()
-        z = torch.zeros(1 + len(values), F)                              # a row of 0 more, for empty texts
-        z[1:].scatter_add_(1, indices, values)
-        row[:] = z.gather(0, z.abs().argmax(0, keepdim=True))[0]
+        values, indices = (x[s, 0, skip:].flatten().cpu().numpy() for x in (out.values.float(), out.indices))
+        order = abs(values).argsort()                                    # the strongest last, and so it stays
+        row[indices[order]] = values[order]
     return X
 
 def split(y, seed):
@@ -499,15 +513,14 @@ def accuracy(X, y, train, test):
 
 def open_timeline(out_dir):
     """
-    {block: its SAE in all snapshots}, with attributes steps, tokens (S,), count, entropy, mean (S, F), top_tokens,
-    top_counts (S, F, 8), probed, and two cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of
-    the counts of the tokens on which it fires. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
+    {block: its SAE in all snapshots}, where an SAE has as attributes steps, tokens (S,), what a snapshot holds of it, e.g.
+    count (S, F), and two cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of the counts of the
+    tokens on which it fires. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
     """
-    files = sorted(glob.glob(os.path.join(out_dir, 'features', '[0-9]*.npz')))
+    files, path = sorted(Path(out_dir).glob('features/[0-9]*.npz')), Path(out_dir) / 'timeline.npz'
     if not files:
         return {}
-    path = os.path.join(out_dir, 'timeline.npz')
-    key = json.dumps(['cos', 'same', *((os.path.basename(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files)])
+    key = json.dumps(['cos', 'same', *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
     z = load_npz(path)
     if z is None or str(z.get('key')) != key:
         say(f"reading {len(files)} snapshots of {out_dir}/features, once")
@@ -525,8 +538,7 @@ def stack_snapshots(files):
             for layer in last['layers'].tolist():
                 here, end = of_layer(z, layer), of_layer(last, layer)
                 z[f'L{layer}.same'] = same_tokens(here, end)
-                if 'cos' not in here: # slim snapshots have it in place of W_dec
-                    z[f'L{layer}.cos'] = cosine(here['W_dec'], end['W_dec']) if 'W_dec' in here else np.ones(len(here['count']))
+                z[f'L{layer}.cos'] = cosine(here['W_dec'], end['W_dec']) if 'W_dec' in here else np.ones(len(here['count']))
             z = {name: x for name, x in z.items() if not name.endswith('.W_dec')}
             snapshots.insert(0, z)
             if z.keys() != snapshots[-1].keys() or any(z[name].shape != x.shape for name, x in snapshots[-1].items()):
@@ -541,25 +553,23 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def same_tokens(here, end):
-    """(F,) cosine between the counts of a feature's top tokens in two snapshots; -1 stands where there are fewer than 8."""
-    ids = here['top_tokens'][:, :, None]                                 # (F, 8, 1)
-    match = (ids == end['top_tokens'][:, None, :]) & (ids >= 0)          # (F, 8, 8)
-    dot = (match * here['top_counts'][:, :, None] * end['top_counts'][:, None, :].astype(float)).sum((1, 2))
-    sizes = [np.linalg.norm(x['top_counts'], axis=1) for x in (here, end)]
-    return dot / np.maximum(1e-12, sizes[0] * sizes[1])
+    """(F,) cosine between the counts of a feature's top tokens in two snapshots; 0 times token -1 where there are fewer than 8."""
+    match = here['top_tokens'][:, :, None] == end['top_tokens'][:, None, :] # (F, 8, 8)
+    a, b = (x['top_counts'].astype(float) for x in (here, end))          # (F, 8)
+    return np.einsum('fij,fi,fj->f', match, a, b) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
-def settled_at(t):
+def settled_at(t, f=slice(None)):
     """
     (F,) the snapshot at which a feature took its final meaning: from it on, the tokens on which it fires are about the
     final ones. By these, since what a feature writes hardly turns in training while what it fires on changes. S for one
     that is silent in the last snapshot, or still changed just before it: to the last itself the cosine is always 1.
     """
-    late = np.logical_and.accumulate((t.same >= SETTLED)[::-1])[::-1]     # (S, F)
+    late = np.logical_and.accumulate((t.same[:, f] >= SETTLED)[::-1])[::-1] # (S, F)
     return np.where(late[:-1].any(0), late.argmax(0), len(late))
 
 def feature_timeline(t, f):
     """Density, entropy, cosines to the end and tokens of one feature at each snapshot."""
-    return dict(steps=t.steps.tolist(), density=(t.count[:, f] / t.probed).tolist(), settled=int(settled_at(t)[f]),
+    return dict(steps=t.steps.tolist(), density=(t.count[:, f] / t.probed).tolist(), settled=int(settled_at(t, f)),
                 entropy=[None if x != x else x for x in t.entropy[:, f].tolist()],
                 cos=t.cos[:, f].tolist(), same=t.same[:, f].tolist(),
                 tokens=[[token for token in row[:4] if token >= 0] for row in t.top_tokens[:, f].tolist()])
@@ -588,10 +598,10 @@ bold, dim = '\x1b[1m{}\x1b[0m'.format, '\x1b[2m{}\x1b[0m'.format
 def title(text, note=''):
     return f'\n{bold(text)}  {dim(note)}' if note else f'\n{bold(text)}'
 
-def shaded(chars):
-    """(character, eighth of the maximum) pairs as text on a ground of that shade."""
-    runs = ((level, ''.join(ch for ch, _ in run)) for level, run in itertools.groupby(chars, key=lambda c: c[1]))
-    return ''.join(f'\x1b[30;48;5;{ORANGES[level - 1]}m{text}\x1b[0m' if level else text for level, text in runs)
+def shaded(text, levels):
+    """Text on a ground of the shade of each character's level, an eighth of the maximum."""
+    runs = ((level, ''.join(ch for ch, _ in run)) for level, run in itertools.groupby(zip(text, levels), key=lambda c: c[1]))
+    return ''.join(f'\x1b[30;48;5;{ORANGES[level - 1]}m{run}\x1b[0m' if level else run for level, run in runs)
 
 @functools.cache
 def safe(raw, keep=''):
@@ -617,25 +627,21 @@ def width_of(text):
     """Columns of a terminal that text takes."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.category(ch) in ('Mn', 'Me') else
-               2 if unicodedata.east_asian_width(ch) in 'WF' else 1 for ch in text)
+    return sum(0 if unicodedata.category(ch) in ('Mn', 'Me') else 1 + (unicodedata.east_asian_width(ch) in 'WF') for ch in text)
 
-def crop(chars, width):
-    """The first characters, or (character, level) pairs, that fill at most width columns; … if not all."""
-    ends = np.cumsum([width_of(item[0]) for item in chars])
-    if not len(ends) or ends[-1] <= width:
-        return list(chars)
-    return [*chars[:int((ends < width).sum())], '…' if isinstance(chars, str) else ('…', 0)]
+def crop(text, width):
+    """The first characters that fill at most width columns; … if not all."""
+    ends = np.cumsum([width_of(ch) for ch in text])
+    return text if not text or ends[-1] <= width else text[:int((ends < width).sum())] + '…'
 
 def fit(text, width):
     """Text padded to width columns, or cut to it."""
-    text = ''.join(crop(text, width))
+    text = crop(text, width)
     return text + ' ' * (width - width_of(text))
 
 def caption(raw):
     """A token in a list, in 16 columns at most: spaces at its ends are seen as dots."""
-    text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)'
-    return text if width_of(text) <= 16 else fit(text, 16)
+    return crop(re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)', 16)
 
 def spark(numbers, top=None):
     """Numbers of 0 or more as one row of bars, up to the largest or to top; above 0 is never invisible."""
@@ -674,38 +680,38 @@ def eighth(act, largest):
     return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
 
 def marked(s, context, largest):
-    """A context as (character, eighth of the largest activation) pairs, its peak in «»; and where this begins."""
-    chars = []
-    for text, act, peak in pieces(s, context):
+    """A context as text, its peak in «», the eighth of the largest activation of each character, and where the peak begins."""
+    text, levels = '', []
+    for piece, act, peak in pieces(s, context):
         if peak:
-            word = text.lstrip(' ') or text
-            begin = len(chars) + len(text) - len(word)
-            text = text.removesuffix(word) + f'«{word}»'
-        chars += [(ch, eighth(act, largest)) for ch in text]
-    return chars, begin
+            word = piece.lstrip(' ') or piece
+            piece = piece.removesuffix(word) + f'«{word}»'
+            begin = len(text) + piece.index('«')
+        text += piece
+        levels += [eighth(act, largest)] * len(piece)
+    return text, levels, begin
 
 def paragraph(s, context, largest, width, colour):
     """
     A context wrapped at its line breaks and at spaces. On a terminal the tokens are shaded by activation; without
     colour, bars stand under the tokens on which the feature fires.
     """
-    chars, _ = marked(s, context, largest)
-    while any(ch != ' ' or level for ch, level in chars):
-        fits = max(1, int((np.cumsum([width_of(ch) for ch, _ in chars]) <= width - 2).sum()))
-        text = ''.join(ch for ch, _ in chars[:fits])
-        newline, space = re.match('[^⏎]*⏎+»?', text), text.rfind(' ') + 1
-        n = newline.end() if newline else space if space and fits < len(chars) else fits
-        line, chars = chars[:n], chars[n:]
-        yield '  ' + shaded(line)
-        bars = ''.join(BARS[level] * width_of(ch) for ch, level in line).rstrip()
+    text, levels, _ = marked(s, context, largest)
+    while text.strip(' ') or any(levels):
+        fits = max(1, int((np.cumsum([width_of(ch) for ch in text]) <= width - 2).sum()))
+        newline, space = re.match('[^⏎]*⏎+»?', text[:fits]), text.rfind(' ', 0, fits) + 1
+        n = newline.end() if newline else space if space and fits < len(text) else fits
+        yield '  ' + shaded(text[:n], levels[:n])
+        bars = ''.join(BARS[level] * width_of(ch) for ch, level in zip(text[:n], levels)).rstrip()
         if bars and not colour:
             yield '  ' + bars
+        text, levels = text[n:], levels[n:]
 
 def one_line(s, context, largest, width):
     """A context cut to one line, the peak beginning at the same column in all: to be read downwards."""
-    (chars, begin), column = marked(s, context, largest), width * 2 // 5
-    left, right = crop(chars[:begin][::-1], column)[::-1], crop(chars[begin:], width - column)
-    return ' ' * (column - sum(width_of(ch) for ch, _ in left)) + shaded(left + right)
+    (text, levels, begin), column = marked(s, context, largest), width * 2 // 5
+    left, right = crop(text[:begin][::-1], column)[::-1], crop(text[begin:], width - column)
+    return ' ' * (column - width_of(left)) + shaded(left + right, levels[begin - len(left):])
 
 # ----------------------------------------------------------------------------------------------------
 # panels: generators of lines
@@ -736,7 +742,7 @@ def table(head, rows):
 def overview(s, rows):
     d = layer_data(s)
     yield bold(f"SAE {PLACES[s.site]} {s.layer}: {s.F:,} features, K = {s.K}")
-    yield dim(f"step {s.step:,} · {s.N:,} tokens of {os.path.basename(s.dataset)} val scanned")
+    yield dim(f"step {s.step:,} · {s.N:,} tokens of {Path(s.dataset).name} val scanned")
     yield f"\n  live {d['live']:,} ({percent(d['live'] / s.F)}) · dead {d['dead']:,} · L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}"
     yield dim('                  L0: features active a token; FVU: share of variance not kept')
     if d['live']:
@@ -745,8 +751,8 @@ def overview(s, rows):
         yield dim(f'                  median {median}, the middle 80 % from {low} to {high}')
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim('                  median {:.2f}, highest {:.2f}'.format(*d['entropy']))
-    by_rank = np.argsort(np.where(s.count >= SHOWN_FROM, s.rank, s.F + 1), kind='stable')
-    known = by_rank[:int((s.count >= SHOWN_FROM).sum())]
+    order = np.argsort(s.rank)
+    known = order[s.count[order] >= SHOWN_FROM]
     between = known[np.linspace(0, len(known) - 1, rows + 2).astype(int)[1:-1]] if len(known) > 3 * rows else []
     which = f'token entropy of {len(known):,} that fire {SHOWN_FROM} times or more'
     for kind, note, features in (
@@ -774,11 +780,8 @@ def feature_view(index, d, examples):
     """All panels of one feature; d from feature_data."""
     s, f, count = index[d['layer']], d['f'], d['count']
     live, which = np.flatnonzero(s.count), f'L{s.layer}.F{f}'
-    if count:
-        yield (f"{bold(which)} · alive · fires on {percent(d['density'])} of {s.N:,} tokens · "
-               f"max {number(d['max'])} · mean {number(d['mean'])}")
-    else:
-        yield f"{bold(which)} is dead: it never fired in {s.N:,} tokens"
+    yield bold(which) + (f" · alive · fires on {percent(d['density'])} of {s.N:,} tokens · max {number(d['max'])} · "
+                         f"mean {number(d['mean'])}" if count else f" is dead: it never fired in {s.N:,} tokens")
     yield dim(f"step {s.step:,} · {PLACES[s.site]} {s.layer}")
     if count:
         used = int(np.flatnonzero(d['hist'])[-1]) + 1
@@ -820,8 +823,7 @@ def contexts_view(s, d, examples):
     peak = lambda c: number(c['acts'][c['peak']])
     yield title('Top contexts', f"one a window; the peak in «», {'shaded' if colour else 'bars'} by activation")
     for n, c in enumerate(d['top'][:examples], 1):
-        yield bold(f"Layer {s.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
-                   f"Token Entropy {d['entropy']:.4f}")
+        yield bold(f"Layer {s.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - Token Entropy {d['entropy']:.4f}")
         yield from paragraph(s, c, d['max'], 80, colour)
         more = f", the same text {c['times']} times" if c['times'] > 1 else ''
         yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
@@ -856,7 +858,7 @@ def feature_timeline_view(names, snapshots, f):
     yield dim(f'\n{"step":>9}{"density":>11}{"entropy":>9}{"direction":>11}{"tokens":>8}   fires on')
     for i, step in enumerate(t['steps']):
         entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
-        tokens = ''.join(crop('  '.join(caption(names[token]) for token in t['tokens'][i]), 29))
+        tokens = crop('  '.join(caption(names[token]) for token in t['tokens'][i]), 29)
         mark = '*' if i == t['settled'] else ' '
         cosines = f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}"
         yield f"{mark}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}{cosines}   {tokens}"
@@ -882,7 +884,7 @@ def prompt_view(s, rows, top):
         text = fit(safe(s.names[token]), 16)
         for n, (f, a) in enumerate(features[s.layer]):
             level = eighth(a, max(abs(a), s.max[f]))
-            yield (f"{' ' * 16 if n else shaded([(text, level)])} {BARS[level]} {number(a):>7}  "
+            yield (f"{' ' * 16 if n else shaded(text, [level] * len(text))} {BARS[level]} {number(a):>7}  "
                    f"{name(s, f)}{captions(s, f, 40)}")
         if not features[s.layer]:
             yield text + dim(' no feature fires')
@@ -923,36 +925,36 @@ def probe_view(s, run, labels, texts, rows, seed):
 # ----------------------------------------------------------------------------------------------------
 # HTML and export
 
-def write_html(path, index, features, examples, timelines, effects, prompt):
-    """One static file: assets/viewer.html with its data put in. features: [(layer, f)]; prompt: of read_prompt."""
-    def words(s, pairs):
-        return [(safe(s.names[token]), x) for token, x in pairs]
-    def segments(s, c):
-        """[text, or [text, activation, is it the peak] where the feature fires], position, times."""
-        parts = []
-        for fires, run in itertools.groupby(pieces(s, c), key=lambda piece: piece[1] != 0 or piece[2]):
-            parts += run if fires else [''.join(text for text, _, _ in run)]
-        return parts, c['where'], c['times']
-    for s in index.values():
-        if len(features) > 100: # sorted once, not searched for each of them
-            s.by_feature = np.argsort(s.features.reshape(-1), kind='stable')
-    data = dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset, features=[],
-                layers={s.layer: layer_data(s) for s in index.values()}, shown_from=SHOWN_FROM,
-                prompt=prompt and words(s, prompt))
-    for layer, f in features:
-        s = index[layer]
-        d = feature_data(s, f, timelines.get(layer), effects.get((layer, f)))
-        d |= {kind: words(s, d[kind]) for kind in ('fires_on', 'up', 'down')}
-        d |= {kind: [segments(s, c) for c in d[kind][:examples]] for kind in ('top', 'random')}
-        d['intervals'] = [(low, high, share, c and segments(s, c)) for low, high, share, c in d['intervals']]
+def write_html(path, index, features, examples, prompt):
+    """One static file: assets/viewer.html with its data put in. features: of feature_data; prompt: of read_prompt."""
+    s = next(iter(index.values()))
+    texts, cut = [safe(raw) for raw in s.names], {token for token, raw in enumerate(s.names) if unfinished(raw)}
+    words = lambda pairs: [(texts[token], x) for token, x in pairs]
+    encode = json.JSONEncoder(separators=(',', ':')).encode
+    def segments(c):
+        """[text, activation, is it the peak] for tokens on which the feature fires, a text for those between; where; times."""
+        parts, begin, tokens, acts, peak = [], 0, [texts[token] for token in c['tokens']], c['acts'], c['peak']
+        if not cut.isdisjoint(c['tokens']):                              # some share a character
+            tokens, acts, peaks = zip(*pieces(s, c))
+            peak = peaks.index(True)
+        for at in [i for i, act in enumerate(acts) if act]:
+            parts += [''.join(tokens[begin:at]), (tokens[at], acts[at], at == peak)]
+            begin = at + 1
+        return [*parts, ''.join(tokens[begin:])], c['where'], c['times']
+    pages = []
+    for d in features:
+        d |= {kind: words(d[kind]) for kind in ('fires_on', 'up', 'down')}
+        d |= {kind: [segments(c) for c in d[kind][:examples]] for kind in ('top', 'random')}
+        d['intervals'] = [(*interval, c and segments(c)) for *interval, c in d['intervals']]
         if d['timeline']:
-            d['timeline']['tokens'] = [[safe(s.names[token]) for token in row] for row in d['timeline']['tokens']]
-        data['features'].append(d)
-    text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
-    template = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', 'viewer.html')
-    with open(template, encoding='utf-8') as source, open(path, 'w', encoding='utf-8') as file:
-        file.write(source.read().replace('"DATA"', text, 1))
-    say(f'{len(features):,} features -> {path}, {len(text) / 1e6:.1f} MB')
+            d['timeline']['tokens'] = [texts[token] for token in d['timeline']['tokens'][-1]]
+        pages.append(encode(d))                                          # at once: of thousands, only their texts are kept
+    data = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset, shown_from=SHOWN_FROM,
+                       layers={s.layer: layer_data(s) for s in index.values()}, prompt=prompt and words(prompt)))
+    data = f'{{"features":[{",".join(pages)}],{data[1:]}'.replace('<', '\\u003c')
+    page = (Path(__file__).resolve().parent / 'assets/viewer.html').read_text('utf-8').replace('"DATA"', data, 1)
+    Path(path).write_text(page, 'utf-8')
+    say(f'{len(pages):,} features -> {path}, {len(data) / 1e6:.1f} MB')
 
 def export(c):
     """
@@ -966,19 +968,18 @@ def export(c):
                          "no such SAE; resid, mlp and attn can be exported")
     hook = {'resid': 'hook_resid_post', 'mlp': 'hook_mlp_out', 'attn': 'hook_attn_out'}[config.sae_site]
     for layer, sae in run.model.saes().items():
-        folder = os.path.join(c.export, f'L{layer}')
-        os.makedirs(folder, exist_ok=True)
+        folder = Path(c.export) / f'L{layer}'
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
         tensors = {k: np.ascontiguousarray(v.detach().float().cpu().numpy(), '<f4') for k, v in tensors.items()}
-        write_safetensors(os.path.join(folder, 'sae_weights.safetensors'), tensors)
+        write_safetensors(folder / 'sae_weights.safetensors', tensors)
         cfg = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k),
                    dtype='float32', device='cpu', apply_b_dec_to_input=True, normalize_activations='none',
                    reshape_activations='none', rescale_acts_by_decoder_norm=False,
                    metadata=dict(sae_lens_version='6.0.0',               # that of the format
                                  hook_name=f'blocks.{layer}.{hook}', context_size=config.block_size,
                                  input='RMS-normalised: x / sqrt(mean(x^2))', step=run.checkpoint['step']))
-        with open(os.path.join(folder, 'cfg.json'), 'w', encoding='utf-8') as file:
-            json.dump(cfg, file, indent=1)
+        (folder / 'cfg.json').write_text(json.dumps(cfg, indent=1), 'utf-8')
         say(f'SAE of block {layer} -> {folder}')
 
 def write_safetensors(path, arrays):
@@ -989,8 +990,7 @@ def write_safetensors(path, arrays):
         offset += x.nbytes
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-    with open(path, 'wb') as file:
-        file.write(len(header).to_bytes(8, 'little') + header + b''.join(x.tobytes() for x in arrays.values()))
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + b''.join(x.tobytes() for x in arrays.values()))
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -1032,11 +1032,16 @@ def look(c):
     run = open_model(c) if prompt or c.probe or c.effect and features else None
     rows = read_prompt(run, prompt, c.top) if prompt else None
     effects = {(i, f): removal_effect(run, index[i], f, c.effect) for i, f in features if c.effect}
+    if c.html and rows:
+        features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
+    elif c.html and not features:
+        features = [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
+    if len(features) > 20:
+        for s in index.values():                                         # sorted once, not searched for each of them
+            s.by_feature = np.argsort(s.features.reshape(-1), kind='stable')
+    data = (feature_data(index[i], f, timelines.get(i), effects.get((i, f))) for i, f in features)
     if c.html:
-        if rows:
-            features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
-        features = features or [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
-        write_html(c.html, index, features, c.examples, timelines, effects, rows)
+        write_html(c.html, index, data, c.examples, rows)
     elif rows:
         show(prompt_view(s, rows, c.top) for s in chosen)
     elif c.find:
@@ -1044,7 +1049,6 @@ def look(c):
     elif c.probe:
         show(probe_view(s, run, labels, texts, c.rows, c.seed) for s in chosen)
     elif features:
-        data = [feature_data(index[i], f, timelines.get(i), effects.get((i, f))) for i, f in features]
         show(feature_view(index, d, c.examples) for d in data)
     else:
         show(overview(s, c.rows) for s in chosen)
@@ -1065,8 +1069,4 @@ def main(argv):
         raise SystemExit(f"error: {e}") from None
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace') # a terminal or pipe that is not UTF-8
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main, sys.argv[1:])

@@ -4,7 +4,7 @@ The sparse autoencoder (SAE) layer: a place in a GPT's block through which only 
     h = norm(x)                                 RMSNorm without parameters
     a = relu(W_enc (h - b_dec) + b_enc)         (N, F)  how strongly each feature fires
     z = the K largest of each token's a, the rest 0
-    y = z W_dec + b_dec [+ g * norm(wte[token]) with token_skip]
+    y = z W_dec + b_dec [+ W_skip norm(wte[token]) with token_skip]
     x <- (1 - alpha) x + alpha y
 
 It is trained by the language model's own loss, together with the model: there is no second model and
@@ -75,7 +75,7 @@ class SAE(nn.Module):
             self.b_enc = nn.Parameter(torch.zeros(n_features))
             self.W_dec = nn.Parameter(torch.empty(n_features, n_embd))
         self.b_dec = nn.Parameter(torch.zeros(n_embd)) if own_space else None
-        self.g = nn.Parameter(torch.zeros(n_embd)) if own_space and token_skip else None
+        self.W_skip = nn.Parameter(torch.zeros(n_embd, n_embd)) if own_space and token_skip else None
         self.register_buffer('alpha', torch.ones(()))
         self.register_buffer('k', torch.tensor(k))
         self.register_buffer('silent', torch.zeros(n_features, dtype=torch.long)) # tokens since it last fired
@@ -83,6 +83,7 @@ class SAE(nn.Module):
         self.register_buffer('gate', torch.ones(()), persistent=False)
         self.register_buffer('fill', torch.zeros(n_embd), persistent=False)
         self.steer = None # or (scale (F,), add (F,))
+        self.posthoc = False # an SAE trained to reconstruct norm(x): spliced in, its y gets the length of x
         self.reset_parameters(k)
 
     @torch.no_grad()
@@ -159,20 +160,22 @@ class SAE(nn.Module):
                 z = z * self.steer[0] + self.steer[1]
             y = self.decode(z)                                     # (B, T, C)
         y = self.gate * y + self.fill
-        if self.g is not None:
-            y = y + self.g * tok
+        if self.W_skip is not None:
+            y = y + F.linear(tok, self.W_skip)
         if self.site != 'hidden':
             target, code = h, y
         fvu = fraction_unexplained(target.detach(), code if self.recon > 0 else code.detach())
         loss = torch.where(self.alpha > 0, 0.0, self.recon * fvu)
         if self.auxk and self.training:
             loss = loss + self.auxk * self.auxk_loss(target, code, pre)
+        if self.posthoc:
+            y = y * x.float().square().mean(-1, keepdim=True).sqrt()
         new_x = y if self.site == 'hidden' else (1 - self.alpha) * x + self.alpha * y
         active = values != 0
         slot = torch.where(active, indices, self.n_features).flatten() # inactive slots go to a spare row
         fired = torch.zeros(self.n_features + 1, dtype=torch.bool, device=x.device).index_fill(0, slot, True)
         l0 = active.sum() / active[..., 0].numel()
-        return new_x, SAEOut(values, indices, fired[:-1], l0, fvu.detach(), loss)
+        return new_x.type_as(x), SAEOut(values, indices, fired[:-1], l0, fvu.detach(), loss)
 
     def can_use_kernels(self, h):
         """The fast path computes the same y, values and indices; it knows no intervention and no pre-activations."""

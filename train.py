@@ -51,19 +51,19 @@ wandb_log = False
 wandb_project = 'sae-gpt'
 # data
 dataset = 'fineweb'       # a folder of data/, or a path
-batch_size = 32           # sequences in a micro-batch
-gradient_accumulation_steps = 16 # micro-batches a step, over all ranks together
+batch_size = 64           # sequences in a micro-batch
+gradient_accumulation_steps = 8 # micro-batches a step, over all ranks together
 block_size = 1024
 # model; the meaning of each key is in GPTConfig
 n_layer = 12
-n_head = 12
+n_head = 6
 n_embd = 768
 mlp_ratio = 4
 dropout = 0.0
 sae_layers = (6,)
 sae_site = 'resid'
 sae_ratio = 16
-sae_k = 32
+sae_k = 64
 sae_k_start = 0
 sae_tied_init = True
 sae_token_skip = True
@@ -78,6 +78,7 @@ sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
 # optimiser
 optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW for the rest), or 'adamw' for all
+sae_muon = True           # False: AdamW for the SAE's matrices
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
 max_iters = 5000
@@ -281,6 +282,8 @@ if sae_posthoc:
     for name, p in model.named_parameters():
         p.requires_grad_('.sae.' in name)
 saes = model.saes() # {block: SAE}
+for sae in saes.values():
+    sae.posthoc = sae_posthoc
 raw_model = model
 
 groups = raw_model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
@@ -288,11 +291,12 @@ for g in groups:
     g['params'] = [p for p in g['params'] if p.requires_grad]
 optimizers = []
 if optimizer == 'muon': # for the matrices, the SAE's too; AdamW for the embedding and vectors (kellerjordan.github.io/posts/muon)
-    by_muon = lambda p: p.dim() == 2 and p is not raw_model.transformer.wte.weight
-    matrices = [g | dict(params=[p for p in g['params'] if by_muon(p)]) for g in groups]
+    wte = raw_model.transformer.wte.weight
+    by_muon = lambda g, p: p.dim() == 2 and p is not wte and (sae_muon or g['name'] != 'sae')
+    matrices = [g | dict(params=[p for p in g['params'] if by_muon(g, p)]) for g in groups]
     optimizers.append(torch.optim.Muon([g for g in matrices if g['params']], lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
     for g in groups:
-        g['params'] = [p for p in g['params'] if not by_muon(p)]
+        g['params'] = [p for p in g['params'] if not by_muon(g, p)]
 optimizers.append(torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
                                     fused=device_type in ('cuda', 'cpu')))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -599,18 +603,19 @@ while True:
         log_sums += torch.stack([loss.detach().to(wide), *((out.l0.mean().to(wide), out.fvu.mean().to(wide)) if out is not None
                                  else log_sums.new_zeros(2)), log_sums.new_ones(())])
 
-    # no update with a gradient that is not finite. Gradients are averaged, so all ranks see the same norm
+    # a gradient that is not finite ends the run, before anything of its update is saved. Gradients are averaged, so that all
+    # ranks see the same norm. It is looked at last: reading it waits for the GPU, which so gets the optimizers' kernels first
     for opt in optimizers:
         scaler.unscale_(opt)
     params = [p for p in raw_model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    if not math.isfinite(grad_norm) and not scaler.is_enabled():
-        saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
-        fail(f"at step {step} the gradient norm is {float(grad_norm)} (loss {loss.item()}): stopped before the update; "
-             f"{saved}. Try a lower learning rate than {learning_rate}", code=3)
     for opt in optimizers:
         scaler.step(opt)
     scaler.update()
+    if not math.isfinite(grad_norm) and not scaler.is_enabled():
+        saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
+        fail(f"at step {step} the gradient norm is {float(grad_norm)} (loss {loss.item()}): stopped; {saved}. "
+             f"Try a lower learning rate than {learning_rate}", code=3)
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
     if fired is not None:

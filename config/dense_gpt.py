@@ -4,13 +4,13 @@ out_dir = 'out-dense-gpt'
 dataset = 'fineweb'
 
 n_layer = 12
-n_head = 12
+n_head = 6
 n_embd = 768
 block_size = 1024
 sae_layers = ()
 
-batch_size = 32          # 32 sequences * 16 micro-batches * 1,024 tokens = 524,288 tokens a step
-gradient_accumulation_steps = 16
+batch_size = 64          # 64 sequences * 8 micro-batches * 1,024 tokens = 524,288 tokens a step
+gradient_accumulation_steps = 8
 max_iters = 4768         # * 524,288 = 2.5 B tokens
 warmup_iters = 250
 eval_interval = 250

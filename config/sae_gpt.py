@@ -6,15 +6,15 @@ out_dir = 'out-sae-gpt'
 dataset = 'fineweb'
 
 n_layer = 12
-n_head = 12
+n_head = 6
 n_embd = 768
 block_size = 1024
 sae_layers = (6,)        # F = 16 * 768 = 12,288 features on the stream after block 6
 sae_ratio = 16
-sae_k = 32               # of which each token uses 32
+sae_k = 64               # of which each token uses 64
 
-batch_size = 32          # 32 sequences * 16 micro-batches * 1,024 tokens = 524,288 tokens a step
-gradient_accumulation_steps = 16
+batch_size = 64          # 64 sequences * 8 micro-batches * 1,024 tokens = 524,288 tokens a step
+gradient_accumulation_steps = 8
 max_iters = 4768         # * 524,288 = 2.5 B tokens
 warmup_iters = 250
 eval_interval = 250

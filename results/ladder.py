@@ -31,7 +31,7 @@ SIZES = {
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
                 sae_k=16, sae_silent_tokens=20 * 2048, eval_tokens=32_768, compile=False, device='cpu'), # config/sae_cpu.py
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
-    'large': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
+    'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
 }
 SAE_LAYER = {'tiny': (0,), 'cpu': (1,), 'small': (3,), 'large': (6,)}
 
@@ -40,7 +40,7 @@ def rows(size):
     L = SIZES[size]['n_layer']
     at = dict(sae_layers=SAE_LAYER[size])
     naive = at | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_tied_init=False, sae_nudge=0.0,
-                      sae_token_skip=False)
+                      sae_token_skip=False, sae_muon=False)
     strict = at | dict(sae_token_skip=False)
     slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
     handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
@@ -60,10 +60,12 @@ def rows(size):
         'naive+anneal': (naive | dict(sae_k_start=512 if size != 'tiny' else 64), 'K from 512 over 30 %'),
         'naive+skip': (naive | dict(sae_token_skip=True), ''),
         'naive+saelr': (naive | dict(sae_lr_factor=0.3), ''),
+        'naive+muon': (naive | dict(sae_muon=True), ''),
         # the default without each, or with another
         'default-tied': (at | dict(sae_tied_init=False), ''),
         'default-recon': (at | dict(sae_recon=0.0), 'hand-over at 30 %, without reconstruction before it'),
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
+        'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
@@ -77,14 +79,15 @@ def rows(size):
         **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), 'after another block') for i in range(L)},
         'mlp': (at | dict(sae_site='mlp'), ''),
         'attn': (at | dict(sae_site='attn'), ''),
-        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden') | slow_blend, "every block's MLP, K of 4 C"),
+        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden', sae_blend_start=0.0, sae_blend_end=0.0),
+                   "every block's MLP, K of 4 C, from step 0"),
         'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
                    | slow_blend, 'all blocks but the last two'),
         **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},
         'default xL': (dict(sae_layers=tuple(range(L))), 'at every layer'),
         # how many
         **{f'{mode} K={k}': (base | dict(sae_k=k), '') for mode, base in (('default', at), ('strict', strict))
-           for k in (8, 16, 32, 64, 128) if k != SIZES[size].get('sae_k', 32)},
+           for k in (8, 16, 32, 64, 128) if k != SIZES[size].get('sae_k', 64)},
         **{f'{mode} F={r}x': (base | dict(sae_ratio=r), '') for mode, base in (('default', at), ('strict', strict))
            for r in (4, 64)},
         # a slightly larger model in exchange
@@ -256,7 +259,8 @@ def main(argv):
                         json.dump(summary(row, c['size'], out_dir), f, indent=1)
                     os.replace(target + '.tmp', target)
                 jobs.append((name, command(c['size'], overrides, seed, c['steps'], c['dataset'], out_dir), needs, done))
-        failed = run_all(jobs, list(range(n)) or [None])
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(n)))).split(',')
+        failed = run_all(jobs, visible[:n] or [None])
     results = load(c['results'])
     print_table(results)
     if c['plot']:

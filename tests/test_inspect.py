@@ -402,9 +402,10 @@ def test_timeline_of_a_feature_needs_no_checkpoint(out, index, tmp_path, capsys)
     snapshots(tmp_path, 'W_dec')
     for file in out.glob('index*'):
         shutil.copy(file, tmp_path)
-    view.main([f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3'])
-    assert 'L1.F3 over training' in capsys.readouterr().out
-    view.main([f'--out_dir={tmp_path}', '--feature=F3'])
+    f = np.flatnonzero(index[1].count[:12])[0]
+    view.main([f'--out_dir={tmp_path}', '--timeline=true', f'--feature=F{f}'])
+    assert f'L1.F{f} over training' in capsys.readouterr().out
+    view.main([f'--out_dir={tmp_path}', f'--feature=F{f}'])
     seen = capsys.readouterr()
     assert 'no checkpoint' in seen.err and 'Timeline' in seen.out and 'Top contexts' in seen.out
 

@@ -1,6 +1,6 @@
 """
-kernels.py against a float64 oracle: the selection exactly, values and gradients of the layer, and
-what they promise about ties, NaN, empty slots, memory, determinism and torch.compile.
+kernels.py against a float64 oracle: the selection exactly, values and gradients of the layer and of
+the loss, and what they promise about ties, NaN, empty slots, memory, determinism and torch.compile.
 
     python -m pytest tests/test_kernels.py
 
@@ -226,6 +226,174 @@ def test_opcheck():
     inputs, _ = make(2, 8, 20, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernels._autoencode, (*inputs, 2), test_utils=tests)
+
+
+# ---------------------------------------------------------------------------- head and loss
+def make_head(N, C, V, dtype=torch.float32, device=DEVICE):
+    """x, W and targets. The padding of W is large: it would show in the loss and in dx."""
+    g = torch.Generator().manual_seed(N + 7 * C + 31 * V)
+    x, W = (torch.randn(*s, generator=g) for s in ((N, C), (-(-V // 64) * 64, C)))
+    W[:V] *= 2 / C**0.5
+    targets = torch.randint(V, (N,), generator=g)
+    targets[0], targets[-1] = 0, V - 1
+    return [x.to(device, dtype).requires_grad_(), W.to(device).requires_grad_()], targets.to(device)
+
+
+def check_head(fn, inputs, targets, V, tol, upstream=0.3):
+    loss = fn(*inputs, targets, V)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    got = torch.autograd.grad(loss * upstream, inputs)
+    x64, W64 = P = [t.detach().double().requires_grad_() for t in inputs]
+    loss64 = torch.nn.functional.cross_entropy((x64 @ W64.T)[:, :V], targets)
+    want = torch.autograd.grad(loss64 * upstream, P)
+    assert not got[1][V:].any(), "a gradient in the padding"
+    for name, a, b in zip(["loss", "dx", "dW"], [loss, *got], [loss64, *want], strict=True):
+        error = (a.double() - b).norm() / b.norm().clamp(min=1e-3)
+        assert error < tol, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("fn", [kernels.linear_cross_entropy_ref, kernels.linear_cross_entropy])
+def test_plain_loss(fn):
+    """On a CPU without the interpreter both are the reference."""
+    inputs, targets = make_head(5, 12, 100, device="cpu")
+    check_head(fn, inputs, targets, 100, 1e-5)
+
+
+HEADS = [(1, 8, 1), (1, 8, 50), (5, 16, 64), (7, 12, 100), (4, 30, 257)]   # N, C, V
+if GPU:
+    HEADS += [(3000, 768, 50257), (257, 512, 50304), (64, 100, 8193)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [32, 4096])            # most V are above the one, below the other
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("N,C,V", HEADS)
+def test_loss(N, C, V, chunked, block, dtype, monkeypatch):
+    inputs, targets = make_head(N, C, V, dtype)
+    monkeypatch.setattr(kernels, "LOSS_BLOCK", block)
+    if chunked:   # N / 2 rows, rounded down to a power of two: 2, 2 and 1 of 5
+        row_mb = inputs[1].shape[0] * dtype.itemsize / 2**20
+        monkeypatch.setattr(kernels, "LOGITS_MB", N / 2 * row_mb)
+    tol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    check_head(kernels.linear_cross_entropy, inputs, targets, V, tol)
+
+
+@needs_kernels
+def test_loss_gradients_are_scaled_in_fp32():
+    """An incoming gradient of 1/3 is not rounded to bf16, where it would be off by 0.1 %."""
+    inputs, targets = make_head(4, 12, 100, torch.bfloat16)
+    loss = kernels.linear_cross_entropy(*inputs, targets, 100)
+    one = torch.autograd.grad(loss, inputs, retain_graph=True)
+    third = torch.autograd.grad(loss / 3, inputs)
+    for a, b in zip(one, third, strict=True):
+        assert torch.equal((a.float() * (torch.ones_like(loss) / 3)).to(a.dtype), b)
+
+
+@needs_kernels
+def test_loss_without_gradients(monkeypatch):
+    """Nobody wants gradients: the same loss, and no gradient computed, stored or promised."""
+    inputs, targets = make_head(5, 12, 100)
+    want = kernels.linear_cross_entropy(*inputs, targets, 100).detach()
+    assert all(t.numel() for t in kernels._linear_loss(*inputs, targets, 100, True)[1:])
+    kernel = kernels._softmax_loss
+
+    class Unwritten:
+        """The kernel, which must leave the logits as they are."""
+        def __getitem__(self, grid):
+            def launch(logits, *args, **kwargs):
+                before = logits.clone()
+                kernel[grid](logits, *args, **kwargs)
+                assert torch.equal(logits, before)
+            return launch
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a gradient was computed")
+    monkeypatch.setattr(torch, "addmm", fail)
+    monkeypatch.setattr(kernels, "_softmax_loss", Unwritten())
+    with torch.no_grad():
+        assert torch.equal(kernels.linear_cross_entropy(*inputs, targets, 100), want)
+        assert not any(t.numel() for t in kernels._linear_loss(*inputs, targets, 100, False)[1:])
+    with torch.inference_mode():
+        assert torch.equal(kernels.linear_cross_entropy(*inputs, targets, 100), want)
+    loss = kernels.linear_cross_entropy(*[t.detach() for t in inputs], targets, 100)
+    assert torch.equal(loss, want) and not loss.requires_grad
+
+
+@needs_kernels
+def test_one_gradient_only():
+    inputs, targets = make_head(3, 8, 70)
+    both = torch.autograd.grad(kernels.linear_cross_entropy(*inputs, targets, 70), inputs)
+    for i in range(2):
+        alone = [t if j == i else t.detach() for j, t in enumerate(inputs)]
+        got, = torch.autograd.grad(kernels.linear_cross_entropy(*alone, targets, 70), inputs[i])
+        assert torch.equal(got, both[i])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_the_loss(dtype):
+    inputs, targets = make_head(3, 8, 100, dtype)
+    with torch.no_grad():
+        inputs[0][1, 2] = float("nan")
+    loss = kernels.linear_cross_entropy(*inputs, targets, 100)
+    dx, dW = torch.autograd.grad(loss, inputs)
+    assert loss.isnan() and dx[1].isnan().all() and dx[[0, 2]].isfinite().all()
+    assert dW[:100].isnan().all()
+    inputs, targets = make_head(3, 8, 100, dtype)
+    for target in (-100, -1, 100, 127, 2**40):   # in the padding and far outside
+        targets[1] = target
+        assert kernels.linear_cross_entropy(*inputs, targets, 100).isnan()
+
+
+@needs_kernels
+def test_loss_of_extreme_logits():
+    """fp32 logits of 1e4: the maximum is taken out before exp, whichever block it is in."""
+    inputs, targets = make_head(4, 8, 100)
+    with torch.no_grad():
+        inputs[1].mul_(5e3)
+    check_head(kernels.linear_cross_entropy, inputs, targets, 100, 1e-4)
+
+
+@needs_kernels
+def test_no_logits_are_kept_and_runs_agree():
+    """Kept for backward: dx and dW, never (N, V). Twice gives equal bits."""
+    N, C, V = (4096, 256, 8000) if GPU else (40, 4, 100)
+    inputs, targets = make_head(N, C, V)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = kernels.linear_cross_entropy(*inputs, targets, V)
+    assert sorted(t.numel() for t in kept) == sorted(t.numel() for t in inputs)
+    again = kernels.linear_cross_entropy(*inputs, targets, V)
+    assert torch.equal(loss, again)
+    for a, b in zip(*(torch.autograd.grad(t, inputs) for t in (loss, again)), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_loss_compiles_without_a_graph_break():
+    inputs, targets = make_head(4, 8, 100, torch.bfloat16)
+
+    def f(x, W):
+        return kernels.linear_cross_entropy(x * 2, W, targets, 100).square()
+
+    want = torch.autograd.grad(f(*inputs), inputs)
+    fast = torch.compile(f, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    got = torch.autograd.grad(fast(*inputs), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), f(*inputs))
+
+
+@needs_kernels
+@pytest.mark.parametrize("grads", [True, False])
+def test_loss_opcheck(grads):
+    inputs, targets = make_head(2, 8, 20)
+    if not grads:
+        inputs = [t.detach() for t in inputs]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(kernels._linear_loss, (*inputs, targets, 20, grads), test_utils=tests)
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton")

@@ -27,7 +27,7 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys):
     for r in (dense, posthoc):
         assert set(FIELDS) <= set(r) and r['config']['seed'] == r['seed'] == 3 and r['tokens'] == 4 * 128
         assert r['curve'][-1] == [r['tokens'], r['val_loss']] and len(r['curve']) == 5
-    assert dense['val_loss_zeroed'] is None and posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == 32
+    assert dense['val_loss_zeroed'] is None and posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == posthoc['config']['sae_k']
     assert posthoc['params_non_embedding'] - dense['params_non_embedding'] == 2 * 512 * 32 + 512 + 32
     cells = [line.split(' | ') for line in text.splitlines() if line.startswith('| posthoc')][0]
     assert cells[2] == f"{posthoc['val_loss']:.3f}" and cells[3] == f"{posthoc['val_loss'] - dense['val_loss']:+.3f}"

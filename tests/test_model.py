@@ -172,7 +172,7 @@ def test_flops_by_hand():
     L, C, T, V, F, K = 3, 16, 16, 64, 64, 4
     dense = 6 * (L * (3 * C * C + C * C + 2 * 2 * C * C) + V * C) + 12 * L * C * T
     assert GPT(DENSE).flops_per_token() == dense
-    assert GPT(TINY).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C)
+    assert GPT(TINY).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C + 6 * C * C)
     assert GPT(DENSE).num_params() == L * 8 * C * C + V * C and GPT(DENSE).num_params(True) == L * 8 * C * C
 
 def test_all_problems_of_a_config_at_once():

@@ -72,11 +72,22 @@ def test_alpha_half_is_half_way():
     torch.testing.assert_close(sae(x)[0], 0.5 * x + 0.5 * y)
 
 def test_token_skip_adds_the_token():
-    """With token_skip, y is the same plus g * norm(wte[token])."""
+    """With token_skip, y is the same plus W_skip norm(wte[token])."""
     sae, x, tok = make(token_skip=True), inputs(), inputs(seed=2)
+    torch.nn.init.normal_(sae.W_skip)
     y = sae(x, tok)[0]
-    g, sae.g = sae.g, None
-    torch.testing.assert_close(y, sae(x)[0] + g * tok)
+    W_skip, sae.W_skip = sae.W_skip, None
+    torch.testing.assert_close(y, sae(x)[0] + tok @ W_skip.T)
+
+def test_a_posthoc_sae_gives_back_the_length():
+    """Spliced in post hoc, an SAE that reconstructs norm(x) perfectly (each channel's two signs are features) changes nothing."""
+    sae, x = SAE(8, 16, 16), 5 * torch.randn(2, 3, 8)
+    with torch.no_grad():
+        for W in (sae.W_enc, sae.W_dec):
+            W.copy_(torch.cat((torch.eye(8), -torch.eye(8))))
+    assert not torch.allclose(sae(x)[0], x, rtol=0.5)
+    sae.posthoc = True
+    torch.testing.assert_close(sae(x)[0], x)
 
 def test_stream_keeps_the_largest_by_magnitude():
     """Site stream: a negative channel counts by its size, and what stays is unchanged."""

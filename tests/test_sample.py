@@ -106,7 +106,7 @@ def test_post_hoc_saes_can_be_steered(capsys, tmp_path):
     sample.main([f'--out_dir={run}', '--device=cpu', '--max_new_tokens=12', '--prompt=ab', '--steer=L1.F3=9'])
     seen = capsys.readouterr()
     assert 'spliced in (alpha 1)' in seen.err and 'alpha 0' not in seen.out
-    write_run(tmp_path / 'twin', tiny_model())
+    write_run(tmp_path / 'twin', tiny_model(), config=dict(sae_posthoc=True)) # saved with alpha 1
     assert seen.out == printed(capsys, tmp_path / 'twin', '--prompt=ab', '--steer=L1.F3=9')
 
 @torch.no_grad()
