@@ -142,9 +142,8 @@ def scan(c, run, key):
         found |= dict(max=largest[s], fvu=fvu[s])
         arrays |= {f'L{i}.{name}': x.cpu().numpy().astype(np.float32 if x.is_floating_point() else np.int32)
                    for name, x in found.items()}
-    meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site,
-                F=F, K=K, T=T, N=N, eot=-1 if run.eot is None else run.eot, wanted=wanted,
-                dataset=str(c.dataset or run.checkpoint['dataset']),
+    meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site, F=F, K=K, T=T, N=N,
+                eot=-1 if run.eot is None else run.eot, wanted=wanted, dataset=str(c.dataset or run.checkpoint['dataset']),
                 names=[raw.decode('latin-1') for raw in token_bytes(run.tokenizer, V)]) # JSON holds no bytes
     save_npz(path, meta=json.dumps(meta), **arrays)
     say(f"scanned {N:,} tokens of {meta['dataset']} val in {time.time() - started:.1f} s -> {path}")
@@ -257,15 +256,13 @@ def of_layer(arrays, layer):
 # the numbers of the views, for the terminal and the HTML alike
 
 def layer_data(s):
-    """Every number of an SAE's overview but its tables."""
+    """The numbers of an SAE's overview, for both."""
     live = s.count > 0
     density, bits = s.count[live] / s.N, s.entropy[live]
     top = math.ceil(bits.max(initial=1))
     return dict(live=int(live.sum()), dead=int((~live).sum()), l0=float(s.count.sum() / s.N), fvu=float(s.fvu),
                 top_entropy=top, entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
-                densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist(),
-                density=np.percentile(density, (10, 50, 90)).tolist() if live.any() else None,
-                entropy=[float(np.median(bits)), float(bits.max())] if live.any() else None)
+                densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist())
 
 def feature_data(s, f, timeline=None, effect=None):
     """Every number of the panels of one feature. Tokens are ids."""
@@ -330,7 +327,7 @@ def one_a_window(s, positions, n):
     return list(first.values())
 
 def contexts(s, where, a, peaks):
-    """The text around each peak, no further than its window: token ids, activations, and which is the peak. (where, a): firings."""
+    """The texts around peaks, no further than their windows: token ids, activations, and which is the peak. where, a: firings."""
     spans = np.array(peaks, int)[:, None] + np.arange(-SIDE, SIDE + 1)   # (contexts, tokens)
     slot = np.searchsorted(where, spans)
     acts = np.where(where.take(slot, mode='clip') == spans, a.take(slot, mode='clip'), 0).tolist()
@@ -362,18 +359,19 @@ def removal_effect(run, s, f, n):
     without = whole.index_fill(0, torch.tensor(f, device=run.device), 0)
     change = []
     for w in np.unique(where // s.T).tolist():
-        x = torch.from_numpy(s.tokens[w * s.T:(w + 1) * s.T].astype(np.int64))
-        at = torch.from_numpy(where[where // s.T == w] % s.T)
+        x = torch.from_numpy(s.tokens[w * s.T:(w + 1) * s.T].astype(np.int64)).to(run.device)
+        at = torch.from_numpy(where[where // s.T == w] % s.T).to(run.device)
         losses = []
         for scale in (whole, without): # both with steering on, so that both take the same path
             sae.steer = scale, torch.zeros_like(scale)
-            logits = forward(run, x[None])[0][0].float().cpu()
-            losses.append(torch.nn.functional.cross_entropy(logits[at], x[at + 1], reduction='none'))
+            logits = forward(run, x[None])[0][0, at].float()             # (positions, V): all T of them would be 100 MB
+            losses.append(torch.nn.functional.cross_entropy(logits, x[at + 1], reduction='none'))
         change += (losses[1] - losses[0]).tolist()
     sae.steer = None
     if not change:
         return None
-    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=float(np.mean(np.greater(change, 0))))
+    worse = sum(d > 0 for d in change) / len(change)
+    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=worse)
 
 def find(s, pattern):
     """
@@ -405,8 +403,7 @@ def find(s, pattern):
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
     try:
-        with open(path, encoding='utf-8') as file:
-            return file.read()
+        return Path(path).read_text('utf-8')
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
         raise ValueError(f"{key}={path!r} cannot be read: {why}") from None
@@ -553,16 +550,15 @@ def cosine(a, b):
     return (a * b).sum(1) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def same_tokens(here, end):
-    """(F,) cosine between the counts of a feature's top tokens in two snapshots; 0 times token -1 where there are fewer than 8."""
+    """(F,) cosine between the counts of a feature's top tokens in two snapshots; of token -1, where there are fewer, it is 0."""
     match = here['top_tokens'][:, :, None] == end['top_tokens'][:, None, :] # (F, 8, 8)
     a, b = (x['top_counts'].astype(float) for x in (here, end))          # (F, 8)
     return np.einsum('fij,fi,fj->f', match, a, b) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def settled_at(t, f=slice(None)):
     """
-    (F,) the snapshot at which a feature took its final meaning: from it on, the tokens on which it fires are about the
-    final ones. By these, since what a feature writes hardly turns in training while what it fires on changes. S for one
-    that is silent in the last snapshot, or still changed just before it: to the last itself the cosine is always 1.
+    The snapshot (F,) from which on the tokens on which a feature fires are about the final ones: what it writes hardly turns
+    in training. S for one that is silent in the last, or changed just before it: to the last itself the cosine is always 1.
     """
     late = np.logical_and.accumulate((t.same[:, f] >= SETTLED)[::-1])[::-1] # (S, F)
     return np.where(late[:-1].any(0), late.argmax(0), len(late))
@@ -740,17 +736,17 @@ def table(head, rows):
     yield from (f"  {name(s, f)}{cells}   {captions(s, f, 64 - len(cells))}" for s, f, cells in rows)
 
 def overview(s, rows):
-    d = layer_data(s)
+    d, live = layer_data(s), s.count > 0
     yield bold(f"SAE {PLACES[s.site]} {s.layer}: {s.F:,} features, K = {s.K}")
     yield dim(f"step {s.step:,} · {s.N:,} tokens of {Path(s.dataset).name} val scanned")
     yield f"\n  live {d['live']:,} ({percent(d['live'] / s.F)}) · dead {d['dead']:,} · L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}"
     yield dim('                  L0: features active a token; FVU: share of variance not kept')
     if d['live']:
-        low, median, high = map(percent, d['density'])
+        low, median, high = map(percent, np.percentile(s.count[live] / s.N, (10, 50, 90)))
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
         yield dim(f'                  median {median}, the middle 80 % from {low} to {high}')
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-        yield dim('                  median {:.2f}, highest {:.2f}'.format(*d['entropy']))
+        yield dim(f'                  median {np.median(s.entropy[live]):.2f}, highest {s.entropy[live].max():.2f}')
     order = np.argsort(s.rank)
     known = order[s.count[order] >= SHOWN_FROM]
     between = known[np.linspace(0, len(known) - 1, rows + 2).astype(int)[1:-1]] if len(known) > 3 * rows else []
@@ -929,7 +925,7 @@ def write_html(path, index, features, examples, prompt):
     """One static file: assets/viewer.html with its data put in. features: of feature_data; prompt: of read_prompt."""
     s = next(iter(index.values()))
     texts, cut = [safe(raw) for raw in s.names], {token for token, raw in enumerate(s.names) if unfinished(raw)}
-    words = lambda pairs: [(texts[token], x) for token, x in pairs]
+    words = lambda pairs: pairs and [(texts[token], x) for token, x in pairs]
     encode = json.JSONEncoder(separators=(',', ':')).encode
     def segments(c):
         """[text, activation, is it the peak] for tokens on which the feature fires, a text for those between; where; times."""
@@ -937,7 +933,7 @@ def write_html(path, index, features, examples, prompt):
         if not cut.isdisjoint(c['tokens']):                              # some share a character
             tokens, acts, peaks = zip(*pieces(s, c))
             peak = peaks.index(True)
-        for at in [i for i, act in enumerate(acts) if act]:
+        for at in [i for i, act in enumerate(acts) if act or i == peak]: # a peak can be too weak for fp16
             parts += [''.join(tokens[begin:at]), (tokens[at], acts[at], at == peak)]
             begin = at + 1
         return [*parts, ''.join(tokens[begin:])], c['where'], c['times']
@@ -949,8 +945,8 @@ def write_html(path, index, features, examples, prompt):
         if d['timeline']:
             d['timeline']['tokens'] = [texts[token] for token in d['timeline']['tokens'][-1]]
         pages.append(encode(d))                                          # at once: of thousands, only their texts are kept
-    data = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset, shown_from=SHOWN_FROM,
-                       layers={s.layer: layer_data(s) for s in index.values()}, prompt=prompt and words(prompt)))
+    data = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
+                       shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
     data = f'{{"features":[{",".join(pages)}],{data[1:]}'.replace('<', '\\u003c')
     page = (Path(__file__).resolve().parent / 'assets/viewer.html').read_text('utf-8').replace('"DATA"', data, 1)
     Path(path).write_text(page, 'utf-8')
@@ -970,9 +966,8 @@ def export(c):
     for layer, sae in run.model.saes().items():
         folder = Path(c.export) / f'L{layer}'
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-        tensors = {k: np.ascontiguousarray(v.detach().float().cpu().numpy(), '<f4') for k, v in tensors.items()}
-        write_safetensors(folder / 'sae_weights.safetensors', tensors)
+        write_safetensors(folder / 'sae_weights.safetensors',
+                          dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec))
         cfg = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k),
                    dtype='float32', device='cpu', apply_b_dec_to_input=True, normalize_activations='none',
                    reshape_activations='none', rescale_acts_by_decoder_norm=False,
@@ -982,15 +977,16 @@ def export(c):
         (folder / 'cfg.json').write_text(json.dumps(cfg, indent=1), 'utf-8')
         say(f'SAE of block {layer} -> {folder}')
 
-def write_safetensors(path, arrays):
+def write_safetensors(path, tensors):
     """The safetensors format: length of the header, the header in JSON, the raw little-endian data."""
-    header, offset = {}, 0
-    for name, x in arrays.items():
-        header[name] = dict(dtype='F32', shape=x.shape, data_offsets=[offset, offset + x.nbytes])
-        offset += x.nbytes
+    header, data = {}, b''
+    for name, x in tensors.items():
+        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
+        header[name] = dict(dtype='F32', shape=x.shape, data_offsets=[len(data), len(data) + len(raw)])
+        data += raw
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + b''.join(x.tobytes() for x in arrays.values()))
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
 
 # ----------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class GPTConfig:
     sae_layers: tuple = ()        # block indices, as in transformer.h[i]; () is the dense GPT
     sae_site: str = 'resid'       # resid, mlp, attn, hidden, stream
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
-    sae_k: int = 64               # K, active features a token
+    sae_k: int = 32               # K, active features a token
     sae_k_start: int = 0          # K annealing begins here; 0 = off
     sae_tied_init: bool = True
     sae_token_skip: bool = True   # add W_skip norm(wte[token]) to what the SAE writes

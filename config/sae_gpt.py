@@ -11,7 +11,7 @@ n_embd = 768
 block_size = 1024
 sae_layers = (6,)        # F = 16 * 768 = 12,288 features on the stream after block 6
 sae_ratio = 16
-sae_k = 64               # of which each token uses 64
+sae_k = 32               # of which each token uses 32
 
 batch_size = 64          # 64 sequences * 8 micro-batches * 1,024 tokens = 524,288 tokens a step
 gradient_accumulation_steps = 8

@@ -42,6 +42,7 @@ def rows(size):
     naive = at | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_tied_init=False, sae_nudge=0.0,
                       sae_token_skip=False, sae_muon=False)
     strict = at | dict(sae_token_skip=False)
+    posthoc = strict | dict(sae_posthoc=True)
     slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
     handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
     spread = lambda n: tuple(sorted({max(0, round((i + 1) * L / (n + 1)) - 1) for i in range(n)}))
@@ -50,7 +51,7 @@ def rows(size):
         'naive': (naive, 'hard TopK from step 0 and nothing else'),
         'default': (at, "train.py's defaults"),
         'strict': (strict, 'default without the token skip'),
-        'posthoc': (strict | dict(sae_posthoc=True), 'SAE trained on the frozen dense twin, spliced in'),
+        'posthoc': (posthoc, 'SAE trained on the frozen dense twin, spliced in'),
         # each strategy alone
         'naive+tied': (naive | dict(sae_tied_init=True), ''),
         'naive+blend': (naive | slow_blend, 'alpha from 0 to 1 over 60 %'),
@@ -86,8 +87,10 @@ def rows(size):
         **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},
         'default xL': (dict(sae_layers=tuple(range(L))), 'at every layer'),
         # how many
-        **{f'{mode} K={k}': (base | dict(sae_k=k), '') for mode, base in (('default', at), ('strict', strict))
-           for k in (8, 16, 32, 64, 128) if k != SIZES[size].get('sae_k', 64)},
+        **{f'{mode} K={k}': (base | dict(sae_k=k), '')
+           for mode, base in (('default', at), ('strict', strict), ('naive', naive), ('posthoc', posthoc))
+           for k in (8, 16, 32, 64, 128) if k != SIZES[size].get('sae_k', 32)},
+        **{f'default x{n} K=64': (dict(sae_layers=spread(n), sae_k=64), f'at {n} layers') for n in (2, 4) if n < L},
         **{f'{mode} F={r}x': (base | dict(sae_ratio=r), '') for mode, base in (('default', at), ('strict', strict))
            for r in (4, 64)},
         # a slightly larger model in exchange
@@ -251,7 +254,7 @@ def main(argv):
                 overrides, needs = known[row][0], None
                 if os.path.exists(target):
                     continue
-                if row == 'posthoc':
+                if row.startswith('posthoc'):
                     twin = os.path.join(c['out'], f"{c['size']}-{c['steps']}-dense-s{seed}")
                     overrides, needs = overrides | dict(init_from=twin), os.path.join(twin, 'ckpt.pt')
                 def done(row=row, out_dir=out_dir, target=target):

@@ -637,6 +637,14 @@ def test_html_has_the_same_numbers(index, page):
         assert all(harmless(t) for name in ('fires_on', 'up', 'down') for t, _ in d[name])
     assert data['layers']['1']['l0'] == pytest.approx(index[1].count.sum() / index[1].N)
 
+def test_a_peak_too_weak_for_fp16_is_marked(index, tmp_path, monkeypatch):
+    s = index[1]
+    monkeypatch.setattr(s, 'values', np.zeros_like(s.values))
+    view.write_html(tmp_path / 'page.html', index, [view.feature_data(s, np.flatnonzero(s.count)[0].item())], 5, None)
+    text = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    d, = json.loads(text.partition('id="data">')[2].partition('</script>')[0])['features']
+    assert d['top'] and all([part[2] for part in parts if isinstance(part, list)] == [True] for parts, *_ in d['top'] + d['random'])
+
 def chromium():
     path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     if not path:
