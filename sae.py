@@ -75,6 +75,8 @@ class SAE(nn.Module):
             self.b_enc = nn.Parameter(torch.zeros(n_features))
             self.W_dec = nn.Parameter(torch.empty(n_features, n_embd))
         self.b_dec = nn.Parameter(torch.zeros(n_embd)) if own_space else None
+        # What K features fail to say is mostly the token itself, as the blocks before have turned it. A function of the token id
+        # alone is as readable as features are. A vector g wins back 0.009 nats, the matrix 0.058 more (results/README.md).
         self.W_skip = nn.Parameter(torch.zeros(n_embd, n_embd)) if own_space and token_skip else None
         self.register_buffer('alpha', torch.ones(()))
         self.register_buffer('k', torch.tensor(k))
@@ -92,6 +94,7 @@ class SAE(nn.Module):
         site                W_enc rows             W_dec rows
         resid, mlp, attn    random unit vectors    tied: c * W_enc; else random, of the same length c
         hidden              std 1/sqrt(C)          zeros, like every c_proj of the GPT
+        W_skip starts at zero.
 
         The K largest of F unit Gaussians have squares near 2 ln(F/K), so a token's code projects on h with
         S = 2 K ln(F/K) of |h|^2 = C, and c = 1 / (1 + S/C) makes y about the least-squares fit to h.

@@ -7,12 +7,13 @@ Each run is one call of train.py and leaves one JSON in results/ladder/; the tab
     python results/ladder.py --size=large --steps=1500 --rows=dense,default --seeds=1
     python results/ladder.py --size=cpu --steps=480 --dataset=stdlib --seeds=1,2,3   1 M tokens each, minutes on a CPU
     python results/ladder.py --size=tiny --rows=dense,default --seeds=1,2            a minute on a CPU
-    python results/ladder.py --table=true --plot=assets/ladder.png                    no training, only table and plot
+    python results/ladder.py --table=true --plot=assets/ladder.png                    no training: the table, and a plot of --rows
 
 A run whose JSON is there is not run again. The corpus of the committed results is a sample of English Wikipedia
 (45 M GPT-2 tokens), given as any data set of this project (see data/text/prepare.py).
 """
 import glob
+import itertools
 import json
 import os
 import statistics
@@ -181,7 +182,7 @@ def print_table(results):
                   pm(diffs, '+') if diffs and row != 'dense' else '', *sae, f"{mean('tok_s') / 1e3:.0f}",
                   f"{mean('params_non_embedding') / 1e6:.1f}", f"{mean('flops_per_token') / 1e6:.0f}"]) + " |")
 
-def plot(results, path, rows=('dense', 'naive', 'default', 'strict', 'posthoc')):
+def plot(results, path, rows):
     """Validation loss against tokens, the mean over seeds, of the largest group of runs that has these rows."""
     try:
         import matplotlib
@@ -193,7 +194,7 @@ def plot(results, path, rows=('dense', 'naive', 'default', 'strict', 'posthoc'))
     groups = [[r for r in results if (r['size'], r['tokens']) == kind and r['row'] in rows] for kind in kinds]
     group = max(groups, key=lambda g: (len({r['row'] for r in g}), len(g)))
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for row, style in zip(rows, ('k-', 'r-', 'b-', 'c-', 'm:')):
+    for row, style in zip(rows, itertools.cycle(('k-', 'r-', 'b-', 'c-', 'm:', 'g-', 'y-'))):
         runs = [r for r in group if r['row'] == row]
         if not runs:
             continue
@@ -267,7 +268,7 @@ def main(argv):
     results = load(c['results'])
     print_table(results)
     if c['plot']:
-        plot(results, c['plot'])
+        plot(results, c['plot'], c['rows'].split(','))
     if not c['table'] and failed:
         print(f"\nerror: {len(failed)} runs failed ({', '.join(failed)}): see {c['out']}/<run>.txt", file=sys.stderr)
         sys.exit(1)

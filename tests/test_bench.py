@@ -19,7 +19,7 @@ def test_mfu(monkeypatch):
     assert bench.mfu(1e6, 494.5e6) is None
 
 def test_layer(tmp_path, capsys, monkeypatch):
-    """Every field of a row is there and positive; file and print agree; 80 columns do."""
+    """Every field of a row and of the head is there and positive; file and print agree; 80 columns do."""
     monkeypatch.setattr(bench, 'N', 64)
     monkeypatch.setattr(bench, 'SHAPES', [(32, 256, 4), (24, 128, 8)])
     out = tmp_path / 'new' / 'bench.json'
@@ -33,6 +33,10 @@ def test_layer(tmp_path, capsys, monkeypatch):
                     'encoder', 'select', 'topk', 'floor', 'select_floor'):
             assert row[key + '_ms'] > 0, key
         assert row['same_bits']
+    head = result['head']
+    assert (head['N'], head['V']) == (64, bench.V) and head['fused_ms'] > 0 and head['compiled_ms'] > 0
+    assert set(head) == {'N', 'C', 'V'} | {f'{name}_{unit}' for name in ('fused', 'compiled') for unit in ('ms', 'gb')}
+    assert f"head with the loss, N=64, V={bench.V}" in text
     assert result['copy_tb_s'] > 0 and result['matmul_tflop_s'] > 0
     assert max(map(len, text[text.rindex('}'):].splitlines())) <= 80
     assert not out.with_name('bench.json.tmp').exists()

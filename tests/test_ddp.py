@@ -122,7 +122,7 @@ def test_another_number_of_ranks(whole, pair, tiny_data, tmp_path):
         assert_close_run(whole, out)
 
 def test_nan_on_one_rank_stops_both(tiny_data, tmp_path):
-    """NaN on rank 1: both stop before the update with exit code 3, and the last good checkpoint stays."""
+    """NaN on rank 1: both stop in that step with exit code 3, and the last good checkpoint stays."""
     codes, text = train(tmp_path, tiny_data, partial(at_loss, 5, nan, rank=1), ranks=2)
     assert codes == [3, 3] and 'at step 4' in text, text
     assert load_checkpoint(str(tmp_path))['step'] == 3 and not (tmp_path / 'ckpt_prev.pt').exists()
