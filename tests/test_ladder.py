@@ -56,5 +56,5 @@ def test_plot(tmp_path):
     pytest.importorskip('matplotlib')
     runs = [dict(row=row, size='tiny', tokens=20, val_loss=loss, curve=[[0, 5.0], [10, 4.0], [20, loss]])
             for row, loss in (('dense', 3.0), ('dense', 3.2), ('default', 3.1), ('default K=8', math.pi))]
-    ladder.plot(runs, tmp_path / 'plot.png')
+    ladder.plot(runs, tmp_path / 'plot.png', ['dense', 'naive', 'default'])
     assert (tmp_path / 'plot.png').read_bytes()[:4] == b'\x89PNG'
