@@ -12,7 +12,6 @@ go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=res
 Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a gradient was not finite,
 4 ranks came to differ, 128 + signal after SIGTERM or Ctrl-C (the step was finished and saved).
 """
-import importlib.util
 import json
 import math
 import os
@@ -23,9 +22,11 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
+from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ compile = True
 deterministic = False     # the same bits from run to run on a GPU too, a little slower; a CPU always gives them
 rank_timeout = 50         # seconds for which ranks wait for one another in a step; a longer silence ends the run
 # ----------------------------------------------------------------------------------------------------
-config_keys = [k for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)]
+defaults = {k: v for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)}
 
 ddp = 'RANK' in os.environ # set by torchrun
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
@@ -132,60 +133,54 @@ def problems(c):
     found += [f"{k}={c[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= c[k] < 1]
     one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'), dtype=('auto', 'float32', 'bfloat16', 'float16'))
     found += [f"{k}={c[k]!r} must be one of {', '.join(known)}" for k, known in one_of.items() if c[k] not in known]
-    if c['sae_blend_start'] > c['sae_blend_end']:
-        found.append(f"sae_blend_start={c['sae_blend_start']} must not be after sae_blend_end={c['sae_blend_end']}")
-    if c['gradient_accumulation_steps'] % world_size:
-        found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a multiple of the {world_size} ranks")
-    if not usable(resolve(c['device'])):
-        found.append(f"device={c['device']!r} is not usable here: expected auto, cpu, cuda or mps")
-    if c['wandb_log'] and importlib.util.find_spec('wandb') is None:
-        found.append("wandb_log=True needs wandb: pip install wandb")
-    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not c['sae_layers'] or c['sae_recon'] == 0):
-        found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, and sae_recon above 0")
-    if not writable(c['out_dir']):
-        found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
     source, target = (os.path.realpath(c[k]) + os.sep for k in ('init_from', 'out_dir'))
-    if c['init_from'] not in ('scratch', 'resume') and source.startswith(target):
-        found.append(f"init_from={c['init_from']} must not lie in out_dir={c['out_dir']}, which a new run clears; "
-                     "--init_from=resume goes on with the run in there")
-    return found
+    return found + [sentence for wrong, sentence in (
+        (c['sae_blend_start'] > c['sae_blend_end'],
+         f"sae_blend_start={c['sae_blend_start']} must not be after sae_blend_end={c['sae_blend_end']}"),
+        (c['gradient_accumulation_steps'] % world_size,
+         f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a multiple of the {world_size} ranks"),
+        (not usable(resolve(c['device'])), f"device={c['device']!r} is not usable here: expected auto, cpu, cuda or mps"),
+        (c['wandb_log'] and find_spec('wandb') is None, "wandb_log=True needs wandb: pip install wandb"),
+        (c['sae_posthoc'] and (c['init_from'] == 'scratch' or not c['sae_layers'] or c['sae_recon'] == 0),
+         "sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, sae_layers, and sae_recon above 0"),
+        (not writable(c['out_dir']), f"out_dir={c['out_dir']} must be a folder that can be written"),
+        (c['init_from'] not in ('scratch', 'resume') and source.startswith(target),
+         f"init_from={c['init_from']} must not lie in out_dir={c['out_dir']}, which a new run clears; "
+         "--init_from=resume goes on with the run in there")) if wrong]
 
-config = configure({k: globals()[k] for k in config_keys}, sys.argv[1:], problems)
+config = configure(defaults, sys.argv[1:], problems)
 globals().update(config)
 
 # ----------------------------------------------------------------------------------------------------
 # ranks and devices
 device = resolve(device)
 device_type = device.partition(':')[0]
-
-def has_fast_bf16():
-    """CPUs with bf16 instructions train 1.6 times as fast in it; without them it is emulated, and slower."""
-    return any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
-
-store = None # where a rank leaves the reason why it failed
-if device_type == 'cuda':
+cuda = device_type == 'cuda'
+if cuda:
     torch.cuda.set_device(device)
 torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-if dtype == 'auto': # bfloat16 where the hardware multiplies it faster than float32
-    fast = torch.cuda.is_bf16_supported() if device_type == 'cuda' else device_type == 'cpu' and has_fast_bf16()
-    dtype = 'bfloat16' if fast else 'float16' if device_type == 'cuda' else 'float32'
-autocast = nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+if dtype == 'auto' and cuda:
+    dtype = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+elif dtype == 'auto': # CPUs with bf16 instructions train 1.6 times as fast in it; without them it is emulated, and slower
+    fast = any(getattr(torch.cpu, f, bool)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    dtype = 'bfloat16' if fast and device_type == 'cpu' else 'float32'
+autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 wide = torch.float32 if device_type == 'mps' else torch.float64 # for sums; MPS has no float64
+
+store = None # where a rank leaves the reason why it failed
 
 def fail(message, code=1):
     """One sentence to stderr and a non-zero exit. Of several ranks, all say why the first of them failed."""
     if store is not None:
         message = f"rank {rank}: {message}"
-        try:
+        with suppress(RuntimeError): # without torchrun the store goes with rank 0
             message = store.compare_set('failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', ''), '', message).decode()
-        except RuntimeError:
-            pass # without torchrun the store goes with rank 0
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(code) # no waiting in collectives that the others will never join
 
@@ -208,14 +203,14 @@ def on_error(kind, e, trace):
 sys.excepthook = on_error
 
 if ddp:
-    dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', timeout=timedelta(seconds=rank_timeout))
+    dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what is said before os._exit
     patient = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout)) # to meet, no more patient than others
     dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), patient)
     store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), timeout=timedelta(seconds=10))
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
-    if ddp:
+    if ddp and t.numel(): # sums over SAE layers are empty in a dense model
         dist.all_reduce(t, op)
     return t
 
@@ -224,37 +219,33 @@ def wait_for_all():
     if ddp:
         dist.barrier(patient)
 
+def say(text):
+    if master:
+        print(text, flush=True)
+
 # ----------------------------------------------------------------------------------------------------
-# data; the default corpus is made here if it is missing, since that needs nothing but Python itself
+# data, and the checkpoint to begin with. The default corpus is made here, since that needs nothing but Python itself
 if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
-    print("preparing data/stdlib, once: Python's own library as a corpus", flush=True)
-    importlib.import_module('data.stdlib.prepare').prepare()
+    say("preparing data/stdlib, once: Python's own library as a corpus")
+    from data.stdlib.prepare import prepare
+    prepare()
 wait_for_all()
+resuming = init_from == 'resume'
+source = out_dir if resuming else init_from
 try:
     data = load_dataset(dataset, check_hash=local_rank == 0) # one rank of a node reads it all, about 1 GB/s
     for name, tokens in (('train', data.train), ('val', data.val)):
         if len(tokens) <= block_size:
             raise ValueError(f"{data.dir}/{name}.bin has {len(tokens)} tokens; block_size={block_size} needs at least one more")
+    checkpoint = None if init_from == 'scratch' else load_checkpoint(source)
 except ValueError as e:
     fail(e)
-vocab_size = data.meta['vocab_size']
 
-# ----------------------------------------------------------------------------------------------------
-# model: from scratch, resumed, or with another run's weights
-torch.manual_seed(seed)
-step, checkpoint = 0, None
-log_sums = torch.zeros(4, dtype=wide) # since the last log line: loss, L0 and FVU (means over SAE layers), micro-batches
-model_config = GPTConfig(vocab_size=vocab_size, **model_args(config))
-model = GPT(model_config)
-if init_from != 'scratch':
-    try:
-        checkpoint = load_checkpoint(out_dir if init_from == 'resume' else init_from)
-    except ValueError as e:
-        fail(e)
-if init_from == 'resume':
-    step = checkpoint['step']
+step = checkpoint['step'] if resuming else 0
+anew = f"begin another run with its weights, --init_from={out_dir} --out_dir=..." # said of what cannot be resumed
+if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
-        fail(f"{out_dir} holds weights alone, or another version's run: begin a run with them by --init_from={out_dir} --out_dir=...")
+        fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
     # all that decides a step must be as it was; these may change
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout wandb_log wandb_project max_iters '
                   'eval_interval save_interval log_interval eval_tokens probe_tokens').split()
@@ -264,50 +255,55 @@ if init_from == 'resume':
         changed.append(f"dataset={dataset} has another train.bin than the checkpoint's")
     if step > max_iters:
         changed.append(f"max_iters={max_iters}, but the run is at step {step} already")
-    stop_if(changed and changed + [f"cannot resume {out_dir} so: use the old values, or begin another run with its weights, "
-                                   f"--init_from={out_dir} --out_dir=..."])
-    if master: # of all ranks together
-        log_sums = checkpoint['log_sums'].to(wide)
+    stop_if(changed and changed + [f"cannot resume {out_dir} so: use the old values, or {anew}"])
+
+# ----------------------------------------------------------------------------------------------------
+# model
+torch.manual_seed(seed)
+vocab_size = data.meta['vocab_size']
+model = GPT(GPTConfig(vocab_size=vocab_size, **model_args(config))).to(device)
+raw_model = model # without what compile and DDP put around it
+saes = model.saes() # {block: SAE}
+model.requires_grad_(not sae_posthoc)
+for sae in saes.values():
+    sae.requires_grad_(True)
+    sae.posthoc = sae_posthoc
+
+def for_muon(g, p):
+    """The matrices of blocks and SAEs; the embedding and vectors are for AdamW (kellerjordan.github.io/posts/muon)."""
+    return optimizer == 'muon' and p.dim() == 2 and p is not raw_model.transformer.wte.weight and (sae_muon or g['name'] != 'sae')
+
+optimizers = []
+for muon in (True, False):
+    groups = [g | dict(params=[p for p in g['params'] if p.requires_grad and for_muon(g, p) == muon])
+              for g in model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)]
+    groups = [g for g in groups if g['params']]
+    if groups and muon:
+        optimizers.append(torch.optim.Muon(groups, adjust_lr_fn='match_rms_adamw'))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=device_type in ('cuda', 'cpu')))
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+log_sums = torch.zeros(4, dtype=wide, device=device) # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
+
 if checkpoint is not None:
+    misfit = f"the weights in {source} do not fit this model"
     try:
         if checkpoint['model_args']['vocab_size'] != vocab_size:
-            raise RuntimeError(f"{checkpoint['model_args']['vocab_size']} tokens in their vocabulary, {vocab_size} in that of {data.dir}")
-        missing = model.load_state_dict(checkpoint['model'], strict=init_from == 'resume').missing_keys
-        if any('.sae.' not in key for key in missing):
-            raise RuntimeError(f"it lacks {missing[0]}")
-    except (RuntimeError, LookupError, TypeError, AttributeError) as e: # the latter: another program's values
-        fail(f"the weights in {init_from} do not fit this model: {str(e).strip().splitlines()[-1].strip()}")
-model.to(device)
-if sae_posthoc:
-    for name, p in model.named_parameters():
-        p.requires_grad_('.sae.' in name)
-saes = model.saes() # {block: SAE}
-for sae in saes.values():
-    sae.posthoc = sae_posthoc
-raw_model = model
-
-groups = raw_model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
-for g in groups:
-    g['params'] = [p for p in g['params'] if p.requires_grad]
-optimizers = []
-if optimizer == 'muon': # for the matrices, the SAE's too; AdamW for the embedding and vectors (kellerjordan.github.io/posts/muon)
-    wte = raw_model.transformer.wte.weight
-    by_muon = lambda g, p: p.dim() == 2 and p is not wte and (sae_muon or g['name'] != 'sae')
-    matrices = [g | dict(params=[p for p in g['params'] if by_muon(g, p)]) for g in groups]
-    optimizers.append(torch.optim.Muon([g for g in matrices if g['params']], lr=learning_rate, adjust_lr_fn='match_rms_adamw'))
-    for g in groups:
-        g['params'] = [p for p in g['params'] if not by_muon(g, p)]
-optimizers.append(torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate, betas=(beta1, beta2),
-                                    fused=device_type in ('cuda', 'cpu')))
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-if init_from == 'resume':
-    try:
-        for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
-            opt.load_state_dict(state)
-        scaler.load_state_dict(checkpoint['scaler'])
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
-        fail(f"the optimizer in {out_dir} does not fit this version of train.py ({e}): begin a run with its weights, "
-             f"--init_from={out_dir} --out_dir=...")
+            raise ValueError(f"{checkpoint['model_args']['vocab_size']} tokens in their vocabulary, {vocab_size} in that of {data.dir}")
+        missing = model.load_state_dict(checkpoint['model'], strict=resuming).missing_keys
+        missing = [key for key in missing if '.sae.' not in key] # SAEs may be new
+        if missing:
+            raise ValueError(f"it lacks {missing[0]}")
+        if resuming:
+            misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
+            for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+                opt.load_state_dict(state)
+            scaler.load_state_dict(checkpoint['scaler'])
+            if master: # of all ranks together
+                log_sums.copy_(checkpoint['log_sums'])
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e: # another version's or program's values
+        reason = str(e).strip().split('\n')[-1].strip()
+        fail(f"{misfit} ({reason})")
 checkpoint = None # free the memory
 
 if compile:
@@ -315,8 +311,8 @@ if compile:
 eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # torch 2.13's name for it is unknown to 2.11
-    wait_for_all()
-    model = DDP(model, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False,
+    wait_for_all() # above, only the first rank of a node reads all data
+    model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
                 gradient_as_bucket_view=True) # a copy of the gradients less
 
 # ----------------------------------------------------------------------------------------------------
@@ -348,98 +344,83 @@ def set_schedules(step):
 # evaluation
 
 @torch.no_grad()
-def val_pass(mode='normal'):
-    """
-    Mean loss in nats over the eval tokens of all ranks, with the SAEs' outputs as they are ('normal'), zeroed, or each
-    replaced by its mean (those of fill); the token skip stays, so that only the features are missing. Also returns
-    {block: (L0, FVU, live share, mean code (F,))} of the normal pass.
-    """
-    for sae in saes.values():
-        sae.gate.fill_(1.0 if mode == 'normal' else 0.0)
-        if mode != 'mean':
-            sae.fill.zero_()
+def val_pass():
+    """Over the eval tokens of all ranks: mean loss in nats; of the SAE layers the mean L0 and FVU (2, S) and mean code (S, F)."""
     sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
-    seen = {i: [torch.zeros(2, dtype=wide, device=device), torch.zeros(sae.n_features, device=device)]
-            for i, sae in saes.items()}
-    for n, (x, y) in enumerate(eval_batches(data.val, block_size, batch_size, eval_tokens)):
-        if n % world_size != rank:
-            continue
+    scores = torch.zeros(2, len(saes), dtype=wide, device=device)
+    codes = torch.zeros(len(saes), raw_model.config.n_features, device=device)
+    for x, y in islice(eval_batches(data.val, block_size, batch_size, eval_tokens), rank, None, world_size):
         with autocast:
             _, loss, out = eval_model(x.to(device), y.to(device))
         sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
-        for s, i in enumerate(saes):
-            if mode == 'normal':
-                seen[i][0] += torch.stack((out.l0[s], out.fvu[s])).to(wide)
-                seen[i][1].index_add_(0, out.indices[s].flatten(), out.values[s].flatten())
-    all_reduce(sums)
-    stats = {}
-    for i, (scores, code) in seen.items():
-        scores, code = all_reduce(scores), all_reduce(code)
-        l0, fvu = (scores / sums[1]).tolist()
-        stats[i] = (l0, fvu, (code != 0).to(wide).mean().item(), code / sums[2].float())
-    for sae in saes.values():
-        sae.gate.fill_(1.0)
-        sae.fill.zero_()
-    return (sums[0] / sums[1]).item(), stats
+        if saes:
+            scores += torch.stack((out.l0, out.fvu)).to(wide)
+            for code, indices, values in zip(codes, out.indices, out.values):
+                code.index_add_(0, indices.flatten(), values.flatten())
+    for t in (sums, scores, codes):
+        all_reduce(t)
+    return (sums[0] / sums[1]).item(), scores / sums[1], codes / sums[2].float()
 
 @torch.no_grad()
 def evaluate():
-    """The eval record of log.jsonl: losses, and L0, FVU and live share (over the eval tokens) of each SAE layer."""
-    eval_model.eval()
-    alphas = {i: sae.alpha.clone() for i, sae in saes.items()}
+    """
+    The eval record of log.jsonl: loss, and L0, FVU and live share of each SAE layer; then the loss with the SAEs' outputs
+    zeroed, and with each replaced by its mean. The token skip stays, so that only the features are missing.
+    """
     if sae_posthoc: # in training the SAE only watches; what counts is the model with it spliced in
         for sae in saes.values():
             sae.alpha.fill_(1.0)
-    loss, stats = val_pass()
+    loss, scores, codes = val_pass()
     record = dict(val_loss=loss)
     if saes:
-        record['val_loss_zeroed'], _ = val_pass('zeroed')
-        for i, sae in saes.items():
-            sae.fill.copy_(sae.decode(stats[i][3]))
-        record['val_loss_mean'], _ = val_pass('mean')
-        record['sae'] = {i: dict(l0=l0, fvu=fvu, live=live) for i, (l0, fvu, live, _) in stats.items()}
-    for i, sae in saes.items():
-        sae.alpha.copy_(alphas[i])
-    eval_model.train()
+        for sae in saes.values():
+            sae.gate.zero_()
+        record['val_loss_zeroed'], _, _ = val_pass()
+        for sae, code in zip(saes.values(), codes):
+            sae.fill.copy_(sae.decode(code))
+        record['val_loss_mean'], _, _ = val_pass()
+        rows = zip(saes, *scores.tolist(), (codes != 0).to(wide).mean(1).tolist())
+        record['sae'] = {i: dict(l0=l0, fvu=fvu, live=live) for i, l0, fvu, live in rows}
+    for sae in saes.values():
+        sae.gate.fill_(1.0)
+        sae.fill.zero_()
+    set_schedules(step) # alpha as before
     return record
 
 @torch.no_grad()
 def snapshot(step):
     """features/<step>.npz: what each feature does on a fixed probe set. Read by inspect_features.py --timeline."""
-    raw_model.eval()
-    arrays = dict(step=step, tokens=step * tokens_per_step, layers=np.array(list(saes)))
-    seen = {i: [] for i in saes}
-    probed = 0
+    tokens, values, indices = [], [], []
     for x, _ in eval_batches(data.val, block_size, batch_size, probe_tokens):
         with autocast:
-            _, _, out = raw_model(x.to(device))
-        probed += x.numel()
-        for s, i in enumerate(saes):
-            seen[i].append((out.values[s].cpu(), out.indices[s].cpu(), x))
-    for i, sae in saes.items():
-        values, indices, tokens = (torch.cat(t) for t in zip(*seen[i]))
+            _, _, out = raw_model(x.to(device)) # not the compiled one: this rank is alone, and needs no loss
+        tokens.append(x)
+        values.append(out.values.cpu())
+        indices.append(out.indices.cpu())
+    tokens, values, indices = torch.cat(tokens), torch.cat(values, dim=1), torch.cat(indices, dim=1) # (N, T), twice (S, N, T, K)
+    arrays = dict(step=step, tokens=step * tokens_per_step, probed=tokens.numel(), layers=list(saes))
+    for s, (i, sae) in enumerate(saes.items()):
         F, V = sae.n_features, vocab_size
-        keys, counts = count_pairs(values, indices, tokens, V)
+        keys, counts = count_pairs(values[s], indices[s], tokens, V)
         total = torch.zeros(F).index_add_(0, keys // V, counts.float())
         top, top_counts = top_tokens(keys, counts, F, V)
         arrays |= {f'L{i}.count': total.int(), f'L{i}.entropy': token_entropy(keys, counts, F, V).float(),
-                   f'L{i}.mean': torch.zeros(F).index_add_(0, indices.flatten(), values.flatten()) / total.clamp_min(1),
+                   f'L{i}.mean': torch.zeros(F).index_add_(0, indices[s].flatten(), values[s].flatten()) / total.clamp_min(1),
                    f'L{i}.top_tokens': top.int(), f'L{i}.top_counts': top_counts.int()}
         if sae.site != 'stream':
             arrays[f'L{i}.W_dec'] = sae.W_dec.half().cpu()
-    os.makedirs(os.path.join(out_dir, 'features'), exist_ok=True)
     path = os.path.join(out_dir, 'features', f'{step:07d}.npz')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + '.tmp', 'wb') as f:
-        np.savez_compressed(f, probed=probed, **{k: np.asarray(v) for k, v in arrays.items()})
+        np.savez_compressed(f, **{k: np.asarray(v) for k, v in arrays.items()})
     os.replace(path + '.tmp', path)
-    raw_model.train()
 
 def check_replicas():
     """Every rank must hold the same parameters and SAE buffers; a difference means that gradients or masks went astray."""
     sums = torch.stack([t.to(wide).sum() for t in raw_model.state_dict().values()])
     low, high = all_reduce(sums.clone(), dist.ReduceOp.MIN), all_reduce(sums.clone(), dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
-        names = [n for n, a, b in zip(raw_model.state_dict(), low, high) if a != b]
+    names = [name for name, a, b in zip(raw_model.state_dict(), low.tolist(), high.tolist()) if a != b]
+    if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
 # ----------------------------------------------------------------------------------------------------
@@ -448,10 +429,8 @@ def check_replicas():
 def write_log(record):
     """One JSON object a line; numbers that are not finite become null, since JSON has no NaN."""
     if master:
-        clean = lambda v: None if isinstance(v, float) and not math.isfinite(v) else \
-            {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else v
-        log_file.write(json.dumps(clean(record)) + '\n')
-        log_file.flush()
+        finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+        log_file.write(json.dumps(finite) + '\n')
         if wandb_log and 'step' in record:
             wandb.log(record, step=record['step'])
 
@@ -486,14 +465,14 @@ def set_aside():
         os.makedirs(previous)
         for name in old:
             os.replace(os.path.join(out_dir, name), os.path.join(previous, name))
-        print(f"{out_dir} held another run: it is in {previous} now, in place of an older one", flush=True)
+        say(f"{out_dir} held another run: it is in {previous} now, in place of an older one")
     shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
 
 def save():
     sums = all_reduce(log_sums.clone())
     if master:
         save_checkpoint(out_dir, dict(
-            model=raw_model.state_dict(), model_args=asdict(model_config), optimizers=[o.state_dict() for o in optimizers],
+            model=raw_model.state_dict(), model_args=asdict(raw_model.config), optimizers=[o.state_dict() for o in optimizers],
             scaler=scaler.state_dict(), step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
             dataset=str(dataset), versions=versions))
     wait_for_all()
@@ -510,30 +489,29 @@ def git_commit():
         return None
 
 versions = dict(torch=str(torch.__version__), numpy=str(np.__version__), python=platform.python_version(), commit=git_commit(),
-                gpu=torch.cuda.get_device_name() if device_type == 'cuda' else None)
+                gpu=torch.cuda.get_device_name() if cuda else None)
 if master:
     os.makedirs(out_dir, exist_ok=True)
     lock()
-    if init_from != 'resume':
+    if not resuming:
         set_aside()
     log_path = os.path.join(out_dir, 'log.jsonl')
-    if init_from == 'resume' and os.path.exists(log_path):
+    if resuming and os.path.exists(log_path):
         with open(log_path, encoding='utf-8', errors='replace') as f, open(log_path + '.tmp', 'w', encoding='utf-8') as kept:
             kept.writelines(line for line in f if stays_in_log(line))
         os.replace(log_path + '.tmp', log_path)
-    log_file = open(log_path, 'a' if init_from == 'resume' else 'w', encoding='utf-8')
+    log_file = open(log_path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # written line by line
     write_log(dict(event='start', at_step=step, config=config, versions=versions, world_size=world_size, dtype=dtype,
                    device=device, params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
                    flops_per_token=raw_model.flops_per_token(), tokens_per_step=tokens_per_step))
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-    where = f"SAE at {sae_site} of block {', '.join(map(str, saes))}: {model_config.n_features} features, K={sae_k}" \
-        if saes else "dense, no SAE layer"
-    print(f"{raw_model.num_params() / 1e6:.1f}M parameters, {where}\n{max_iters} steps of {tokens_per_step:,} tokens of "
-          f"{data.dir.name} ({len(data.train):,}) on {world_size} x {device_type}, {dtype}", flush=True)
+what = f"SAE at {sae_site} of block {', '.join(map(str, saes))}: {raw_model.config.n_features} features, K={sae_k}"
+say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {what if saes else 'dense, no SAE layer'}\n{max_iters} steps of "
+    f"{tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on {world_size} x {device_type}, {dtype}")
 
-stop_signal = 0
+stop_signal = 0 # the one that came to this rank
 def on_signal(signum, frame):
     global stop_signal
     stop_signal = signum
@@ -544,17 +522,14 @@ signal.signal(signal.SIGINT, on_signal)
 # training loop
 
 def next_batch(step, i):
-    """Micro-batch i of this rank, and its index among the micro-batches of all ranks."""
-    micro = i * world_size + rank
-    x, y = get_batch(data.train, block_size, batch_size, seed, step, micro, gradient_accumulation_steps)
-    if device_type == 'cuda':
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True), micro
-    return x.to(device), y.to(device), micro
+    """x and y of this rank's micro-batch i; i = local_micros is the first one of the next step."""
+    batch = get_batch(data.train, block_size, batch_size, seed, step, i * world_size + rank, gradient_accumulation_steps)
+    return [t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device) for t in batch]
 
-log_sums = log_sums.to(device)
-batch = next_batch(step, 0) if step < max_iters else None
-started, last_log, last_step = time.time(), time.time(), step
-saved_step, paused = step, 0.0
+x, y = next_batch(step, 0)
+started = last_log = time.time()
+last_step = saved_step = step
+stopped = 0 # by which signal, on any rank
 
 while True:
     alpha = set_schedules(step)
@@ -567,48 +542,46 @@ while True:
     if due(eval_interval):
         if ddp:
             check_replicas()
+        model.eval()
         record = dict(event='eval', step=step, tokens=step * tokens_per_step, alpha=alpha, **evaluate())
         write_log(record)
-        if master:
-            line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
-            if saes:
-                live = [100 * s['live'] for s in record['sae'].values()]
-                line += f" | SAE zeroed {record['val_loss_zeroed']:.3f} | mean {record['val_loss_mean']:.3f} | live {min(live):.1f} %"
-                if probe_tokens:
-                    snapshot(step)
-            print(line, flush=True)
+        line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
+        if saes:
+            live = min(100 * s['live'] for s in record['sae'].values())
+            line += f" | SAE zeroed {record['val_loss_zeroed']:.3f} | mean {record['val_loss_mean']:.3f} | live {live:.1f} %"
+            if master and probe_tokens:
+                snapshot(step)
+        say(line)
+        model.train()
         wait_for_all()
-    paused += time.time() - pause
+    last_log += time.time() - pause # tokens a second are those of training
     if step == max_iters:
+        hint = f". Look at its features: python inspect_features.py --out_dir={out_dir}" if saes else ""
+        say(f"done in {duration(time.time() - started)}: {out_dir}{hint}")
         break
 
     # one step: micro-batches, forward and backward
-    fired = None
+    fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.bool, device=device)
     for i in range(local_micros):
-        x, y, micro = batch
         if ddp: # gradients are averaged over ranks with the last micro-batch; to be set before the forward pass
             model.require_backward_grad_sync = i == local_micros - 1
-        if dropout > 0:
-            torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + micro) % 2**63)
+        torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + i * world_size + rank) % 2**63) # for dropout
         with autocast:
             _, loss, out = model(x, y)
-        total = loss if out is None else out.loss.sum() if sae_posthoc else loss + out.loss.sum()
+        total, scores = loss, loss.new_zeros(2)
+        if saes:
+            total = out.loss.sum() if sae_posthoc else loss + out.loss.sum()
+            scores = torch.stack((out.l0.mean(), out.fvu.mean()))
+            fired |= out.fired
         scaler.scale(total / local_micros).backward()
-        # the next batch comes while the GPU works
-        last = i == local_micros - 1
-        if not (last and step + 1 == max_iters):
-            batch = next_batch(step + 1, 0) if last else next_batch(step, i + 1)
-        if out is not None:
-            fired = out.fired if fired is None else fired | out.fired
-        log_sums += torch.stack([loss.detach().to(wide), *((out.l0.mean().to(wide), out.fvu.mean().to(wide)) if out is not None
-                                 else log_sums.new_zeros(2)), log_sums.new_ones(())])
+        x, y = next_batch(step, i + 1) # while the GPU works
+        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # a gradient that is not finite ends the run, before anything of its update is saved. Gradients are averaged, so that all
     # ranks see the same norm. It is looked at last: reading it waits for the GPU, which so gets the optimizers' kernels first
     for opt in optimizers:
         scaler.unscale_(opt)
-    params = [p for p in raw_model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     for opt in optimizers:
         scaler.step(opt)
     scaler.update()
@@ -616,20 +589,18 @@ while True:
         saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
         fail(f"at step {step} the gradient norm is {float(grad_norm)} (loss {loss.item()}): stopped; {saved}. "
              f"Try a lower learning rate than {learning_rate}", code=3)
-    for opt in optimizers:
-        opt.zero_grad(set_to_none=True)
-    if fired is not None:
-        fired = all_reduce(fired.int(), dist.ReduceOp.MAX).bool() # all ranks must nudge the same features
-        for s, sae in enumerate(saes.values()):
-            sae.revive(fired[s], tokens_per_step)
+    raw_model.zero_grad(set_to_none=True)
+    fired = all_reduce(fired.int(), dist.ReduceOp.MAX).bool() # all ranks must nudge the same features
+    for s, sae in enumerate(saes.values()):
+        sae.revive(fired[s], tokens_per_step)
     step += 1
 
     if due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
         now = time.time()
-        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log - paused)
-        record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n, lr=learning_rate *
-                      learning_rate_factor(step - 1), grad_norm=float(grad_norm), tok_s=tok_s)
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
+        record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
+                      lr=learning_rate * learning_rate_factor(step - 1), grad_norm=float(grad_norm), tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
             live = 1 - torch.stack([sae.is_silent().to(wide).mean() for sae in saes.values()]).mean().item()
@@ -638,26 +609,20 @@ while True:
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
         write_log(record)
-        if master:
-            print(f"{line} | {tok_s / 1000:.1f}k tok/s | {duration((max_iters - step) * tokens_per_step / tok_s)} left", flush=True)
+        say(f"{line} | {tok_s / 1000:.1f}k tok/s | {duration((max_iters - step) * tokens_per_step / tok_s)} left")
         if not math.isfinite(loss_sum):
             fail(f"the loss is not finite at step {step}", code=3)
         log_sums.zero_()
-        last_log, last_step, paused = now, step, 0.0
+        last_log, last_step = now, step
 
     # SIGTERM or Ctrl-C on any rank: all finish this step, the first rank saves, and everybody leaves
-    signals = all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX) if ddp else stop_signal
-    if signals:
+    stopped = int(all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX)) if ddp else stop_signal
+    if stopped:
         save()
-        if master:
-            print(f"stopped by signal {int(signals)} after step {step}; saved. Go on with --init_from=resume", flush=True)
-        if ddp:
-            dist.destroy_process_group()
-        sys.exit(128 + int(signals))
+        say(f"stopped by signal {stopped} after step {step}; saved. Go on with --init_from=resume")
+        break
 
-if master:
-    print(f"done in {duration(time.time() - started)}: {out_dir}. Look at its features: python inspect_features.py --out_dir={out_dir}"
-          if saes else f"done in {duration(time.time() - started)}: {out_dir}", flush=True)
-    log_file.close()
 if ddp:
     dist.destroy_process_group()
+if stopped:
+    sys.exit(128 + stopped)

@@ -200,8 +200,8 @@ def test_two_runs_in_one_folder(whole, tiny_data, tmp_path):
 # numbers that are not finite
 
 @pytest.mark.parametrize('what, text', [(nan, 'nan'), (inf, 'nan|inf'), (nan_gradient, 'nan')])
-def test_stops_before_the_update(what, text, whole, tiny_data, tmp_path):
-    """NaN or Inf in one micro-batch, in the loss or only in its gradient, on a step that is not logged: exit code 3, the step is named, no update is made and
+def test_stops_at_what_is_not_finite(what, text, whole, tiny_data, tmp_path):
+    """NaN or Inf in one micro-batch, in the loss or only in its gradient, on a step that is not logged: exit code 3, the step is named, nothing is saved and
     the last good checkpoint is untouched; going on from it gives the undisturbed run."""
     code, said = train(tmp_path, tiny_data, partial(at_loss, 9, what)) # the first half of the step after step 4
     assert code == 3 and 'at step 4' in said and 'Traceback' not in said
