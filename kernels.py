@@ -4,8 +4,7 @@ topk_autoencode, one SAE layer, and linear_cross_entropy, the output head and th
 
 The layer:
 
-    x = h - b_dec                              (N, C), in h's dtype
-    a = relu(x W_enc^T + b_enc)                (N, F), the product in h's dtype, the sum in fp32
+    a = relu((h - b_dec) W_enc^T + b_enc)      (N, F), the products in h's dtype, their sums in fp32
     values, indices = the K largest of a       (N, K), descending, ties: lowest index first
     y = values W_dec[indices] + b_dec          (N, C)
 
@@ -443,20 +442,19 @@ def _fits(n, F, C, k, dtype, device):
 def _autoencode(h: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor,
                 b_dec: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
-    b_enc, b_dec = b_enc.float().contiguous(), b_dec.float().contiguous()
-    W = W_enc.to(h.dtype).contiguous()
+    b_dec, W = b_dec.float().contiguous(), W_enc.to(h.dtype).contiguous()
+    bias = b_enc.float() - W.float().mv(b_dec)   # so that h needs no copy less b_dec (0.2 ms of 118, 124M)
     values = torch.empty(N, k, device=h.device)
     indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
     rows = max(256, BUFFER_MB * 2**20 // (F * h.element_size()))
     rows = min(N, 1 << (rows.bit_length() - 1))
     buffer = torch.empty(rows, F, dtype=h.dtype, device=h.device)
     with torch.autocast(h.device.type, enabled=False):
-        x = torch.sub(h, b_dec, out=torch.empty_like(h))
         for i in range(0, N, rows):
             j = min(i + rows, N)
-            pre = torch.mm(x[i:j], W.t(), out=buffer[:j - i])
-            _select_rows(pre, b_enc, values[i:j], indices[i:j])
-    del buffer, x, W
+            pre = torch.mm(h[i:j], W.t(), out=buffer[:j - i])
+            _select_rows(pre, bias, values[i:j], indices[i:j])
+    del buffer, W
     y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
     return y, values, indices
 

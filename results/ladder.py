@@ -75,14 +75,16 @@ def rows(size):
         **{f'{mode} at {share:.0%}': (base | handover(share), 'hand-over there')
            for mode, base in (('default', at), ('strict', strict)) for share in (0.15, 0.5)},
         'dense adamw': (dict(sae_layers=(), optimizer='adamw'), 'AdamW for all'),
+        'naive adamw': (naive | dict(optimizer='adamw'), 'an SAE put into nanoGPT: AdamW for all, no strategy'),
         'default adamw': (at | dict(optimizer='adamw'), 'AdamW for all'),
         # where
         **{f'default@{i}': (dict(sae_layers=(i,)), 'after another block') for i in range(L)},
         **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), 'after another block') for i in range(L)},
         'mlp': (at | dict(sae_site='mlp'), ''),
         'attn': (at | dict(sae_site='attn'), ''),
-        'hidden': (dict(sae_layers=tuple(range(L)), sae_site='hidden', sae_blend_start=0.0, sae_blend_end=0.0),
-                   "every block's MLP, K of 4 C, from step 0"),
+        **{f'hidden{name}': (dict(sae_layers=tuple(range(L)), sae_site='hidden', sae_blend_start=0.0, sae_blend_end=0.0) | more,
+                             "every block's MLP, K of 4 C, from step 0")
+           for name, more in (('', {}), (' K=64', dict(sae_k=64)), (' K=128', dict(sae_k=128))) if size != 'tiny' or not more},
         'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
                    | slow_blend, 'all blocks but the last two'),
         **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},
