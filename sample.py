@@ -213,16 +213,19 @@ def write_samples(c):
         raise ValueError(f"the prompt holds token {max(prompt)}, but the model's end at {vocab_size - 1}: it was trained with "
                          "another tokenizer, name its data set with --dataset=")
     runs = parse_steering(c['steer'], model)
+
     features = list(dict.fromkeys(edit[:2] for edit in runs[0][1])) # the steered ones, each once
     for i, f in features:
         sae, usual = model.saes()[i], usual_activation(c['out_dir'], checkpoint['step'], i, f)
         print(f"L{i}.F{f}, {PLACES[sae.site]} {i}: {usual}"
               + (f"; steering acts with alpha {sae.alpha:.2f} only" if sae.alpha < 1 else ""))
-    measured, titled = c['compare'] or len(runs) > 1, len(runs) * c['num_samples'] > 1 or c['steer'] != []
+    measured = c['compare'] or len(runs) > 1
+    titled = len(runs) * c['num_samples'] > 1 or c['steer'] != []
     if c['compare']:
         runs = [("unsteered", []), *runs]
     def text(tokens): # the default prompt is not printed
         return safe(b"".join(pieces[t] for t in tokens[0 if given else len(prompt):]), keep='\n\t')
+
     scores = {label: [] for label, _ in runs}
     for seed in range(c['seed'], c['seed'] + c['num_samples']):
         samples = {label: sample(model, prompt, c, seed, edits) for label, edits in runs}

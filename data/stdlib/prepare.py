@@ -35,7 +35,8 @@ VOCAB_SIZE = 4096 # 256 bytes, 3839 merges, <|endoftext|>
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # folders that hold no library code, or character tables only (encodings)
 SKIP = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings', '__pycache__'}
-# a line that begins with a string or a number, brackets aside, but not with a docstring
+# a line that begins with a string or a number, brackets aside, but not with a docstring. A source with more than 0.3 of
+# them is a table (html/entities.py, locale.py, _sysconfigdata...): set by looking, tables have 0.34 to 1.0, code up to 0.28
 LITERAL = re.compile(r"^[ \t]*[\[({]*(?!\"\"\"|''')['\"\d]", re.MULTILINE)
 
 def documents():
@@ -50,7 +51,7 @@ def documents():
                 text = f.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue # a template, or unreadable: no source
-        if text and not is_table(text):
+        if text and len(LITERAL.findall(text)) <= 0.3 * (text.count('\n') + 1):
             yield path.relative_to(root).as_posix(), text
     try:
         from pydoc_data.topics import topics
@@ -58,13 +59,6 @@ def documents():
         topics = {}
     for name in sorted(topics):
         yield f"help topic {name}", topics[name]
-
-def is_table(source):
-    """
-    Is a source mostly a table of literals? (html/entities.py, locale.py, _sysconfigdata...)
-    The threshold was set by looking: tables have 0.34 to 1.0 of such lines, code up to 0.28.
-    """
-    return len(LITERAL.findall(source)) > 0.3 * (source.count('\n') + 1)
 
 def is_val(name):
     """By name alone: a file stays on its side when others come or go with the next Python."""
