@@ -6,15 +6,14 @@ How fast it is: every number beside its alternatives, all of them measured in on
     python bench.py --out=/tmp/bench.json  where to write (default: see below)
 
 layer     one SAE layer, forward and backward: the fast path (kernels.py), the plain path (sae.py, eager and compiled), the
-          textbook in bf16 (topk, scatter, dense decode), a dense autoencoder; alone, the encoder's matmul, the selection and
-          torch.topk; and the floor. One output head with the loss, fused (kernels.py) and compiled
+          textbook in bf16 (scatter: topk, scatter, dense decode), a dense autoencoder (dense_ae); alone, the encoder's
+          matmul, the selection and torch.topk; and the floor. One output head with the loss, fused (kernels.py) and compiled
 step      config/dense_gpt.py and config/sae_gpt.py in turns; graphs, recompilations, determinism
 overhead  what batches, evals, snapshots, saves and log lines cost, as shares of the training time
 ddp       config/sae_gpt.py on one GPU and on several, with the same batch a GPU
 
-Training is measured in train.py itself, started as a user starts it, in a process of its own; its tokens are made up, with
-Zipf's frequencies. A run on a GPU that had all parts and no failure writes results/bench.json; otherwise the numbers are
-printed, and written with --out only.
+Training is measured in train.py itself, in a process of its own; its tokens are made up, with Zipf's frequencies. A run on
+a GPU that had all parts and no failure writes results/bench.json; otherwise the numbers are printed, and written with --out.
 """
 import functools
 import hashlib
@@ -91,10 +90,10 @@ def median_ms(fn):
 def measure(what, forward, inputs, gy=None):
     """
     Of forward and backward: median ms; GB on top of the inputs, gradients included, at the peak; GB kept between the two
-    beside y. None (a dash in the table) for what does not fit the card, and for GB on a CPU.
+    beside y. None for what does not fit the card, and for GB on a CPU.
     """
     torch.cuda.empty_cache() # of what the one before has left
-    ms, gb, kept_gb = None, None, None
+    ms = gb = kept_gb = None
     try:
         ms = median_ms(lambda: torch.autograd.grad(forward(), inputs, gy))
         if GPU:
@@ -212,7 +211,7 @@ def bench_layer(result, *_):
 # training: train.py with stop-watches, in a process of its own
 
 def child(argv):
-    """Becomes `python train.py argv`, with a decorator on some of its functions, and notes what it saw in out_dir/seen.json."""
+    """Becomes `python train.py argv`, with stop-watches on some of its functions, and writes what it saw to out_dir/seen.json."""
     seconds = {}
     def timed(fn):
         def stopwatch(*args):
@@ -237,7 +236,7 @@ def child(argv):
         short = lambda reason: reason.partition('\n')[0].partition('  #')[0].strip()
         seen = dict(
             seconds=seconds, weights=hashlib.sha256(weights).hexdigest(), graphs=counters['stats']['unique_graphs'],
-            breaks={short(k): n for k, n in counters['graph_break'].items()},
+            breaks={short(k): n for k, n in counters['graph_break'].items()}, # why, and how often
             reasons=[short(m.recompile_reason) for m in get_compilation_metrics() if m.recompile_reason],
             gb=torch.cuda.max_memory_allocated() / 1e9 if GPU else None)
         Path(scope['out_dir'], 'seen.json').write_text(json.dumps(seen), encoding='utf-8')
@@ -258,8 +257,7 @@ def train(folder, name, config, steps, ranks=1, **changes):
     out = folder / name
     options = dict(dataset=folder, out_dir=out, max_iters=steps, log_interval=2) | TINY | changes
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    command = [sys.executable, *launcher, 'bench.py', '--child', f'config/{config}.py']
-    command += [f'--{k}={v}' for k, v in options.items()]
+    command = [sys.executable, *launcher, 'bench.py', '--child', f'config/{config}.py', *(f'--{k}={v}' for k, v in options.items())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} ended with code {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
@@ -285,7 +283,7 @@ def bench_step(result, folder, steps, rounds):
             runs[kind].append(train(folder, f'{kind}-{i + 1}', f'{kind}_gpt', steps))
     step = {}
     for kind, twins in runs.items():
-        tok_s = median(v for run in twins for v in run['tok_s'])
+        tok_s = median(v for twin in twins for v in twin['tok_s'])
         step |= {f'{kind}_tok_s': tok_s, f'{kind}_gb': twins[0]['gb'],
                  f'{kind}_mfu': mfu(tok_s, twins[0]['start']['flops_per_token'])}
     result['step'] = step
@@ -295,10 +293,9 @@ def bench_step(result, folder, steps, rounds):
     both = train(folder, 'alpha-and-K', 'sae_gpt', 10, sae_k_start=64, sae_k_end=0.8, sae_blend_start=0.1, sae_blend_end=0.9,
                  eval_interval=5, compile=True, **small)
     result['graphs'] = {}
-    for name, run in dict(fast_path=runs['sae'][0], alpha_and_k=both).items():
-        if run['start']['config']['compile']: # two graphs are right: training, and eval without gradients
-            result['graphs'][name] = dict(recompilations=run['graphs'] - 2, graphs=run['graphs'], breaks=run['breaks'],
-                                          reasons=run['reasons'])
+    for name, seen in dict(fast_path=runs['sae'][0], alpha_and_k=both).items():
+        if seen['start']['config']['compile']: # two graphs are right: training, and eval without gradients
+            result['graphs'][name] = dict(recompilations=seen['graphs'] - 2, **{k: seen[k] for k in ('graphs', 'breaks', 'reasons')})
 
     result['determinism'] = None
     if rounds > 1:
@@ -315,18 +312,17 @@ def bench_overhead(result, folder, steps, rounds):
     data_share is their cost at most. The loop waits for the GPU in each step, for the gradient's norm, so that a log line
     costs no more than its writing.
     """
-    run = train(folder, f'sae-{rounds}', 'sae_gpt', steps) # the last of the step part, where that ran
-    config, seen = run['start']['config'], run['seconds']
-    step = run['start']['tokens_per_step'] / median(run['tok_s'])
-    batches = median(seen['get_batch']) * config['gradient_accumulation_steps']
-    costs = dict( # seconds, once in so many steps; the last call, as the first one compiles
-        data=(batches, 1),
-        log=(median(seen['write_log']), 10), # train.py's log_interval; it is 2 here
-        eval=(seen['evaluate'][-1], config['eval_interval']),
-        snapshot=(seen['snapshot'][-1], config['eval_interval']),
-        save=(seen['save'][-1], config['save_interval']))
-    result['overhead'] = {'step_ms': 1000 * step, **{f'{k}_ms': 1000 * s for k, (s, _) in costs.items()},
-                          **{f'{k}_share': s / every / step for k, (s, every) in costs.items()}}
+    seen = train(folder, f'sae-{rounds}', 'sae_gpt', steps) # the last of the step part, where that ran
+    config, seconds = seen['start']['config'], seen['seconds']
+    step = seen['start']['tokens_per_step'] / median(seen['tok_s'])
+    result['overhead'] = {'step_ms': 1000 * step}
+    for name, s, every in ( # seconds, once in so many steps; the last call, as the first one compiles
+            ('data', median(seconds['get_batch']) * config['gradient_accumulation_steps'], 1),
+            ('log', median(seconds['write_log']), 10), # train.py's log_interval; it is 2 here
+            ('eval', seconds['evaluate'][-1], config['eval_interval']),
+            ('snapshot', seconds['snapshot'][-1], config['eval_interval']),
+            ('save', seconds['save'][-1], config['save_interval'])):
+        result['overhead'] |= {f'{name}_ms': 1000 * s, f'{name}_share': s / every / step}
 
 def bench_ddp(result, folder, steps, _):
     """
@@ -336,51 +332,38 @@ def bench_ddp(result, folder, steps, _):
     n = torch.cuda.device_count() if GPU else 2
     runs = {r: train(folder, f'{r}-ranks', 'sae_gpt', 2 * steps, ranks=r, gradient_accumulation_steps=r, **SHORT_EVAL)
             for r in sorted({1, 2, n}) if n > 1}
-    tok_s = {r: median(run['tok_s']) for r, run in runs.items()}
+    tok_s = {r: median(seen['tok_s']) for r, seen in runs.items()}
     result['ddp'] = dict(tok_s=tok_s, speedup={r: v / tok_s[1] for r, v in tok_s.items()}) if runs else {}
 
 # ----------------------------------------------------------------------------------------------------
 # result
 
-ROWS = dict(
-    C='C', F='F', K='K', fast_ms='fast path', fast_skewed_ms='  with skewed features', plain_ms='plain path',
-    plain_compiled_ms='  compiled', scatter_ms='topk, scatter, dense decode', dense_ae_ms='dense autoencoder',
-    sparsify_ms='sparsify', floor_ms='floor', encoder_ms='encoder matmul alone', select_ms='selection alone',
-    topk_ms='torch.topk alone', fast_gb='peak GB, fast path', plain_gb='  plain path', plain_compiled_gb='  compiled',
-    dense_ae_gb='  dense autoencoder', fast_kept_gb='kept for backward, GB, fast path', plain_kept_gb='  plain path',
-    dense_ae_kept_gb='  dense autoencoder')
+def print_table(title, part, *columns):
+    """A line for each x of which part has a field x_<first column>: its fields x_<column>, a dash for None and for none."""
+    print(f"\n{title:38}" + ''.join(f"{column:>10}" for column in columns))
+    for name in [key.removesuffix(f'_{columns[0]}') for key in part if key.endswith(f'_{columns[0]}')]:
+        print(f"  {name:36}" + ''.join(f"{show(part.get(f'{name}_{column}')):>10}" for column in columns))
 
-def print_table(result):
-    """What was measured, at most 80 columns wide."""
-    line = lambda label, cells: print(f"{label:36}" + ''.join(f"{c:>10}" for c in cells))
+def print_result(result):
+    """What was measured, at most 80 columns wide, under the names of the JSON."""
     print(f"\n{result['gpu']}, torch {result['torch']}")
     if rows := result.get('layer'):
         print(f"copy {show(result['copy_tb_s'])} TB/s, bf16 matmul {show(result['matmul_tflop_s'])} TFLOP/s")
-        print(f"\none SAE layer, forward and backward, ms, N={N}, bf16")
-        for key, label in ROWS.items():
-            cells = [show(row.get(key)) for row in rows]
-            if set(cells) != {'-'}:
-                line(label, cells)
+        for row in rows:
+            print_table(f"SAE layer, C={row['C']} F={row['F']} K={row['K']} N={row['N']}", row, 'ms', 'gb', 'kept_gb')
         print("two fast passes: the same bits:", all(row['same_bits'] for row in rows))
     if head := result.get('head'):
-        print()
-        line(f"head with the loss, N={head['N']}, V={head['V']}", ['ms', 'peak GB'])
-        for name in ('fused', 'compiled'):
-            line(f"  {name}", [show(head[f'{name}_{unit}']) for unit in ('ms', 'gb')])
+        print_table(f"head with the loss, N={head['N']}, V={head['V']}", head, 'ms', 'gb')
     if step := result.get('step'):
-        print()
-        line("the whole training step", ['tokens/s', 'MFU', 'peak GB'])
-        for kind in ('dense', 'sae'):
-            line(f"config/{kind}_gpt.py", [show(step[f'{kind}_{key}']) for key in ('tok_s', 'mfu', 'gb')])
+        print_table("the whole training step", step, 'tok_s', 'mfu', 'gb')
         print(f"an SAE step takes {step['dense_tok_s'] / step['sae_tok_s']:.3f} of a dense one")
     for name, g in result.get('graphs', {}).items():
         breaks = sum(g['breaks'].values())
         print(f"graphs, {name}: {g['graphs']} (training, eval), {breaks} breaks, {g['recompilations']} recompilations")
     if same := result.get('determinism'):
         print(f"two SAE runs: {', '.join(f'{k} {v}' for k, v in same.items())}")
-    if cost := result.get('overhead'):
-        shares = [f"{k[:-6]} {100 * v:.2g} %" for k, v in cost.items() if k.endswith('_share')]
-        print(f"\nshare of time: {', '.join(shares)}")
+    if overhead := result.get('overhead'):
+        print_table("share of the training time", overhead, 'ms', 'share')
     if ddp := result.get('ddp'):
         print(f"\nspeed-up by number of GPUs: {', '.join(f'{r}: {v:.2f}x' for r, v in ddp['speedup'].items())}")
 
@@ -400,16 +383,14 @@ def main(argv):
     if argv[:1] == ['--child']:
         return child(argv[1:])
     options = configure(DEFAULTS, argv, problems)
-    parts, out = options['parts'].split(','), options['out']
+    parts, out, failed = options['parts'].split(','), options['out'], []
     torch.set_float32_matmul_precision('high') # as train.py
     result = dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU', torch=str(torch.__version__))
-    failed = []
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
         write_tokens(folder)
         for part in [p for p in PARTS if p in parts]:
             try:
-                PARTS[part](result, folder, options['steps'], options['rounds'])
+                PARTS[part](result, Path(folder), options['steps'], options['rounds'])
             except Exception: # must not cost the other parts their minutes
                 failed.append(part)
                 traceback.print_exc()
@@ -423,7 +404,7 @@ def main(argv):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out + '.tmp').write_text(text, encoding='utf-8')
         os.replace(out + '.tmp', out)
-    print_table(result)
+    print_result(result)
     say(f"written to {out}" if out else "not written anywhere (--out says where)")
     if failed:
         sys.exit(f"error: these parts failed, see above: {', '.join(failed)}")

@@ -12,6 +12,7 @@ import ast
 import difflib
 import os
 import sys
+from contextlib import suppress
 
 def configure(defaults, argv, check=None):
     """
@@ -23,18 +24,27 @@ def configure(defaults, argv, check=None):
     config, problems = dict(defaults), []
     for arg in argv:
         if arg in ('--help', '-h'):
-            print("usage: config files and --key=value, later ones win. Keys and defaults:")
-            print("\n".join(f"  --{key}={show(value)}" for key, value in defaults.items()))
+            print("usage: config files and --key=value, later ones win. Keys and defaults:",
+                  *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
             sys.exit(0)
-        if arg.startswith('--'):
-            key, equals, value = arg[2:].partition('=')
-            if not equals:
-                problems.append(f"{arg}: expected --key=value, e.g. --{nearest(key, defaults) or 'key'}=...")
-            else:
-                assign(config, defaults, key, value, "on the command line", problems)
+        key, equals, value = arg.removeprefix('--').partition('=')
+        if not arg.startswith('--'):
+            given, where = read_file(arg, config, problems), f"in {arg}"
+        elif equals:
+            given, where = {key: value}, "on the command line"
         else:
-            for key, value in read_file(arg, config, problems).items():
-                assign(config, defaults, key, value, f"in {arg}", problems)
+            given = {}
+            problems.append(f"{arg}: expected --key=value, e.g. --{nearest(key, defaults) or 'key'}=...")
+        for key, value in given.items():
+            if key not in defaults:
+                near = nearest(key, defaults)
+                problems.append(f"unknown key {key!r} {where}: " + (f"did you mean {near!r}?" if near else "--help lists all"))
+                continue
+            try:
+                new = convert(value, type(defaults[key]))
+                config[key] = config[key] + new if type(new) is list and config[key] is not defaults[key] else new
+            except ValueError as e:
+                problems.append(f"{key}={show(value)} {where}: expected {e}")
     if check: # what it says of a key that could not be read would be about the default
         unread = [problem.partition('=')[0] + '=' for problem in problems]
         problems += [problem for problem in check(config) if not any(key in problem for key in unread)]
@@ -74,70 +84,43 @@ def writable(folder):
 
 def read_file(path, config, problems):
     """Names that the config file at path assigns, as a dict. It may compute with the values configured so far."""
-    if not os.path.isfile(path):
-        problems.append(f"{path}: no such config file (options are written --key=value)")
-        return {}
+    names = dict(config)
     try:
         with open(path, encoding='utf-8') as f:
-            tree = compile(f.read(), path, 'exec')
-        names = dict(config)
-        exec(tree, names)
+            code = compile(f.read(), path, 'exec')
+        exec(code, names)
     except (Exception, SystemExit) as e:
-        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})")
+        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})" if os.path.isfile(path)
+                        else f"{path}: no such config file (options are written --key=value)")
         return {}
-    assigned = {name for name in tree.co_names if name in names}
-    modules = {n for n in assigned if type(names[n]).__name__ in ('module', 'function', 'type')}
-    return {n: names[n] for n in tree.co_names if n in assigned - modules and not n.startswith('_')
-            and (n not in config or names[n] is not config[n])}
-
-def assign(config, defaults, key, value, where, problems):
-    if key not in defaults:
-        near = nearest(key, defaults)
-        problems.append(f"unknown key {key!r} {where}" + (f": did you mean {near!r}?" if near else ": --help lists all"))
-        return
-    try:
-        value = convert(value, defaults[key])
-        config[key] = config[key] + value if type(value) is list and config[key] is not defaults[key] else value
-    except ValueError as e:
-        problems.append(f"{key}={show(value)} {where}: expected {e}")
+    found = {n: names[n] for n in code.co_names if n in names and not n.startswith('_')}
+    return {n: v for n, v in found.items() if type(v).__name__ not in ('module', 'function', 'type')
+            and (n not in config or v is not config[n])}
 
 def nearest(key, defaults):
     return next(iter(difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)), None)
 
-def convert(value, default):
-    """value as default's type; raises ValueError naming what was expected."""
-    kind = type(default)
-    if kind is str:
-        if isinstance(value, str):
-            return value
-        raise ValueError("text")
+def convert(value, kind):
+    """value as that type; raises ValueError naming what was expected."""
     if kind is list:
         return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    if isinstance(value, str):
+    if kind is bool and isinstance(value, str):
+        value = {'true': True, 'false': False}.get(value.strip().lower())
+    elif isinstance(value, str) and kind is not str:
         text = value.strip()
-        if kind is bool and text.lower() in ('true', 'false'):
-            return text.lower() == 'true'
-        if kind is tuple:
-            text = text.strip('()[]')
-            text = f"({text},)" if text.strip() and not text.rstrip().endswith(',') else f"({text})"
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass # still text: refused below
-    if kind is bool and type(value) is not bool:
-        raise ValueError("true or false")
-    if kind is int and (type(value) is not int or abs(value) >= 2**63):
-        raise ValueError("a whole number, below 2**63 in size")
-    if kind is float:
-        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max: # nor nan
-            raise ValueError("a finite number")
-        return float(value)
-    if kind is tuple:
-        value = (value,) if type(value) is int else value
-        if not isinstance(value, (list, tuple)) or any(type(v) is not int for v in value):
-            raise ValueError("whole numbers separated by commas, e.g. 2,5")
-        return tuple(value)
-    return value
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError): # still text: refused below
+            value = ast.literal_eval(f"[{text.strip('()[]')}]" if kind is tuple else text)
+    value = [value] if kind is tuple and type(value) is int else value
+    understood, expected = {
+        str: (isinstance(value, str), "text"),
+        bool: (type(value) is bool, "true or false"),
+        int: (type(value) is int and abs(value) < 2**63, "a whole number, below 2**63 in size"),
+        float: (type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"), # nor nan
+        tuple: (isinstance(value, (list, tuple)) and all(type(v) is int for v in value), "whole numbers separated by commas, e.g. 2,5"),
+    }[kind]
+    if not understood:
+        raise ValueError(expected)
+    return kind(value)
 
 def show(value):
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.dataset import encoding_to_json, write_dataset
+from data.dataset import write_dataset
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,7 @@ def write_tiny_data(out, train_tokens=3000, vocab_size=257):
     enc = tiktoken.Encoding('bytes', pat_str='.', mergeable_ranks={bytes([i]): i for i in range(256)},
                             special_tokens={'<|endoftext|>': 256})
     letters = np.random.default_rng(0).choice(np.frombuffer(b'aaaabbbccd   \n', dtype=np.uint8), train_tokens + 500)
-    write_dataset(out, [letters[:train_tokens]], [letters[train_tokens:]], vocab_size, 'tokenizer.json', 'random letters', 256,
-                  extra_files={'tokenizer.json': encoding_to_json(enc)})
+    write_dataset(out, [letters[:train_tokens]], [letters[train_tokens:]], vocab_size, enc, 'random letters', 256)
     return str(out)
 
 def arguments(out, data, **changes):

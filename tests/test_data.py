@@ -21,8 +21,8 @@ import tiktoken
 
 import configurator
 from data import dataset
-from data.dataset import (encoding_to_json, eval_batches, get_batch, load_dataset, load_tokenizer,
-                          named_encoding, token_bytes, windows_per_epoch, write_dataset)
+from data.dataset import (eval_batches, get_batch, load_dataset, load_tokenizer, named_encoding, token_bytes,
+                          windows_per_epoch, write_dataset)
 from data.fineweb import prepare as fineweb
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text
@@ -257,8 +257,7 @@ def test_tokenizer_file(tmp_path):
     """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes (padding of
     the vocabulary, gaps) give b"" and never an exception."""
     enc = byte_encoding("the", " cat", start=300)
-    meta = make(tmp_path, tokenizer="tokenizer.json",
-                extra_files={"tokenizer.json": encoding_to_json(enc)})
+    meta = make(tmp_path, tokenizer=enc)
     again = load_tokenizer(tmp_path, meta)
     assert again.encode("the cat sat") == enc.encode("the cat sat") and enc.encode("the") == [300]
     table = token_bytes(again, 310)

@@ -25,7 +25,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import inspect_features as view
-from data.dataset import encoding_to_json, eval_batches, write_dataset
+from data.dataset import eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 
 torch.set_num_threads(1)
@@ -45,8 +45,7 @@ def make_run(folder, seed=0, **config):
     enc = tiktoken.Encoding('bytes', pat_str=r'\s+|\S+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': EOT})
     def tokens(n): # few types are frequent, so that features fire often on some
         return np.where(rng.random(n) < 0.6, rng.choice([10, 32, 97, 98, 99, 256, 257, EOT], n), rng.integers(0, V, n))
-    write_dataset(folder / 'data', [tokens(500)], [tokens(6000)], V, 'tokenizer.json', 'random', EOT,
-                  extra_files={'tokenizer.json': encoding_to_json(enc)})
+    write_dataset(folder / 'data', [tokens(500)], [tokens(6000)], V, enc, 'random', EOT)
     torch.manual_seed(seed)
     config = GPTConfig(**dict(dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, sae_layers=(1, 2), sae_ratio=3,
                                    sae_k=4), **config))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import sample
-from data.dataset import encoding_to_json, write_dataset
+from data.dataset import write_dataset
 from model import GPT, GPTConfig, save_checkpoint
 from sae import SITES
 
@@ -38,8 +38,7 @@ def write_data(path, eot=256):
     """A data set of bytes (256 is the end of text), without its train.bin and val.bin."""
     enc = tiktoken.Encoding('bytes', pat_str=r'(?s).', special_tokens={'<|endoftext|>': 256},
                             mergeable_ranks={bytes([i]): i for i in range(256)})
-    meta = write_dataset(path, [[1, 2]], [[3]], 257, 'tokenizer.json', 'test', eot,
-                         {'tokenizer.json': encoding_to_json(enc)})
+    meta = write_dataset(path, [[1, 2]], [[3]], 257, enc, 'test', eot)
     (path / 'train.bin').unlink(), (path / 'val.bin').unlink()
     return meta
 

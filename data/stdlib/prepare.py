@@ -1,14 +1,6 @@
 """
-Makes data/stdlib: the standard library of the Python that runs this, as a corpus for language
-models. It is on every machine, so the first run of this project downloads nothing.
-
-The documents are the library's sources and the help topics of pydoc (`help("assignment")`):
-code, docstrings, comments and reference prose. Left out are tests and tables of literals, which
-teach a model little and swallow dozens of its features.
-
-A byte-level BPE of 4096 tokens is trained on the training files, with GPT-2's split pattern, and
-kept as a tiktoken Encoding in tokenizer.json. Every 13th file, by a hash of its name, is for
-validation.
+Makes data/stdlib: the standard library of the Python that runs this, as a corpus for language models. It is on every
+machine, so the first run of this project downloads nothing.
 
     python data/stdlib/prepare.py
 
@@ -16,8 +8,12 @@ prints, with Python 3.11 on one core (3.12 and 3.13 have 9.5 MB):
     620 + 51 documents, 10,161,169 bytes
     BPE of 4096 tokens in 4.1 s
     train 2,514,657 tokens, val 269,363; 3.65 bytes a token; 6.2 s in all
-"""
 
+The documents are the library's sources and the help topics of pydoc (`help("assignment")`): code, docstrings, comments
+and reference prose. Left out are tests and tables of literals, which teach a model little and swallow dozens of its
+features. Every 13th document, by a hash of its name, is for validation. A byte-level BPE of 4096 tokens is trained on
+the others, with GPT-2's split pattern, and kept as a tiktoken Encoding in tokenizer.json.
+"""
 import hashlib
 import heapq
 import platform
@@ -29,87 +25,64 @@ import tokenize
 from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `python data/stdlib/prepare.py`
-from configurator import run  # noqa: E402
-from data.dataset import encoding_to_json, write_dataset  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository
+from configurator import run # noqa: E402
+from data.dataset import write_dataset # noqa: E402
 
-VOCAB_SIZE = 4096  # 256 bytes, 3839 merges, <|endoftext|>
-EOT = "<|endoftext|>"
+VOCAB_SIZE = 4096 # 256 bytes, 3839 merges, <|endoftext|>
 # GPT-2's: contractions, words, numbers, punctuation (each with its leading space), white space
 # (possessive, as tiktoken writes it: the same words, found faster)
-PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
-           r"|\s++$|\s+(?!\S)|\s")
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # folders that hold no library code, or character tables only (encodings)
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
-
-
-# -----------------------------------------------------------------------------
-# the documents
-
+SKIP = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings', '__pycache__'}
+# a line that begins with a string or a number, brackets aside, but not with a docstring. A source with more than 0.3 of
+# them is a table (html/entities.py, locale.py, _sysconfigdata...): set by looking, tables have 0.34 to 1.0, code up to 0.28
+LITERAL = re.compile(r"^[ \t]*[\[({]*(?!\"\"\"|''')['\"\d]", re.MULTILINE)
 
 def documents():
     """Yields (name, text) of every document, in sorted order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
+    root = Path(sysconfig.get_path('stdlib'))
+    for path in sorted(root.rglob('*.py')):
         folders = path.relative_to(root).parts[:-1]
-        if SKIP.intersection(folders) or any(f.startswith("config-") for f in folders):
-            continue  # config-3.11-...: how this Python was built
+        if SKIP.intersection(folders) or any(f.startswith('config-') for f in folders):
+            continue # config-3.11-...: how this Python was built
         try:
-            with tokenize.open(path) as f:  # honours a file's own `coding:` line
+            with tokenize.open(path) as f: # honours a file's own `coding:` line
                 text = f.read()
-            if text and not is_table(text):
-                yield path.relative_to(root).as_posix(), text
         except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # a template, or unreadable: no source
+            continue # a template, or unreadable: no source
+        if text and len(LITERAL.findall(text)) <= 0.3 * (text.count('\n') + 1):
+            yield path.relative_to(root).as_posix(), text
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship Python without it
+    except ImportError: # some distributions ship Python without it
         topics = {}
     for name in sorted(topics):
         yield f"help topic {name}", topics[name]
-
-
-# a line that begins with a string or a number, brackets aside, but not with a docstring
-LITERAL = re.compile(r"^[ \t]*[\[({]*(?!\"\"\"|''')['\"\d]", re.MULTILINE)
-
-
-def is_table(source):
-    """Is a source mostly a table of literals? (html/entities.py, locale.py, _sysconfigdata...)
-
-    The threshold was set by looking: tables have 0.34 to 1.0 of such lines, code up to 0.28.
-    """
-    return len(LITERAL.findall(source)) > 0.3 * (source.count("\n") + 1)
-
 
 def is_val(name):
     """By name alone: a file stays on its side when others come or go with the next Python."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 13 == 0
 
-
-# -----------------------------------------------------------------------------
-# byte-level BPE
-
-
 def train_bpe(texts, vocab_size):
-    """Returns {token bytes: id}: the 256 bytes, then up to vocab_size - 256 merged tokens.
-
-    Ordinary BPE: join the most frequent pair of neighbours, again and again. It is fast enough
-    in plain Python because it works on distinct words with their counts (this library
-    has 46 thousand), and because a merge touches only the words that contain its pair.
-    Ties go to the pair with the lower ids, so the result depends on nothing but the texts.
+    """
+    Returns {token bytes: id}: the 256 bytes, then up to vocab_size - 256 merged tokens.
+    Ordinary BPE: join the most frequent pair of neighbours, again and again. It is fast enough in plain Python because
+    it works on distinct words with their counts (this library has 46 thousand), and because a merge touches only the
+    words that contain its pair. Ties go to the pair with the lower ids, so the result depends on nothing but the texts.
     """
     import regex
     split = regex.compile(PATTERN)
     counts = Counter()
     for text in texts:
         counts.update(split.findall(text))
-    words = [list(word.encode()) for word in counts]  # as ids
+    words = [list(word.encode()) for word in counts] # as ids
     counts = list(counts.values())
 
     tokens = [bytes([i]) for i in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
     pair_count = Counter()
-    where = defaultdict(set)  # pair -> the words that have it, or once had it
+    where = defaultdict(set) # pair -> the words that have it, or once had it
     for w, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_count[pair] += counts[w]
@@ -119,34 +92,29 @@ def train_bpe(texts, vocab_size):
 
     while len(tokens) < vocab_size and heap:
         n, pair = heapq.heappop(heap)
-        if -n != pair_count[pair]:  # counts only sink unseen: put it back with the true one
+        if -n != pair_count[pair]: # counts only sink unseen: put it back with the true one
             if pair_count[pair] > 0:
                 heapq.heappush(heap, (-pair_count[pair], pair))
             continue
         if -n < 2:
-            break  # what occurs once is no pattern
+            break # what occurs once is no pattern
         a, b = pair
-        merged = tokens[a] + tokens[b]
         # a+bc may spell an existing ab+c. tiktoken looks only at the bytes: it is the same token.
-        new = ids.setdefault(merged, len(tokens))
+        new = ids.setdefault(tokens[a] + tokens[b], len(tokens))
         if new == len(tokens):
-            tokens.append(merged)
+            tokens.append(tokens[a] + tokens[b])
         grown = set()
         for w in where.pop(pair):
-            word, n = words[w], counts[w]
+            word = words[w]
             for old in zip(word, word[1:]):
-                pair_count[old] -= n
-            i, out = 0, []
-            while i < len(word):
-                if word[i] == a and i + 1 < len(word) and word[i + 1] == b:
-                    out.append(new)
-                    i += 2
-                else:
-                    out.append(word[i])
-                    i += 1
-            words[w] = out
-            for now in zip(out, out[1:]):
-                pair_count[now] += n
+                pair_count[old] -= counts[w]
+            i = 0
+            while i < len(word) - 1:
+                if word[i] == a and word[i + 1] == b:
+                    word[i:i + 2] = [new]
+                i += 1
+            for now in zip(word, word[1:]):
+                pair_count[now] += counts[w]
                 if new in now:
                     where[now].add(w)
                     grown.add(now)
@@ -154,44 +122,32 @@ def train_bpe(texts, vocab_size):
             heapq.heappush(heap, (-pair_count[now], now))
     return ids
 
-
-# -----------------------------------------------------------------------------
-
-
-def prepare(out_dir=None, max_bytes=None, vocab_size=VOCAB_SIZE):
+def prepare(out='stdlib', max_bytes=float('inf'), vocab_size=VOCAB_SIZE):
     """Builds the data set and returns its meta; max_bytes bounds the corpus, for tests."""
     import tiktoken
-    start, size, texts = time.time(), 0, {"train": [], "val": []}
+    start, size, train, val = time.time(), 0, [], []
     for name, text in documents():
-        if max_bytes is not None and size >= max_bytes:
+        if size >= max_bytes:
             break
-        texts["val" if is_val(name) else "train"].append(text)
+        (val if is_val(name) else train).append(text)
         size += len(text.encode())
-    if not texts["train"]:
-        raise ValueError(f"this Python's library has no sources in {sysconfig.get_path('stdlib')}: "
-                         "use another Python, or data/text/prepare.py with your own text")
+    if not train:
+        raise ValueError(f"this Python's library has no sources in {sysconfig.get_path('stdlib')}: use another Python, or "
+                         "data/text/prepare.py with your own text")
+    print(f"{len(train)} + {len(val)} documents, {size:,} bytes")
     read = time.time()
-    print(f"{len(texts['train'])} + {len(texts['val'])} documents, {size:,} bytes")
-    ranks = train_bpe(texts["train"], vocab_size - 1)
-    trained = time.time()
-    eot = len(ranks)  # = vocab_size - 1 unless the corpus ran out of pairs
-    enc = tiktoken.Encoding("stdlib", pat_str=PATTERN, mergeable_ranks=ranks,
-                            special_tokens={EOT: eot})
-    pieces = {split: ([eot] + enc.encode_ordinary(text) for text in docs)
-              for split, docs in texts.items()}
-    meta = write_dataset(
-        out_dir or Path(__file__).resolve().parent, pieces["train"], pieces["val"],
-        vocab_size=eot + 1, tokenizer="tokenizer.json", eot=eot,
-        source=f"standard library of Python {platform.python_version()}, without tests and tables",
-        extra_files={"tokenizer.json": encoding_to_json(enc)})
-    n_train, n_val = meta["train_tokens"], meta["val_tokens"]
-    print(f"BPE of {eot + 1} tokens in {trained - read:.1f} s")
-    print(f"train {n_train:,} tokens, val {n_val:,}; {size / (n_train + n_val):.2f} bytes a token; "
-          f"{time.time() - start:.1f} s in all")
+    ranks = train_bpe(train, vocab_size - 1)
+    eot = len(ranks) # = vocab_size - 1 unless the corpus ran out of pairs
+    print(f"BPE of {eot + 1} tokens in {time.time() - read:.1f} s")
+    enc = tiktoken.Encoding('stdlib', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': eot})
+    encode = lambda texts: ([eot] + enc.encode_ordinary(text) for text in texts)
+    source = f"standard library of Python {platform.python_version()}, without tests and tables"
+    meta = write_dataset(out, encode(train), encode(val), eot + 1, enc, source, eot)
+    n_train, n_val = meta['train_tokens'], meta['val_tokens']
+    print(f"train {n_train:,} tokens, val {n_val:,}; {size / (n_train + n_val):.2f} bytes a token; {time.time() - start:.1f} s in all")
     return meta
 
-
-if __name__ == "__main__":
+if __name__ == '__main__':
     if sys.argv[1:]:
-        raise SystemExit("error: data/stdlib/prepare.py takes no arguments, got " + " ".join(sys.argv[1:]))
+        sys.exit("error: data/stdlib/prepare.py takes no arguments, got " + ' '.join(sys.argv[1:]))
     run(prepare)
