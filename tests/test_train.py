@@ -529,7 +529,7 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     undisturbed run, to the bit. Warm-up, alpha, K annealing and dropout go on over the whole run.
 
     python -m pytest tests/test_train.py --slow -s -k random_moments      (two minutes)"""
-    changes = dict(ranks=ranks, max_iters=600, warmup_iters=500, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
+    changes = dict(ranks=ranks, max_iters=900, warmup_iters=500, gradient_accumulation_steps=4, save_interval=1, eval_interval=20,
                    log_interval=3, rank_timeout=20)
     assert train(tmp_path / 'whole', tiny_data, **changes)[0] in (0, [0, 0])
     rng, out, kills, in_saves, at = random.Random(1), tmp_path / 'killed', 0, 0, 0
