@@ -65,11 +65,14 @@ def stop_if(problems):
 def run(main, *args):
     """
     A script as a program: ValueError and OSError, which say what the user can mend, are one sentence and exit code 1;
-    Ctrl-C is 130; and a terminal or pipe that is not UTF-8 gets question marks.
+    Ctrl-C is 130; `| head` may close the pipe; and a terminal or pipe that is not UTF-8 gets question marks.
     """
     sys.stdout.reconfigure(errors='replace')
     try:
         main(*args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is still to be written goes nowhere
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -70,6 +70,15 @@ SETTLED = 0.7            # cosine of its token counts to the final ones from whi
 PLACES = dict(resid='on the residual stream after block', mlp="on the MLP's output in block", hidden='inside the MLP of block',
               attn="on the attention's output in block", stream='on the channels of the stream after block')
 
+def problems(c):
+    """What is wrong with the options, as a list of sentences."""
+    found = [f"{key}={c[key]} must not be negative" for key in ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed') if c[key] < 0]
+    try:
+        re.compile(c['find'])
+    except re.error as e:
+        found.append(f"find={c['find']!r} is no regular expression: {e}")
+    return found
+
 # ----------------------------------------------------------------------------------------------------
 # the scan: one pass of the model over val, in memory that does not grow with the tokens scanned
 
@@ -1050,19 +1059,7 @@ def look(c):
         show(overview(s, c.rows) for s in chosen)
 
 def main(argv):
-    c = SimpleNamespace(**configure(DEFAULTS, argv))
-    try:
-        for key in ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed'):
-            if getattr(c, key) < 0:
-                raise ValueError(f"{key}={getattr(c, key)} must not be negative")
-        look(c)
-        sys.stdout.flush()
-    except BrokenPipeError: # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except re.error as e:
-        raise SystemExit(f"error: find={c.find!r} is no regular expression: {e}") from None
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
+    run(look, SimpleNamespace(**configure(DEFAULTS, argv, problems)))
 
 if __name__ == '__main__':
-    run(main, sys.argv[1:])
+    main(sys.argv[1:])

@@ -6,6 +6,8 @@ configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad inp
 import random
 import re
 import string
+import subprocess
+import sys
 
 import pytest
 
@@ -171,3 +173,11 @@ def test_fuzz(capsys):
             assert e.code == 2, argv
             assert 'error: ' in capsys.readouterr().err
     assert 5000 < refused < 9900, refused
+
+def test_closed_pipe_is_no_error():
+    """`python inspect_features.py | head` has read enough; what comes after goes nowhere."""
+    code = "from configurator import run; run(lambda: [print('x' * 80) for _ in range(10_000)])"
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.readline()
+    p.stdout.close()
+    assert p.stderr.read() == b'' and p.wait() == 0
