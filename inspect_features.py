@@ -101,8 +101,6 @@ def scan(c, run, key):
     index_tokens.npy (N,), index_features.npy (S, N, K), F where a slot is not active, and index_values.npy (S, N, K).
     """
     import torch
-    from rich.console import Console
-    from rich.progress import track
     from sae import count_pairs
     saes, gpu, path = run.model.saes(), 'cuda' in run.device, Path(c.out_dir) / 'index.npz'
     T, V, S = run.model.config.block_size, run.model.config.vocab_size, len(saes)
@@ -118,10 +116,9 @@ def scan(c, run, key):
     all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
     all_values = create('values', np.float16, S, N, K)
     pairs, fvu, largest = [[] for _ in saes], torch.zeros(S), torch.zeros(S, F, device=run.device)
-    started, first = time.time(), 0
-    for x in track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True,
-                   disable=not sys.stderr.isatty()):
-        tokens, here = x.to(run.device), slice(first, first + x.numel())
+    started = time.time()
+    for i, x in enumerate(batches()):
+        tokens, here = x.to(run.device), slice(i * x.numel(), (i + 1) * x.numel())
         _, out = forward(run, tokens)
         all_tokens[here] = x.flatten()
         fvu += out.fvu.float().cpu() / len(sizes)
@@ -133,14 +130,13 @@ def scan(c, run, key):
                 pairs[s] = [merge(pairs[s])]
             all_features[s, here] = torch.where(values != 0, indices, F).int().view(-1, K).cpu()
             all_values[s, here] = values.clamp(-65504, 65504).half().view(-1, K).cpu()
-        first += x.numel()
     wte = run.model.transformer.wte.weight[:V].detach().float()
     found = [statistics(sae, wte, *merge(p)) for sae, p in zip(saes.values(), pairs)]
     arrays = {name: torch.stack([x[name] for x in found]).cpu().numpy() for name in found[0]} # (S, F, ...)
     meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site, F=F, K=K, T=T, N=N,
                 eot=-1 if run.eot is None else run.eot, wanted=wanted, dataset=str(c.dataset or run.checkpoint['dataset']),
                 names=[raw.decode('latin-1') for raw in token_bytes(run.tokenizer, V)]) # JSON holds no bytes
-    save_npz(path, meta=json.dumps(meta), max=largest.cpu().numpy(), fvu=fvu.numpy(), **arrays)
+    np.savez(path, meta=json.dumps(meta), max=largest.cpu().numpy(), fvu=fvu.numpy(), **arrays)
     say(f"scanned {N:,} tokens of {meta['dataset']} val in {time.time() - started:.1f} s -> {path}")
 
 def merge(pairs):
@@ -176,15 +172,8 @@ def statistics(sae, wte, keys, counts):
 # ----------------------------------------------------------------------------------------------------
 # the index: what the scan left in out_dir
 
-def save_npz(path, **arrays):
-    """An .npz, whole or not at all."""
-    temporary = path.with_suffix('.npz.tmp')
-    with open(temporary, 'wb') as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
-
 def load_npz(path):
-    """An .npz as {name: array}; None if it is missing or damaged."""
+    """An .npz as {name: array}; None if it is missing, torn or damaged: then it is made again."""
     try:
         with np.load(path) as z:
             return {name: z[name] for name in z.files}
@@ -265,15 +254,17 @@ def feature_data(s, f, timeline=None, effect=None):
     examples = dict(zip(some.tolist(), found[len(top) + len(random):]))
     both = np.bincount(s.features.take(where, axis=0).reshape(-1), minlength=s.F + 1)[:s.F]
     share = both / np.maximum(1, s.count + len(where) - both)            # of the positions where either fires
-    share[f] = -1                                                        # itself
-    joint = np.argsort(-share, kind='stable')[:min(5, s.F - 1)]
+    share[f], joint = -1, []
+    for _ in range(min(5, s.F - 1)):                                     # faster than a sort
+        joint.append((int(share.argmax()), float(share.max())))
+        share[joint[-1][0]] = -1
     pairs = lambda tokens, values: list(zip(tokens[f].tolist(), values[f].tolist()))
     return dict(
         layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]), max=float(s.max[f]), R=R,
         entropy=float(s.entropy[f]) if len(where) else None, mean=float(a.sum() / max(1, len(a))), hist=hist.tolist(),
         fires_on=fires_on(s, f), up=pairs(s.up, s.up_value), down=pairs(s.down, s.down_value),
         near=pairs(s.near, s.near_value) if s.site != 'stream' else [],  # whose channels are orthogonal
-        joint=list(zip(joint.tolist(), share[joint].tolist())), top=fold(found[:len(top)]), random=fold(found[len(top):len(top) + len(random)]),
+        joint=joint, top=fold(found[:len(top)]), random=fold(found[len(top):len(top) + len(random)]),
         intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float(shares[j]), examples.get(j))
                    for j in reversed(np.flatnonzero(shares).tolist())],
         effect=effect, timeline=timeline and feature_timeline(timeline, f))
@@ -323,11 +314,11 @@ def fold(contexts):
 
 def removal_effect(run, s, f, n):
     """
-    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it fires: exact, since the
-    feature is part of the model. At n of the positions where it fires, drawn at random; None where there is none.
+    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it fires: exact, since the feature is part
+    of the model. At n of the positions where it fires, drawn at random; None where there is none.
     """
     import torch
-    sae, (where, _), change = run.model.saes()[s.layer], firings(s, f), np.zeros(0)
+    sae, (where, _), change = run.model.saes()[s.layer], firings(s, f), []
     where = np.random.default_rng(s.seed).permutation(where[where % s.T < s.T - 1])[:n]
     scale = torch.ones(2, 1, sae.n_features, device=run.device)
     scale[1, 0, f] = 0
@@ -337,9 +328,10 @@ def removal_effect(run, s, f, n):
         at = torch.from_numpy(where[where // s.T == w] % s.T).to(run.device)
         logits = forward(run, x.expand(2, -1))[0][:, at].float()         # (2, positions, V): all T of them would be 200 MB
         losses = torch.nn.functional.cross_entropy(logits.mT, x[at + 1].expand(2, -1), reduction='none')
-        change = np.append(change, (losses[1] - losses[0]).cpu().numpy())
+        change += (losses[1] - losses[0]).tolist()
     sae.steer = None
-    return dict(n=len(change), mean=float(change.mean()), std=float(change.std()), worse=float((change > 0).mean())) if len(change) else None
+    worse = sum(d > 0 for d in change) / max(1, len(change))
+    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=worse) if change else None
 
 def find(s, pattern):
     """
@@ -393,12 +385,11 @@ def read_prompt(run, text, top):
     """[(token, {layer: [(feature, activation)] strongest first})] of a text."""
     rows = []
     for window, out in read(run, text):
+        order = out.values.abs().argsort(dim=-1, descending=True, stable=True)[..., :top] # (S, 1, T, top)
+        values, indices = (x.gather(-1, order)[:, 0].tolist() for x in (out.values.float(), out.indices))
         for t, token in enumerate(window):
-            features = {}
-            for s, layer in enumerate(run.model.saes()):
-                both = zip(out.indices[s, 0, t].tolist(), out.values[s, 0, t].float().tolist())
-                features[layer] = sorted([p for p in both if p[1]], key=lambda p: -abs(p[1]))[:top]
-            rows.append((token, features))
+            strongest = [[(f, a) for f, a in zip(indices[s][t], values[s][t]) if a] for s in range(len(values))]
+            rows.append((token, dict(zip(run.model.saes(), strongest))))
     return rows
 
 # ----------------------------------------------------------------------------------------------------
@@ -441,8 +432,8 @@ def split(y, seed):
 
 def choose_features(X, y, k):
     """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k
-    together, by orthogonal matching pursuit on one-hot labels.
+    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k together, by
+    orthogonal matching pursuit on one-hot labels.
     """
     X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
     residual = Y = Y - Y.mean(0)
@@ -491,7 +482,7 @@ def open_timeline(out_dir):
         last = load_npz(files[-1])
         snapshots = [read_snapshot(file, last) for file in reversed(files)][::-1] # the last first: it is the measure of all
         z = {name: np.stack([snapshot[name] for snapshot in snapshots]) for name in snapshots[0]}
-        save_npz(path, key=key, **z)
+        np.savez(path, key=key, **z)
     return {layer: SimpleNamespace(**of_layer(z, layer), layer=layer, steps=z['step'], tokens=z['tokens'], probed=int(z['probed'][0]))
             for layer in z['layers'][0].tolist()}
 
@@ -651,10 +642,7 @@ def marked(s, context, largest):
     return text, levels, begin
 
 def paragraph(s, context, largest, width, colour):
-    """
-    A context wrapped at its line breaks and at spaces. On a terminal the tokens are shaded by activation; without
-    colour, bars stand under the tokens on which the feature fires.
-    """
+    """A context wrapped at its line breaks and at spaces, shaded by activation or, without colour, with bars under its tokens."""
     text, levels, _ = marked(s, context, largest)
     while text.strip(' ') or any(levels):
         fits = max(1, int((np.cumsum([width_of(ch) for ch in text]) <= width - 2).sum()))
@@ -768,8 +756,8 @@ def feature_view(index, d, examples):
                                    (d['joint'] if count else [], 'Fires with', 'positions with both / positions with either')):
         yield from panel(kind, note, (f'  {value:6.3f}  {name(s, g)}{captions(s, g, 58)}' for g, value in neighbours))
     if s.site == 'stream' and len(index) > 1:
-        yield title('Across layers', f'channel {f} of the stream, after each block with an SAE')
-        yield from table(RANKED + f'{"max":>9}', [(x, f, ranked(x, f) + f'{number(x.max[f]):>9}') for x in index.values()])
+        yield from panel('Across layers', f'channel {f} of the stream, after each block with an SAE', table(
+            RANKED + f'{"max":>9}', [(x, f, ranked(x, f) + f'{number(x.max[f]):>9}') for x in index.values()]))
     if e := d['effect']:
         yield title('Without it', f"exact change of the loss, at {e['n']:,} of the positions where it fires")
         yield f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), standard deviation {e['std']:.4f}"
@@ -808,9 +796,8 @@ def feature_timeline_view(names, snapshots, f):
     for i, step in enumerate(t['steps']):
         entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
         tokens = crop('  '.join(caption(names[token]) for token in t['tokens'][i]), 29)
-        mark = '*' if i == t['settled'] else ' '
-        cosines = f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}"
-        yield f"{mark}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}{cosines}   {tokens}"
+        yield (f"{'*' if i == t['settled'] else ' '}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}"
+               f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}   {tokens}")
 
 def timeline_view(t):
     """An SAE over training; t from open_timeline."""
@@ -851,9 +838,8 @@ def find_view(s, pattern, rows):
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
 def probe_view(s, run, labels, texts, rows, seed):
-    kinds = sorted(set(labels))
-    y, X = np.array([kinds.index(label) for label in labels]), pooled_codes(run, s.layer, texts)
-    train, test = split(y, seed)
+    kinds, y = np.unique(np.array(labels, object), return_inverse=True)
+    X, (train, test) = pooled_codes(run, s.layer, texts), split(y, seed)
     yield bold(f'Probe of block {s.layer}: {len(texts):,} texts of {len(kinds)} labels, {len(train):,} to train on, '
                f'{len(test):,} held out')
     yield dim("each text is its features' strongest activations; logistic regression on k of them;")
