@@ -203,9 +203,8 @@ def open_index(c):
 
 def read_index(c):
     """
-    {block: its SAE}, where an SAE has as attributes the statistics, e.g. s.count (F,); what scan() calls meta, e.g.
-    s.step; s.names, the bytes of each token; and as memory maps s.tokens (N,), s.features and s.values (N, K).
-    {} where the files are not there or not whole.
+    {block: its SAE}, whose attributes are the statistics, e.g. s.count (F,); what scan() calls meta, e.g. s.step, s.names (the bytes
+    of each token); and as memory maps s.tokens (N,), s.features and s.values (N, K). {} where the files are missing or not whole.
     """
     path = Path(c.out_dir) / 'index.npz'
     try:
@@ -350,12 +349,11 @@ def find(s, pattern):
     n = last - first + 1
     match = np.repeat(np.arange(len(n)), n)                              # an entry a (match, position)
     inside = np.arange(n.sum()) + np.repeat(first - np.cumsum(n) + n, n)
-    tokens = np.zeros(s.N, bool)
-    tokens[inside] = True
+    tokens = np.unique(inside)
     once = np.sort((match[:, None] * (s.F + 1) + s.features[inside]).reshape(-1), kind='stable') # faster than np.unique
     once = once[np.diff(once, prepend=-1) > 0] % (s.F + 1)               # an entry a (match, feature)
     hits, recalled = (np.bincount(x.reshape(-1), minlength=s.F + 1)[:s.F] for x in (s.features[tokens], once))
-    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), int(tokens.sum())
+    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), len(tokens)
 
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
@@ -431,16 +429,13 @@ def split(y, seed):
     return order[train], order[~train]
 
 def choose_features(X, y, k):
-    """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k together, by
-    orthogonal matching pursuit on one-hot labels.
-    """
+    """The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k together."""
     X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
     residual = Y = Y - Y.mean(0)
     explained = lambda Y: np.square(X.T @ Y).sum(1) / np.maximum(np.square(X).sum(0), 1e-6) # by each column alone
     score, chosen = explained(Y), []
     alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
-    for _ in range(k):
+    for _ in range(k):                                                   # orthogonal matching pursuit on one-hot labels
         score = explained(residual)
         score[chosen] = -1
         chosen.append(int(score.argmax()))
@@ -468,9 +463,9 @@ def accuracy(X, y, train, test):
 
 def open_timeline(out_dir):
     """
-    {block: its SAE in all snapshots}, where an SAE has as attributes steps, tokens (S,), what a snapshot holds of it, e.g.
-    count (S, F), and two cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of the counts of the
-    tokens on which it fires. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
+    {block: its SAE in all snapshots}, whose attributes are steps, tokens (S,), what a snapshot holds of it, e.g. count (S, F), and two
+    cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of the counts of the tokens on which it fires. Kept in
+    timeline.npz. {} where there is no snapshot. ValueError: one sentence.
     """
     files, path = sorted(Path(out_dir).glob('features/[0-9]*.npz')), Path(out_dir) / 'timeline.npz'
     if not files:
@@ -511,12 +506,9 @@ def read_snapshot(file, last):
         raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
 
 def settled_at(t, f=slice(None)):
-    """
-    The snapshot (F,) from which on the tokens on which a feature fires are about the final ones: what it writes hardly turns
-    in training. S for one that is silent in the last, or changed just before it: to the last itself the cosine is always 1.
-    """
+    """The snapshot (F,) from which on a feature fires on about its final tokens; S if it is silent in the last, or changed just before."""
     late = np.logical_and.accumulate((t.same[:, f] >= SETTLED)[::-1])[::-1] # (S, F)
-    return np.where(late[:-1].any(0), late.argmax(0), len(late))
+    return np.where(late[:-1].any(0), late.argmax(0), len(late))            # to the last itself the cosine is always 1
 
 def feature_timeline(t, f):
     """Density, entropy, cosines to the end and tokens of one feature at each snapshot."""
@@ -545,7 +537,7 @@ def has_colour():
 
 def show(views):
     text = '\n\n\n'.join('\n'.join(view) for view in views)
-    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text))
+    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text), flush=True)
 
 bold, dim = '\x1b[1m{}\x1b[0m'.format, '\x1b[2m{}\x1b[0m'.format
 
@@ -989,7 +981,6 @@ def main(argv):
             if getattr(c, key) < 0:
                 raise ValueError(f"{key}={getattr(c, key)} must not be negative")
         look(c)
-        sys.stdout.flush()
     except BrokenPipeError: # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except re.error as e:
