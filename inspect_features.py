@@ -22,8 +22,8 @@ At site stream activations are signed, and "strongest" means by magnitude.
 Shapes: B windows, T tokens of a window, N = B*T, F features, K active a token, V vocabulary, S SAEs (in the scan) or
 snapshots (in the timeline), P pairs of (feature, position it fires on).
 """
+import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -34,7 +34,6 @@ import sys
 import time
 import unicodedata
 import zipfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,24 +114,23 @@ def scan(c, run, key):
     from rich.progress import track
     from sae import count_pairs
     saes, gpu, path = run.model.saes(), 'cuda' in run.device, Path(c.out_dir) / 'index.npz'
-    T, V = run.model.config.block_size, run.model.config.vocab_size
+    T, V, S = run.model.config.block_size, run.model.config.vocab_size, len(saes)
     F, K = next((sae.n_features, sae.k_max) for sae in saes.values())
     wanted = c.scan_tokens or (1_048_576 if gpu else 131_072)
     B = max(1, min((32_768 if gpu else 4096) // T, wanted // T))
     batches = lambda: (x for x, _ in eval_batches(run.data.val, T, B, wanted))
     sizes = [x.numel() for x in batches()]
-    N, S = sum(sizes), len(saes)
+    N = sum(sizes)
     path.unlink(missing_ok=True)                                         # from here to the end there is no index
     create = lambda name, dtype, *shape: np.lib.format.open_memmap(path.with_name(f'index_{name}.npy'), 'w+', dtype, shape)
     all_tokens = create('tokens', run.data.val.dtype, N)
     all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
     all_values = create('values', np.float16, S, N, K)
-    pairs, fvu = [[] for _ in saes], torch.zeros(S)
-    largest = torch.zeros(S, F, device=run.device)
-    started, first = time.time(), 0
-    for x in track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True,
-                   disable=not sys.stderr.isatty()):
-        tokens, here = x.to(run.device), slice(first, first + x.numel())
+    pairs, fvu, largest = [[] for _ in saes], torch.zeros(S), torch.zeros(S, F, device=run.device)
+    started = time.time()
+    for i, x in enumerate(track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True,
+                                disable=not sys.stderr.isatty())):
+        tokens, here = x.to(run.device), slice(i * x.numel(), (i + 1) * x.numel())
         _, out = forward(run, tokens)
         all_tokens[here] = x.flatten()
         fvu += out.fvu.float().cpu() / len(sizes)
@@ -144,17 +142,13 @@ def scan(c, run, key):
                 pairs[s] = [merge(pairs[s])]
             all_features[s, here] = torch.where(values != 0, indices, F).int().view(-1, K).cpu()
             all_values[s, here] = values.clamp(-65504, 65504).half().view(-1, K).cpu()
-        first += x.numel()
-    arrays = {}
-    for s, (i, sae) in enumerate(saes.items()):
-        found = statistics(sae, run.model.transformer.wte.weight[:V].detach().float(), *merge(pairs[s]))
-        found |= dict(max=largest[s], fvu=fvu[s])
-        arrays |= {f'L{i}.{name}': x.cpu().numpy().astype(np.float32 if x.is_floating_point() else np.int32)
-                   for name, x in found.items()}
+    wte = run.model.transformer.wte.weight[:V].detach().float()
+    found = [statistics(sae, wte, *merge(p)) for sae, p in zip(saes.values(), pairs)]
+    arrays = {name: torch.stack([x[name] for x in found]).cpu().numpy() for name in found[0]} # (S, F, ...)
     meta = dict(key=key, step=run.checkpoint['step'], layers=list(saes), site=run.model.config.sae_site, F=F, K=K, T=T, N=N,
                 eot=-1 if run.eot is None else run.eot, wanted=wanted, dataset=str(c.dataset or run.checkpoint['dataset']),
                 names=[raw.decode('latin-1') for raw in token_bytes(run.tokenizer, V)]) # JSON holds no bytes
-    save_npz(path, meta=json.dumps(meta), **arrays)
+    np.savez(path, meta=json.dumps(meta), max=largest.cpu().numpy(), fvu=fvu.numpy(), **arrays)
     say(f"scanned {N:,} tokens of {meta['dataset']} val in {time.time() - started:.1f} s -> {path}")
 
 def merge(pairs):
@@ -171,11 +165,9 @@ def statistics(sae, wte, keys, counts):
     F, V, everyone = sae.n_features, len(wte), torch.arange(sae.n_features, device=wte.device)
     count = torch.zeros_like(everyone).index_add_(0, keys // V, counts)
     entropy = token_entropy(keys, counts, F, V).float()
-    order = count.argsort(descending=True, stable=True)
-    order = order[entropy[order].nan_to_num(nan=torch.inf).argsort(stable=True)]
-    rank = torch.zeros_like(count).index_copy_(0, order, everyone + 1) * (count > 0)
-    tokens, token_counts = top_tokens(keys, counts, F, V)
-    out = dict(count=count, entropy=entropy, rank=rank, top_tokens=tokens, top_counts=token_counts)
+    order = np.lexsort((-count.cpu().numpy(), entropy.cpu().numpy()))    # nan, of those that never fire, comes last
+    rank = (torch.from_numpy(order).to(wte.device).argsort() + 1) * (count > 0)
+    out = dict(zip(('top_tokens', 'top_counts'), top_tokens(keys, counts, F, V)), count=count, entropy=entropy, rank=rank)
     writes = torch.eye(F, device=wte.device) if sae.site == 'stream' else sae.W_dec.detach().float()
     unit = torch.nn.functional.normalize(writes, dim=-1)
     best = dict(up=[], down=[], near=[])
@@ -187,41 +179,27 @@ def statistics(sae, wte, keys, counts):
         best['near'].append(cosine.topk(min(5, F - 1)))
     for name, parts in best.items():
         out[name + '_value'], out[name] = map(torch.cat, zip(*parts))
-    return out
+    return {name: x if x.is_floating_point() else x.int() for name, x in out.items()}
 
 # ----------------------------------------------------------------------------------------------------
 # the index: what the scan left in out_dir
 
-def save_npz(path, **arrays):
-    """An .npz, whole or not at all."""
-    temporary = path.with_suffix('.npz.tmp')
-    with open(temporary, 'wb') as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
-
 def load_npz(path):
-    """An .npz as {name: array}; None if it is missing or damaged."""
+    """An .npz as {name: array}; None if it is missing, torn or damaged: then it is made again."""
     try:
         with np.load(path) as z:
             return {name: z[name] for name in z.files}
     except Exception: # damage shows up as almost any: zip, zlib, header, end of file
         return None
 
-def fingerprint(path):
-    """A checkpoint's content without reading it, by the checksums in its zip directory; '' if it is not whole."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            return hashlib.sha256(repr([(i.filename, i.CRC) for i in z.infolist()]).encode()).hexdigest()[:16]
-    except (OSError, zipfile.BadZipFile):
-        return ''
-
 def open_index(c):
     """read_index, after a scan where nothing that fits is there. ValueError: one sentence."""
-    key, index, why = fingerprint(Path(c.out_dir) / 'ckpt.pt'), read_index(c), None
+    index, key, why, out = read_index(c), [], None, Path(c.out_dir)
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(out / 'ckpt.pt') as z: # empty if it is not whole
+        key = [i.CRC for i in z.infolist()]                              # checksums: the content, without reading it
     s = next(iter(index.values()), None)
     if s is None:
-        damaged = (Path(c.out_dir) / 'index.npz').exists()
-        why = "the index is damaged or of an older version" if damaged else "there is no index yet"
+        why = "the index is damaged or of an older version" if (out / 'index.npz').exists() else "there is no index yet"
     elif key and s.key != key:
         why = f"the index is of another checkpoint, of step {s.step:,}"
     elif c.scan_tokens not in (0, s.wanted) or c.dataset not in ('', s.dataset):
@@ -237,29 +215,24 @@ def open_index(c):
 
 def read_index(c):
     """
-    {block: its SAE}, where an SAE has as attributes the statistics, e.g. s.count (F,); what scan() calls meta, e.g.
-    s.step; s.names, the bytes of each token; and as memory maps s.tokens (N,), s.features and s.values (N, K).
-    {} where the files are not there or not whole.
+    {block: its SAE}, whose attributes are the statistics, e.g. s.count (F,); what scan() calls meta, e.g. s.step, s.names (the bytes
+    of each token); and as memory maps s.tokens (N,), s.features and s.values (N, K). {} where the files are missing or not whole.
     """
     path = Path(c.out_dir) / 'index.npz'
     try:
         arrays = load_npz(path)
-        meta = json.loads(str(arrays['meta']))
+        meta = json.loads(str(arrays.pop('meta')))
         meta['names'] = [text.encode('latin-1') for text in meta['names']]
         tokens, features, values = (np.asarray(np.load(path.with_name(f'index_{name}.npy'), mmap_mode='r'))
                                     for name in ('tokens', 'features', 'values'))
-        if not (features.shape == values.shape == (len(meta['layers']), len(tokens), meta['K'])
+        if not (features.shape == values.shape == (len(arrays['count']), len(tokens), meta['K'])
                 and tokens.max() < len(meta['names']) and features.max() <= meta['F']): # a bit has flipped
             raise ValueError
     except Exception: # of almost any kind: numpy reads a file's header as Python
         return {}
-    return {layer: SimpleNamespace(**meta, **of_layer(arrays, layer), layer=layer, out_dir=c.out_dir, seed=c.seed,
+    return {layer: SimpleNamespace(**meta, **{name: x[i] for name, x in arrays.items()}, layer=layer, out_dir=c.out_dir, seed=c.seed,
                                    by_feature=None, tokens=tokens, features=features[i], values=values[i])
             for i, layer in enumerate(meta['layers'])}
-
-def of_layer(arrays, layer):
-    """{'L6.count': ..., ...} -> {'count': ...}"""
-    return {name.removeprefix(f'L{layer}.'): x for name, x in arrays.items() if name.startswith(f'L{layer}.')}
 
 # ----------------------------------------------------------------------------------------------------
 # the numbers of the views, for the terminal and the HTML alike
@@ -290,13 +263,19 @@ def feature_data(s, f, timeline=None, effect=None):
     some = np.flatnonzero(example >= 0)
     found = contexts(s, where, a, top + random + example[some].tolist()) # at once: many cost little more than one
     examples = dict(zip(some.tolist(), found[len(top) + len(random):]))
+    both = np.bincount(s.features.take(where, axis=0).reshape(-1), minlength=s.F + 1)[:s.F]
+    share = both / np.maximum(1, s.count + len(where) - both)            # of the positions where either fires
+    share[f], joint = -1, []
+    for _ in range(min(5, s.F - 1)):                                     # faster than a sort
+        joint.append((int(share.argmax()), float(share.max())))
+        share[joint[-1][0]] = -1
     pairs = lambda tokens, values: list(zip(tokens[f].tolist(), values[f].tolist()))
     return dict(
         layer=s.layer, f=f, count=len(where), density=len(where) / s.N, rank=int(s.rank[f]), max=float(s.max[f]), R=R,
         entropy=float(s.entropy[f]) if len(where) else None, mean=float(a.sum() / max(1, len(a))), hist=hist.tolist(),
         fires_on=fires_on(s, f), up=pairs(s.up, s.up_value), down=pairs(s.down, s.down_value),
         near=pairs(s.near, s.near_value) if s.site != 'stream' else [],  # whose channels are orthogonal
-        joint=fires_with(s, f, where), top=fold(found[:len(top)]), random=fold(found[len(top):len(top) + len(random)]),
+        joint=joint, top=fold(found[:len(top)]), random=fold(found[len(top):len(top) + len(random)]),
         intervals=[(j * R / INTERVALS, (j + 1) * R / INTERVALS, float(shares[j]), examples.get(j))
                    for j in reversed(np.flatnonzero(shares).tolist())],
         effect=effect, timeline=timeline and feature_timeline(timeline, f))
@@ -314,17 +293,6 @@ def firings(s, f):
         begin = int(s.count[:f].sum())
         slots = s.by_feature[begin:begin + s.count[f]]
     return slots // s.K, s.values.reshape(-1)[slots].astype(np.float32)
-
-def fires_with(s, f, where, n=5):
-    """The n features that fire on the most of the same positions, as a share of those where either does."""
-    both = np.bincount(s.features.take(where, axis=0).reshape(-1), minlength=s.F + 1)[:s.F]
-    share = both / np.maximum(1, s.count + len(where) - both)
-    share[f], out = -1, []
-    for _ in range(min(n, s.F - 1)):
-        g = int(share.argmax())
-        out.append((g, float(share[g])))
-        share[g] = -1
-    return out
 
 def one_a_window(s, positions, n):
     """The first of the positions in each of the first n windows that they visit."""
@@ -357,30 +325,24 @@ def fold(contexts):
 
 def removal_effect(run, s, f, n):
     """
-    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it fires: exact, since the
-    feature is part of the model. At n of the positions where it fires, drawn at random; None where there is none.
+    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it fires: exact, since the feature is part
+    of the model. At n of the positions where it fires, drawn at random; None where there is none.
     """
     import torch
-    sae = run.model.saes()[s.layer]
-    where, _ = firings(s, f)
+    sae, (where, _), change = run.model.saes()[s.layer], firings(s, f), []
     where = np.random.default_rng(s.seed).permutation(where[where % s.T < s.T - 1])[:n]
-    whole = torch.ones(sae.n_features, device=run.device)
-    without = whole.index_fill(0, torch.tensor(f, device=run.device), 0)
-    change = []
+    scale = torch.ones(2, 1, sae.n_features, device=run.device)
+    scale[1, 0, f] = 0
+    sae.steer = scale, torch.zeros_like(scale) # a batch of two: as it is, and without f
     for w in np.unique(where // s.T).tolist():
         x = torch.from_numpy(s.tokens[w * s.T:(w + 1) * s.T].astype(np.int64)).to(run.device)
         at = torch.from_numpy(where[where // s.T == w] % s.T).to(run.device)
-        losses = []
-        for scale in (whole, without): # both with steering on, so that both take the same path
-            sae.steer = scale, torch.zeros_like(scale)
-            logits = forward(run, x[None])[0][0, at].float()             # (positions, V): all T of them would be 100 MB
-            losses.append(torch.nn.functional.cross_entropy(logits, x[at + 1], reduction='none'))
+        logits = forward(run, x.expand(2, -1))[0][:, at].float()         # (2, positions, V): all T of them would be 200 MB
+        losses = torch.nn.functional.cross_entropy(logits.mT, x[at + 1].expand(2, -1), reduction='none')
         change += (losses[1] - losses[0]).tolist()
     sae.steer = None
-    if not change:
-        return None
-    worse = sum(d > 0 for d in change) / len(change)
-    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=worse)
+    worse = sum(d > 0 for d in change) / max(1, len(change))
+    return dict(n=len(change), mean=float(np.mean(change)), std=float(np.std(change)), worse=worse) if change else None
 
 def find(s, pattern):
     """
@@ -391,23 +353,19 @@ def find(s, pattern):
     for start in range(0, s.N, s.T):
         window = s.tokens[start:start + s.T]
         text = b''.join([s.names[token] for token in window.tolist()]).decode('utf-8', 'surrogateescape')
-        code = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
-        n_bytes = 1 + np.searchsorted((0x80, 0x800, 0x10000), code, 'right') # of each character in UTF-8
-        n_bytes[code >> 8 == 0xDC] = 1                                   # a byte that is none
-        ends = np.append(0, np.cumsum(n_bytes))                          # of the characters before each, in bytes
+        n_bytes = lambda end: len(text[:end].encode('utf-8', 'surrogateescape'))
+        found = [(n_bytes(m.start()), n_bytes(m.end()) - 1) for m in pattern.finditer(text) if m.group()] # first and last byte
         owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
-        found = np.array([m.span() for m in pattern.finditer(text) if m.group()], int).reshape(-1, 2)
-        spans.append(owner[ends[found] - (0, 1)])                        # first and last position
+        spans.append(owner[np.array(found, int).reshape(-1, 2)])
     first, last = np.concatenate(spans).T                                # (matches,)
     n = last - first + 1
     match = np.repeat(np.arange(len(n)), n)                              # an entry a (match, position)
     inside = np.arange(n.sum()) + np.repeat(first - np.cumsum(n) + n, n)
-    tokens = np.zeros(s.N, bool)
-    tokens[inside] = True
+    tokens = np.unique(inside)
     once = np.sort((match[:, None] * (s.F + 1) + s.features[inside]).reshape(-1), kind='stable') # faster than np.unique
     once = once[np.diff(once, prepend=-1) > 0] % (s.F + 1)               # an entry a (match, feature)
     hits, recalled = (np.bincount(x.reshape(-1), minlength=s.F + 1)[:s.F] for x in (s.features[tokens], once))
-    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), int(tokens.sum())
+    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), len(tokens)
 
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
@@ -437,12 +395,11 @@ def read_prompt(run, text, top):
     """[(token, {layer: [(feature, activation)] strongest first})] of a text."""
     rows = []
     for window, out in read(run, text):
+        order = out.values.abs().argsort(dim=-1, descending=True, stable=True)[..., :top] # (S, 1, T, top)
+        values, indices = (x.gather(-1, order)[:, 0].tolist() for x in (out.values.float(), out.indices))
         for t, token in enumerate(window):
-            features = {}
-            for s, layer in enumerate(run.model.saes()):
-                both = zip(out.indices[s, 0, t].tolist(), out.values[s, 0, t].float().tolist())
-                features[layer] = sorted([p for p in both if p[1]], key=lambda p: -abs(p[1]))[:top]
-            rows.append((token, features))
+            strongest = [[(f, a) for f, a in zip(indices[s][t], values[s][t]) if a] for s in range(len(values))]
+            rows.append((token, dict(zip(run.model.saes(), strongest))))
     return rows
 
 # ----------------------------------------------------------------------------------------------------
@@ -450,18 +407,20 @@ def read_prompt(run, text, top):
 
 def read_labels(path):
     """Labels (n,), texts (n,) of a probe file. ValueError: one sentence."""
-    rows = []
+    labels, texts = [], []
     for n, line in enumerate(read_text('probe', path).split('\n'), 1):
         label, _, text = line.partition('\t')
-        if line.strip() and not text.strip():
+        if text.strip():
+            labels.append(label)
+            texts.append(text)
+        elif line.strip():
             raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-        rows += [(label, text)] * bool(line.strip())
-    counts = Counter(sorted(label for label, _ in rows))
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
     if len(counts) < 2 or min(counts.values()) < 4:
         found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
         raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, and of each 4 texts "
                          "or more, to train on some and test on the others")
-    return zip(*rows)
+    return labels, texts
 
 def pooled_codes(run, layer, texts):
     """X (n, F): for each text, each feature's strongest activation on any of its tokens."""
@@ -482,16 +441,13 @@ def split(y, seed):
     return order[train], order[~train]
 
 def choose_features(X, y, k):
-    """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k
-    together, by orthogonal matching pursuit on one-hot labels.
-    """
+    """The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, best alone first, and the best k together."""
     X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
     residual = Y = Y - Y.mean(0)
     explained = lambda Y: np.square(X.T @ Y).sum(1) / np.maximum(np.square(X).sum(0), 1e-6) # by each column alone
     score, chosen = explained(Y), []
     alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
-    for _ in range(k):
+    for _ in range(k):                                                   # orthogonal matching pursuit on one-hot labels
         score = explained(residual)
         score[chosen] = -1
         chosen.append(int(score.argmax()))
@@ -519,9 +475,9 @@ def accuracy(X, y, train, test):
 
 def open_timeline(out_dir):
     """
-    {block: its SAE in all snapshots}, where an SAE has as attributes steps, tokens (S,), what a snapshot holds of it, e.g.
-    count (S, F), and two cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of the counts of the
-    tokens on which it fires. Kept in timeline.npz. {} where there is no snapshot. ValueError: one sentence.
+    {block: its SAE in all snapshots}, whose attributes are steps, tokens (S,), what a snapshot holds of it, e.g. count (S, F), and two
+    cosines (S, F) to the last snapshot: cos, of what a feature writes, and same, of the counts of the tokens on which it fires. Kept in
+    timeline.npz. {} where there is no snapshot. ValueError: one sentence.
     """
     files, path = sorted(Path(out_dir).glob('features/[0-9]*.npz')), Path(out_dir) / 'timeline.npz'
     if not files:
@@ -530,47 +486,41 @@ def open_timeline(out_dir):
     z = load_npz(path)
     if z is None or str(z.get('key')) != key:
         say(f"reading {len(files)} snapshots of {out_dir}/features, once")
-        z = stack_snapshots(files)
-        save_npz(path, key=key, **z)
-    return {layer: SimpleNamespace(**of_layer(z, layer), layer=layer, steps=z['step'], tokens=z['tokens'],
-                                   probed=int(z['probed'][0])) for layer in z['layers'][0].tolist()}
+        last = load_npz(files[-1])
+        snapshots = [read_snapshot(file, last) for file in reversed(files)][::-1] # the last first: it is the measure of all
+        z = {name: np.stack([snapshot[name] for snapshot in snapshots]) for name in snapshots[0]}
+        np.savez(path, key=key, **z)
+    return {layer: SimpleNamespace(**of_layer(z, layer), layer=layer, steps=z['step'], tokens=z['tokens'], probed=int(z['probed'][0]))
+            for layer in z['layers'][0].tolist()}
 
-def stack_snapshots(files):
-    """The arrays of all snapshots, read one by one, with a first axis S. ValueError: one sentence."""
-    last, snapshots = load_npz(files[-1]), []
-    for file in reversed(files):
-        try:
-            z = load_npz(file)
-            for layer in last['layers'].tolist():
-                here, end = of_layer(z, layer), of_layer(last, layer)
-                z[f'L{layer}.same'] = same_tokens(here, end)
-                z[f'L{layer}.cos'] = cosine(here['W_dec'], end['W_dec']) if 'W_dec' in here else np.ones(len(here['count']))
-            z = {name: x for name, x in z.items() if not name.endswith('.W_dec')}
-            snapshots.insert(0, z)
-            if z.keys() != snapshots[-1].keys() or any(z[name].shape != x.shape for name, x in snapshots[-1].items()):
-                raise ValueError
-        except (AttributeError, TypeError, KeyError, ValueError):
-            raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
-    return {name: np.stack([z[name] for z in snapshots]) for name in snapshots[0]}
+def of_layer(arrays, layer):
+    """{'L6.count': ..., ...} -> {'count': ...}"""
+    return {name.removeprefix(f'L{layer}.'): x for name, x in arrays.items() if name.startswith(f'L{layer}.')}
 
-def cosine(a, b):
-    """Of the rows of a and b (F, C): (F,); 0 where one is 0."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    return (a * b).sum(1) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-
-def same_tokens(here, end):
-    """(F,) cosine between the counts of a feature's top tokens in two snapshots; of token -1, where there are fewer, it is 0."""
-    match = here['top_tokens'][:, :, None] == end['top_tokens'][:, None, :] # (F, 8, 8)
-    a, b = (x['top_counts'].astype(float) for x in (here, end))          # (F, 8)
-    return np.einsum('fij,fi,fj->f', match, a, b) / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def read_snapshot(file, last):
+    """The arrays of a snapshot; in place of W_dec, which would fill GBs, the two cosines to the last. ValueError: one sentence."""
+    norms = lambda a, b: np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    try:
+        z = load_npz(file)
+        if z.keys() != last.keys() or any(z[name].shape != x.shape for name, x in last.items()):
+            raise ValueError
+        for layer in last['layers'].tolist():
+            here, end = of_layer(z, layer), of_layer(last, layer)
+            match = here['top_tokens'][:, :, None] == end['top_tokens'][:, None, :] # (F, 8, 8)
+            a, b = (x['top_counts'].astype(float) for x in (here, end))  # (F, 8), 0 for token -1, where there are fewer
+            z[f'L{layer}.same'] = np.einsum('fij,fi,fj->f', match, a, b) / norms(a, b)
+            z[f'L{layer}.cos'] = np.ones(len(a))
+            if z.pop(f'L{layer}.W_dec', None) is not None:               # site stream has none
+                a, b = (x['W_dec'].astype(np.float32) for x in (here, end)) # (F, C)
+                z[f'L{layer}.cos'] = (a * b).sum(1) / norms(a, b)
+        return z
+    except (AttributeError, TypeError, LookupError, ValueError):
+        raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
 
 def settled_at(t, f=slice(None)):
-    """
-    The snapshot (F,) from which on the tokens on which a feature fires are about the final ones: what it writes hardly turns
-    in training. S for one that is silent in the last, or changed just before it: to the last itself the cosine is always 1.
-    """
+    """The snapshot (F,) from which on a feature fires on about its final tokens; S if it is silent in the last, or changed just before."""
     late = np.logical_and.accumulate((t.same[:, f] >= SETTLED)[::-1])[::-1] # (S, F)
-    return np.where(late[:-1].any(0), late.argmax(0), len(late))
+    return np.where(late[:-1].any(0), late.argmax(0), len(late))            # to the last itself the cosine is always 1
 
 def feature_timeline(t, f):
     """Density, entropy, cosines to the end and tokens of one feature at each snapshot."""
@@ -587,6 +537,9 @@ BARS = ' ▁▂▃▄▅▆▇█'
 ORANGES = (230, 223, 222, 216, 215, 209, 208, 202) # of 256 colours, for eighths of the maximum activation
 SIGNS = {'\n': '⏎', '\t': '⇥', '\x7f': '␡'} | {chr(i): chr(0x2400 + i) for i in range(32) if i not in (9, 10)}
 
+# bytes that end within a character of UTF-8: its first byte, with fewer after it than belong to it
+UNFINISHED = re.compile(rb'([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z')
+
 def say(text):
     """A remark about what is being done; views alone go to stdout."""
     print(text, file=sys.stderr, flush=True)
@@ -596,12 +549,17 @@ def has_colour():
 
 def show(views):
     text = '\n\n\n'.join('\n'.join(view) for view in views)
-    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text))
+    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text), flush=True)
 
 bold, dim = '\x1b[1m{}\x1b[0m'.format, '\x1b[2m{}\x1b[0m'.format
 
 def title(text, note=''):
-    return f'\n{bold(text)}  {dim(note)}' if note else f'\n{bold(text)}'
+    return f'\n{bold(text)}' + f'  {dim(note)}' * bool(note)
+
+def panel(text, note, lines):
+    """Lines under a title; nothing if there are none."""
+    lines = list(lines)
+    return [title(text, note), *lines] if lines else []
 
 def shaded(text, levels):
     """Text on a ground of the shade of each character's level, an eighth of the maximum."""
@@ -661,21 +619,12 @@ def number(x):
     """Four digits, so that columns of them align."""
     return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
 
-@functools.cache
-def unfinished(raw):
-    """Do these bytes end within a character?"""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as e:
-        return e.reason == 'unexpected end of data'
-    return False
-
 def pieces(s, context):
     """A context as (text, activation, is it the peak) for each token; tokens that share a character are one piece."""
     out = []
     for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
         raw, peak = s.names[token], at == context['peak']
-        if out and unfinished(out[-1][0]):
+        if out and UNFINISHED.search(out[-1][0]):
             before, other, was_peak = out.pop()
             raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
         out.append((raw, act, peak))
@@ -697,10 +646,7 @@ def marked(s, context, largest):
     return text, levels, begin
 
 def paragraph(s, context, largest, width, colour):
-    """
-    A context wrapped at its line breaks and at spaces. On a terminal the tokens are shaded by activation; without
-    colour, bars stand under the tokens on which the feature fires.
-    """
+    """A context wrapped at its line breaks and at spaces, shaded by activation or, without colour, with bars under its tokens."""
     text, levels, _ = marked(s, context, largest)
     while text.strip(' ') or any(levels):
         fits = max(1, int((np.cumsum([width_of(ch) for ch in text]) <= width - 2).sum()))
@@ -740,9 +686,9 @@ def ranked(s, f):
     return f"{s.rank[f] or '-':>6}{f'{s.entropy[f]:.4f}' if s.count[f] else '-':>9}{percent(s.count[f] / s.N):>10}"
 
 def table(head, rows):
-    """A line for each (SAE, feature, cells): its name, the cells under head, and what it fires on."""
-    yield dim(f'  {"feature":<11}{head}   fires on')
-    yield from (f"  {name(s, f)}{cells}   {captions(s, f, 64 - len(cells))}" for s, f, cells in rows)
+    """A line for each (SAE, feature, cells): its name, the cells under head, and what it fires on. Nothing for no rows."""
+    lines = [f"  {name(s, f)}{cells}   {captions(s, f, 64 - len(cells))}" for s, f, cells in rows]
+    return [dim(f'  {"feature":<11}{head}   fires on'), *lines] if lines else []
 
 def overview(s, rows):
     d, live = layer_data(s), s.count > 0
@@ -763,9 +709,7 @@ def overview(s, rows):
     for kind, note, features in (
             ('Most word-like', f'lowest {which}', known[:rows]), ('Most abstract', f'highest {which}', known[::-1][:rows]),
             ('Densest', 'fire on the most positions', np.argsort(-s.count, kind='stable')[:min(rows, d['live'])])):
-        if len(features):
-            yield title(kind, note)
-            yield from table(RANKED, [(s, f, ranked(s, f)) for f in features])
+        yield from panel(kind, note, table(RANKED, [(s, f, ranked(s, f)) for f in features]))
     if len(between):
         yield title('In between', 'evenly spaced by rank; their strongest contexts, the peak in «»')
         for f in between:
@@ -777,14 +721,14 @@ def overview(s, rows):
     yield f"  {some} ... {d['dead']:,} in all" if d['dead'] > rows else f"  {some or 'none'}"
     if len(known):
         yield title('Next')
-        middle = f'L{s.layer}.F{known[len(known) // 2]}'
-        yield f"  python inspect_features.py --out_dir={shlex.quote(s.out_dir)} --feature={middle}"
+        yield f"  python inspect_features.py --out_dir={shlex.quote(s.out_dir)} --feature=L{s.layer}.F{known[len(known) // 2]}"
         yield dim('  or end with --prompt="text", --find="regex", --timeline=true, --html=page.html')
 
 def feature_view(index, d, examples):
     """All panels of one feature; d from feature_data."""
     s, f, count = index[d['layer']], d['f'], d['count']
-    live, which = np.flatnonzero(s.count), f'L{s.layer}.F{f}'
+    live, which, colour = np.flatnonzero(s.count), f'L{s.layer}.F{f}', has_colour()
+    peak = lambda c: number(c['acts'][c['peak']])
     yield bold(which) + (f" · alive · fires on {percent(d['density'])} of {s.N:,} tokens · max {number(d['max'])} · "
                          f"mean {number(d['mean'])}" if count else f" is dead: it never fired in {s.N:,} tokens")
     yield dim(f"step {s.step:,} · {PLACES[s.site]} {s.layer}")
@@ -798,15 +742,26 @@ def feature_view(index, d, examples):
     for pair in zip(d['down'][:5], d['up']):
         yield '  ' + '   |   '.join(f'{fit(caption(s.names[token]), 18)}{logit:>+9.4f}' for token, logit in pair)
     if count:
-        yield from contexts_view(s, d, examples)
+        yield title('Top contexts', f"one a window; the peak in «», {'shaded' if colour else 'bars'} by activation")
+        for n, c in enumerate(d['top'][:examples], 1):
+            yield bold(f"Layer {s.layer} - Feature {f} - Example {n} - Rank {d['rank']} - Token Entropy {d['entropy']:.4f}")
+            yield from paragraph(s, c, d['max'], 80, colour)
+            more = f", the same text {c['times']} times" if c['times'] > 1 else ''
+            yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
+        if not d['top']:
+            yield dim('  none: it fires only on first and last tokens of a window, and on end-of-text')
+        yield from panel('Random contexts', 'drawn from all positions where it fires', (
+            f"{dim(f'{peak(c):>8}')}  {one_line(s, c, d['max'], 70)}" for c in d['random'][:examples]))
+        yield title('By strength', 'intervals of activation, their shares of the firings, an example')
+        for low, high, share, c in d['intervals']:
+            line = one_line(s, c, d['max'], 54) if c else dim('(only where no peak is taken)')
+            yield f"{dim(f'{low:.4g} to {high:.4g}'.rjust(16) + percent(share).rjust(9))} {line}"
     for neighbours, kind, note in ((d['near'], 'Nearest', 'cosine of what they write'),
-                                   (count and d['joint'], 'Fires with', 'positions with both / positions with either')):
-        if neighbours:
-            yield title(kind, note)
-            yield from (f'  {value:6.3f}  {name(s, g)}{captions(s, g, 58)}' for g, value in neighbours)
+                                   (d['joint'] if count else [], 'Fires with', 'positions with both / positions with either')):
+        yield from panel(kind, note, (f'  {value:6.3f}  {name(s, g)}{captions(s, g, 58)}' for g, value in neighbours))
     if s.site == 'stream' and len(index) > 1:
-        yield title('Across layers', f'channel {f} of the stream, after each block with an SAE')
-        yield from table(RANKED + f'{"max":>9}', [(x, f, ranked(x, f) + f'{number(x.max[f]):>9}') for x in index.values()])
+        yield from panel('Across layers', f'channel {f} of the stream, after each block with an SAE', table(
+            RANKED + f'{"max":>9}', [(x, f, ranked(x, f) + f'{number(x.max[f]):>9}') for x in index.values()]))
     if e := d['effect']:
         yield title('Without it', f"exact change of the loss, at {e['n']:,} of the positions where it fires")
         yield f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), standard deviation {e['std']:.4f}"
@@ -822,25 +777,6 @@ def feature_view(index, d, examples):
         yield f'  previous: --feature=L{s.layer}.F{before}   next: --feature=L{s.layer}.F{after}'
     if count:
         yield f"  python sample.py --out_dir={shlex.quote(s.out_dir)} --steer={which}={number(d['max'])} --compare=true"
-
-def contexts_view(s, d, examples):
-    colour = has_colour()
-    peak = lambda c: number(c['acts'][c['peak']])
-    yield title('Top contexts', f"one a window; the peak in «», {'shaded' if colour else 'bars'} by activation")
-    for n, c in enumerate(d['top'][:examples], 1):
-        yield bold(f"Layer {s.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - Token Entropy {d['entropy']:.4f}")
-        yield from paragraph(s, c, d['max'], 80, colour)
-        more = f", the same text {c['times']} times" if c['times'] > 1 else ''
-        yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
-    if not d['top']:
-        yield dim('  none: it fires only on first and last tokens of a window, and on end-of-text')
-    if d['random']:
-        yield title('Random contexts', 'drawn from all positions where it fires')
-        yield from (f"{dim(f'{peak(c):>8}')}  {one_line(s, c, d['max'], 70)}" for c in d['random'][:examples])
-    yield title('By strength', 'intervals of activation, their shares of the firings, an example')
-    for low, high, share, c in d['intervals']:
-        line = one_line(s, c, d['max'], 54) if c else dim('(only where no peak is taken)')
-        yield f"{dim(f'{low:.4g} to {high:.4g}'.rjust(16) + percent(share).rjust(9))} {line}"
 
 def sparklines(t):
     """A feature over training; t from feature_timeline."""
@@ -864,9 +800,8 @@ def feature_timeline_view(names, snapshots, f):
     for i, step in enumerate(t['steps']):
         entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
         tokens = crop('  '.join(caption(names[token]) for token in t['tokens'][i]), 29)
-        mark = '*' if i == t['settled'] else ' '
-        cosines = f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}"
-        yield f"{mark}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}{cosines}   {tokens}"
+        yield (f"{'*' if i == t['settled'] else ' '}{step:>8,}{percent(t['density'][i]):>11}{entropy:>9}"
+               f"{t['cos'][i]:>11.4f}{t['same'][i]:>8.4f}   {tokens}")
 
 def timeline_view(t):
     """An SAE over training; t from open_timeline."""
@@ -901,16 +836,14 @@ def find_view(s, pattern, rows):
     text = safe(pattern.pattern.encode('utf-8', 'surrogateescape'))
     yield bold(f"/{text}/ in the {s.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
     yield dim('precision: share of its firings in a match; recall: of matches on which it fires')
-    if best:
-        yield from table(f'{"fires":>9}{"precision":>11}{"recall":>8}{"F1":>7}', [
-            (s, f, f'{s.count[f]:>9,}{precision[f]:>11.3f}{recall[f]:>8.3f}{f1[f]:>7.3f}') for f in best])
-    else:
+    yield from table(f'{"fires":>9}{"precision":>11}{"recall":>8}{"F1":>7}', [
+        (s, f, f'{s.count[f]:>9,}{precision[f]:>11.3f}{recall[f]:>8.3f}{f1[f]:>7.3f}') for f in best])
+    if not best:
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
 def probe_view(s, run, labels, texts, rows, seed):
-    kinds = sorted(set(labels))
-    y, X = np.array([kinds.index(label) for label in labels]), pooled_codes(run, s.layer, texts)
-    train, test = split(y, seed)
+    kinds, y = np.unique(np.array(labels, object), return_inverse=True)
+    X, (train, test) = pooled_codes(run, s.layer, texts), split(y, seed)
     yield bold(f'Probe of block {s.layer}: {len(texts):,} texts of {len(kinds)} labels, {len(train):,} to train on, '
                f'{len(test):,} held out')
     yield dim("each text is its features' strongest activations; logistic regression on k of them;")
@@ -933,7 +866,7 @@ def probe_view(s, run, labels, texts, rows, seed):
 def write_html(path, index, features, examples, prompt):
     """One static file: assets/viewer.html with its data put in. features: of feature_data; prompt: of read_prompt."""
     s = next(iter(index.values()))
-    texts, cut = [safe(raw) for raw in s.names], {token for token, raw in enumerate(s.names) if unfinished(raw)}
+    texts, cut = [safe(raw) for raw in s.names], {token for token, raw in enumerate(s.names) if UNFINISHED.search(raw)}
     words = lambda pairs: pairs and [(texts[token], x) for token, x in pairs]
     encode = json.JSONEncoder(separators=(',', ':')).encode
     def segments(c):
@@ -968,34 +901,29 @@ def export(c):
     """
     run = open_model(c)
     config = run.model.config
-    if config.sae_site in ('hidden', 'stream'):
+    hook = dict(resid='hook_resid_post', mlp='hook_mlp_out', attn='hook_attn_out').get(config.sae_site)
+    if not hook:
         raise ValueError(f"site {config.sae_site} is no TopK autoencoder (relu^2, or no encoder at all): SAELens has "
                          "no such SAE; resid, mlp and attn can be exported")
-    hook = {'resid': 'hook_resid_post', 'mlp': 'hook_mlp_out', 'attn': 'hook_attn_out'}[config.sae_site]
     for layer, sae in run.model.saes().items():
         folder = Path(c.export) / f'L{layer}'
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / 'sae_weights.safetensors',
-                          dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec))
-        cfg = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k),
-                   dtype='float32', device='cpu', apply_b_dec_to_input=True, normalize_activations='none',
-                   reshape_activations='none', rescale_acts_by_decoder_norm=False,
+        cfg = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k), dtype='float32', device='cpu',
+                   apply_b_dec_to_input=True, normalize_activations='none', reshape_activations='none',
+                   rescale_acts_by_decoder_norm=False,
                    metadata=dict(sae_lens_version='6.0.0',               # that of the format
                                  hook_name=f'blocks.{layer}.{hook}', context_size=config.block_size,
                                  input='RMS-normalised: x / sqrt(mean(x^2))', step=run.checkpoint['step']))
         (folder / 'cfg.json').write_text(json.dumps(cfg, indent=1), 'utf-8')
+        header, data = {}, b'' # safetensors: length of the header, the header in JSON, the raw little-endian data
+        for name, x in dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec).items():
+            raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
+            header[name] = dict(dtype='F32', shape=x.shape, data_offsets=[len(data), len(data) + len(raw)])
+            data += raw
+        header = json.dumps(header).encode()
+        header += b' ' * (-len(header) % 8)
+        (folder / 'sae_weights.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + data)
         say(f'SAE of block {layer} -> {folder}')
-
-def write_safetensors(path, tensors):
-    """The safetensors format: length of the header, the header in JSON, the raw little-endian data."""
-    header, data = {}, b''
-    for name, x in tensors.items():
-        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
-        header[name] = dict(dtype='F32', shape=x.shape, data_offsets=[len(data), len(data) + len(raw)])
-        data += raw
-    header = json.dumps(header).encode()
-    header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
 
 # ----------------------------------------------------------------------------------------------------
 
