@@ -353,7 +353,7 @@ def find(s, pattern):
     for start in range(0, s.N, s.T):
         window = s.tokens[start:start + s.T]
         text = b''.join([s.names[token] for token in window.tolist()]).decode('utf-8', 'surrogateescape')
-        n_bytes = lambda end: len(text[:end].encode('utf-8', 'surrogateescape'))
+        n_bytes = lambda end: end if text.isascii() else len(text[:end].encode('utf-8', 'surrogateescape'))
         found = [(n_bytes(m.start()), n_bytes(m.end()) - 1) for m in pattern.finditer(text) if m.group()] # first and last byte
         owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
         spans.append(owner[np.array(found, int).reshape(-1, 2)])
