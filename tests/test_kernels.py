@@ -158,6 +158,16 @@ def test_layer(N, C, F, k, shift, dtype):
 
 
 @needs_kernels
+def test_autocast_rounds_nothing():
+    """Under autocast h alone decides the precision, that of b_dec's share of the pre-activations too."""
+    inputs, grads = make(5, 20, 30, 3)
+    with torch.no_grad():
+        inputs[4] += 10
+    with torch.autocast(DEVICE, torch.bfloat16):
+        check_layer(inputs, grads, 3, kernels.topk_autoencode, 1e-5)
+
+
+@needs_kernels
 def test_busy_features(monkeypatch):
     """Features with more pairs than one program takes: their parts are added."""
     monkeypatch.setattr(kernels, "PAIR_PART", 4)
