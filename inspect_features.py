@@ -353,19 +353,23 @@ def find(s, pattern):
     for start in range(0, s.N, s.T):
         window = s.tokens[start:start + s.T]
         text = b''.join([s.names[token] for token in window.tolist()]).decode('utf-8', 'surrogateescape')
-        n_bytes = lambda end: end if text.isascii() else len(text[:end].encode('utf-8', 'surrogateescape'))
-        found = [(n_bytes(m.start()), n_bytes(m.end()) - 1) for m in pattern.finditer(text) if m.group()] # first and last byte
+        code = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
+        n_bytes = 1 + np.searchsorted((0x80, 0x800, 0x10000), code, 'right') # of each character in UTF-8
+        n_bytes[code >> 8 == 0xDC] = 1                                   # a byte that is none
+        ends = np.append(0, np.cumsum(n_bytes))                          # of the characters before each, in bytes
         owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
-        spans.append(owner[np.array(found, int).reshape(-1, 2)])
+        found = np.array([m.span() for m in pattern.finditer(text) if m.group()], int).reshape(-1, 2)
+        spans.append(owner[ends[found] - (0, 1)])                        # first and last position
     first, last = np.concatenate(spans).T                                # (matches,)
     n = last - first + 1
     match = np.repeat(np.arange(len(n)), n)                              # an entry a (match, position)
     inside = np.arange(n.sum()) + np.repeat(first - np.cumsum(n) + n, n)
-    tokens = np.unique(inside)
+    tokens = np.zeros(s.N, bool)
+    tokens[inside] = True
     once = np.sort((match[:, None] * (s.F + 1) + s.features[inside]).reshape(-1), kind='stable') # faster than np.unique
     once = once[np.diff(once, prepend=-1) > 0] % (s.F + 1)               # an entry a (match, feature)
     hits, recalled = (np.bincount(x.reshape(-1), minlength=s.F + 1)[:s.F] for x in (s.features[tokens], once))
-    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), len(tokens)
+    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), int(tokens.sum())
 
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
@@ -549,7 +553,7 @@ def has_colour():
 
 def show(views):
     text = '\n\n\n'.join('\n'.join(view) for view in views)
-    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text), flush=True)
+    print(text if has_colour() else re.sub('\x1b\\[[0-9;]*m', '', text))
 
 bold, dim = '\x1b[1m{}\x1b[0m'.format, '\x1b[2m{}\x1b[0m'.format
 
