@@ -44,6 +44,7 @@ def rows(size):
                       sae_token_skip=False, sae_muon=False)
     strict = at | dict(sae_token_skip=False)
     posthoc = strict | dict(sae_posthoc=True)
+    hidden = dict(sae_layers=tuple(range(L)), sae_site='hidden', sae_blend_start=0.0, sae_blend_end=0.0)
     slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
     handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
     spread = lambda n: tuple(sorted({max(0, round((i + 1) * L / (n + 1)) - 1) for i in range(n)}))
@@ -82,9 +83,8 @@ def rows(size):
         **{f'strict@{i}': (dict(sae_layers=(i,), sae_token_skip=False), 'after another block') for i in range(L)},
         'mlp': (at | dict(sae_site='mlp'), ''),
         'attn': (at | dict(sae_site='attn'), ''),
-        **{f'hidden{name}': (dict(sae_layers=tuple(range(L)), sae_site='hidden', sae_blend_start=0.0, sae_blend_end=0.0) | more,
-                             "every block's MLP, K of 4 C, from step 0")
-           for name, more in (('', {}), (' K=64', dict(sae_k=64)), (' K=128', dict(sae_k=128))) if size != 'tiny' or not more},
+        'hidden': (hidden, "every block's MLP, K of 4 C, from step 0"),
+        **{f'hidden K={k}': (hidden | dict(sae_k=k), '') for k in (64, 128)},
         'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
                    | slow_blend, 'all blocks but the last two'),
         **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},
