@@ -27,6 +27,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -64,6 +65,7 @@ DEFAULTS = dict(
 )
 TOPS, RANDOM, INTERVALS, BINS = 16, 8, 8, 32 # contexts kept of a feature; bins of its histogram
 SIDE = 16                # tokens shown on either side of a peak
+MANY = 1000              # features from which an HTML page is shared out among the CPU's cores
 SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 SETTLED = 0.7            # cosine of its token counts to the final ones from which a feature counts as settled
 PLACES = dict(resid='on the residual stream after block', mlp="on the MLP's output in block", hidden='inside the MLP of block',
@@ -289,10 +291,17 @@ def firings(s, f):
     """Where a feature fires: positions (P,), ascending, and activations (P,)."""
     if s.by_feature is None:
         slots = np.flatnonzero(s.features.reshape(-1) == f)
-    else:                                                                # of all features, one after the other
-        begin = int(s.count[:f].sum())
-        slots = s.by_feature[begin:begin + s.count[f]]
+    else:
+        slots, first = s.by_feature
+        begin = int(s.count[first:f].sum())
+        slots = slots[begin:begin + s.count[f]]
     return slots // s.K, s.values.reshape(-1)[slots].astype(np.float32)
+
+def sort_firings(s, first, last):
+    """From now on the firings of features first to last are looked up, and no longer searched for one by one."""
+    features = s.features.reshape(-1)
+    slots = np.flatnonzero((features >= first) & (features <= last))
+    s.by_feature = slots[np.argsort(features[slots], kind='stable')], first
 
 def one_a_window(s, positions, n):
     """The first of the positions in each of the first n windows that they visit."""
@@ -867,8 +876,11 @@ def probe_view(s, run, labels, texts, rows, seed):
 # ----------------------------------------------------------------------------------------------------
 # HTML and export
 
-def write_html(path, index, features, examples, prompt):
-    """One static file: assets/viewer.html with its data put in. features: of feature_data; prompt: of read_prompt."""
+def write_html(path, index, features, data, examples, prompt):
+    """
+    One static file: assets/viewer.html with its data put in. features: [(layer, feature)], data(layer, feature): its
+    feature_data; prompt: of read_prompt. Many features are shared out among the CPU's cores.
+    """
     s = next(iter(index.values()))
     texts, cut = [safe(raw) for raw in s.names], {token for token, raw in enumerate(s.names) if UNFINISHED.search(raw)}
     words = lambda pairs: pairs and [(texts[token], x) for token, x in pairs]
@@ -883,20 +895,41 @@ def write_html(path, index, features, examples, prompt):
             parts += [''.join(tokens[begin:at]), (tokens[at], acts[at], at == peak)]
             begin = at + 1
         return [*parts, ''.join(tokens[begin:])], c['where'], c['times']
-    pages = []
-    for d in features:
+    def encoded(layer, f):
+        d = data(layer, f)
         d |= {kind: words(d[kind]) for kind in ('fires_on', 'up', 'down')}
         d |= {kind: [segments(c) for c in d[kind][:examples]] for kind in ('top', 'random')}
         d['intervals'] = [(*interval, c and segments(c)) for *interval, c in d['intervals']]
         if d['timeline']:
             d['timeline']['tokens'] = [texts[token] for token in d['timeline']['tokens'][-1]]
-        pages.append(encode(d))                                          # at once: of thousands, only their texts are kept
-    data = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
-                       shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
-    data = f'{{"features":[{",".join(pages)}],{data[1:]}'.replace('<', '\\u003c')
-    page = (Path(__file__).resolve().parent / 'assets/viewer.html').read_text('utf-8').replace('"DATA"', data, 1)
-    Path(path).write_text(page, 'utf-8')
-    say(f'{len(pages):,} features -> {path}, {len(data) / 1e6:.1f} MB')
+        return encode(d)
+    def share(part):
+        if len(part) > 20:
+            sort_firings(index[part[0][0]], min(f for _, f in part), max(f for _, f in part))
+        return ','.join(encoded(layer, f) for layer, f in part).replace('<', '\\u003c').encode() # of thousands, only their texts are kept
+    by_layer = [list(group) for _, group in itertools.groupby(features, key=lambda x: x[0])]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
+    if len(features) < MANY or 'torch' in sys.modules:                   # forks of torch's threads can hang
+        cores = 1
+    size = math.ceil(len(features) / cores)
+    chunks = [part[i:i + size] for part in by_layer for i in range(0, len(part), size)]
+    about = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
+                        shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
+    page = (Path(__file__).resolve().parent / 'assets/viewer.html').read_bytes()
+    head, tail = page.replace(b'"DATA"', about[:-1].replace('<', '\\u003c').encode() + b',"features":["DATA"]}', 1).split(b'"DATA"', 1)
+    with contextlib.ExitStack() as stack:
+        many = map if cores == 1 else stack.enter_context(
+            multiprocessing.get_context('fork').Pool(cores, globals().update, [dict(SHARE=share)])).imap
+        out = stack.enter_context(open(path, 'wb'))
+        out.write(head)
+        for i, part in enumerate(many(share if cores == 1 else in_child, chunks)):
+            out.write(b',' * (i > 0) + part)
+        out.write(tail)
+        say(f'{len(features):,} features -> {path}, {out.tell() / 1e6:.1f} MB')
+
+def in_child(part):
+    """What a forked process of write_html runs: the parent's closure, which cannot be pickled."""
+    return SHARE(part)
 
 def export(c):
     """
@@ -973,12 +1006,9 @@ def look(c):
         features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
     elif c.html and not features:
         features = [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
-    if len(features) > 20:
-        for s in index.values():                                         # sorted once, not searched for each of them
-            s.by_feature = np.argsort(s.features.reshape(-1), kind='stable')
-    data = (feature_data(index[i], f, timelines.get(i), effects.get((i, f))) for i, f in features)
+    data = lambda i, f: feature_data(index[i], f, timelines.get(i), effects.get((i, f)))
     if c.html:
-        write_html(c.html, index, data, c.examples, rows)
+        write_html(c.html, index, features, data, c.examples, rows)
     elif rows:
         show(prompt_view(s, rows, c.top) for s in chosen)
     elif c.find:
@@ -986,7 +1016,7 @@ def look(c):
     elif c.probe:
         show(probe_view(s, run, labels, texts, c.rows, c.seed) for s in chosen)
     elif features:
-        show(feature_view(index, d, c.examples) for d in data)
+        show(feature_view(index, data(i, f), c.examples) for i, f in features)
     else:
         show(overview(s, c.rows) for s in chosen)
 

@@ -223,8 +223,9 @@ def test_logits_and_neighbours(index, truth):
 def test_a_page_of_many_sorts_the_codes_once(index, monkeypatch):
     for s in index.values():
         want = [view.firings(s, f) for f in range(s.F)]
-        monkeypatch.setattr(s, 'by_feature', np.argsort(s.features.reshape(-1), kind='stable'))
-        for f in range(s.F):
+        monkeypatch.setattr(s, 'by_feature', None)
+        view.sort_firings(s, 2, s.F - 3)
+        for f in range(2, s.F - 2):
             assert all(np.array_equal(a, b) for a, b in zip(want[f], view.firings(s, f)))
 
 @pytest.mark.parametrize('n', (10, 10**6))
@@ -637,10 +638,16 @@ def test_html_has_the_same_numbers(index, page):
         assert all(harmless(t) for name in ('fires_on', 'up', 'down') for t, _ in d[name])
     assert data['layers']['1']['l0'] == pytest.approx(index[1].count.sum() / index[1].N)
 
+def test_the_page_is_the_same_from_many_processes(out, page, tmp_path):
+    code = f"import inspect_features as view; view.MANY = 2; view.main(['--out_dir={out}', '--html={tmp_path}/many.html'])"
+    subprocess.run([sys.executable, '-c', code], cwd=Path(view.__file__).parent, check=True)
+    assert (tmp_path / 'many.html').read_bytes() == page.read_bytes()
+
 def test_a_peak_too_weak_for_fp16_is_marked(index, tmp_path, monkeypatch):
     s = index[1]
     monkeypatch.setattr(s, 'values', np.zeros_like(s.values))
-    view.write_html(tmp_path / 'page.html', index, [view.feature_data(s, np.flatnonzero(s.count)[0].item())], 5, None)
+    some = [(1, np.flatnonzero(s.count)[0].item())]
+    view.write_html(tmp_path / 'page.html', index, some, lambda layer, f: view.feature_data(s, f), 5, None)
     text = (tmp_path / 'page.html').read_text(encoding='utf-8')
     d, = json.loads(text.partition('id="data">')[2].partition('</script>')[0])['features']
     assert d['top'] and all([part[2] for part in parts if isinstance(part, list)] == [True] for parts, *_ in d['top'] + d['random'])
