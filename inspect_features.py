@@ -31,6 +31,8 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 import unicodedata
@@ -68,6 +70,7 @@ SIDE = 16                # tokens shown on either side of a peak
 MANY = 1000              # features from which an HTML page is shared out among the CPU's cores
 SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 SETTLED = 0.7            # cosine of its token counts to the final ones from which a feature counts as settled
+TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 PLACES = dict(resid='on the residual stream after block', mlp="on the MLP's output in block", hidden='inside the MLP of block',
               attn="on the attention's output in block", stream='on the channels of the stream after block')
 
@@ -123,7 +126,8 @@ def scan(c, run, key):
     batches = lambda: (x for x, _ in eval_batches(run.data.val, T, B, wanted))
     sizes = [x.numel() for x in batches()]
     N = sum(sizes)
-    path.unlink(missing_ok=True)                                         # from here to the end there is no index
+    for old in (path, page_of(c)):                                       # from here to the end there is no index
+        old.unlink(missing_ok=True)
     create = lambda name, dtype, *shape: np.lib.format.open_memmap(path.with_name(f'index_{name}.npy'), 'w+', dtype, shape)
     all_tokens = create('tokens', run.data.val.dtype, N)
     all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
@@ -213,7 +217,23 @@ def open_index(c):
         say(f"{why}: scanning")
         scan(c, run, key)
         index = read_index(c)
+        if sum(int((s.count > 0).sum()) for s in index.values()) >= MANY: # in a process without torch, which can be forked
+            say("and a page of all live features, for --html:")
+            done = subprocess.run([sys.executable, __file__, f'--out_dir={c.out_dir}', f'--html={page_of(c)}'], capture_output=True, text=True)
+            say(done.stdout.strip() or f"no page of all features was made: {done.stderr.strip()}")
     return index
+
+def page_of(c):
+    """The HTML page of all live features, made with the scan where they are many: --html copies it."""
+    return Path(c.out_dir) / 'index_page.html'
+
+def page_is_ready(c):
+    """Is it of this index, of this version, and what is asked for?"""
+    made_of = Path(c.out_dir) / 'index.npz', Path(__file__), TEMPLATE
+    with contextlib.suppress(OSError):
+        return (all(getattr(c, key) == DEFAULTS[key] for key in ('layer', 'examples', 'seed'))
+                and all(page_of(c).stat().st_mtime > path.stat().st_mtime for path in made_of))
+    return False
 
 def read_index(c):
     """
@@ -904,8 +924,10 @@ def write_html(path, index, features, data, examples, prompt):
             d['timeline']['tokens'] = [texts[token] for token in d['timeline']['tokens'][-1]]
         return encode(d)
     def share(part):
+        s = index[part[0][0]]
+        s.by_feature = None                                              # of the last part that this process had
         if len(part) > 20:
-            sort_firings(index[part[0][0]], min(f for _, f in part), max(f for _, f in part))
+            sort_firings(s, min(f for _, f in part), max(f for _, f in part))
         return ','.join(encoded(layer, f) for layer, f in part).replace('<', '\\u003c').encode() # of thousands, only their texts are kept
     by_layer = [list(group) for _, group in itertools.groupby(features, key=lambda x: x[0])]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
@@ -915,17 +937,17 @@ def write_html(path, index, features, data, examples, prompt):
     chunks = [part[i:i + size] for part in by_layer for i in range(0, len(part), size)]
     about = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
                         shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
-    page = (Path(__file__).resolve().parent / 'assets/viewer.html').read_bytes()
-    head, tail = page.replace(b'"DATA"', about[:-1].replace('<', '\\u003c').encode() + b',"features":["DATA"]}', 1).split(b'"DATA"', 1)
+    head, tail = TEMPLATE.read_bytes().replace(b'"DATA"', about[:-1].replace('<', '\\u003c').encode() + b',"features":["DATA"]}', 1).split(b'"DATA"', 1)
     with contextlib.ExitStack() as stack:
         many = map if cores == 1 else stack.enter_context(
             multiprocessing.get_context('fork').Pool(cores, globals().update, [dict(SHARE=share)])).imap
-        out = stack.enter_context(open(path, 'wb'))
+        out = stack.enter_context(open(f'{path}.tmp', 'wb'))
         out.write(head)
         for i, part in enumerate(many(share if cores == 1 else in_child, chunks)):
             out.write(b',' * (i > 0) + part)
         out.write(tail)
-        say(f'{len(features):,} features -> {path}, {out.tell() / 1e6:.1f} MB')
+    os.replace(f'{path}.tmp', path)
+    say(f'{len(features):,} features -> {path}, {Path(path).stat().st_size / 1e6:.1f} MB')
 
 def in_child(part):
     """What a forked process of write_html runs: the parent's closure, which cannot be pickled."""
@@ -1005,6 +1027,9 @@ def look(c):
     if c.html and rows:
         features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
     elif c.html and not features:
+        if page_is_ready(c) and Path(c.html).resolve() != page_of(c).resolve():
+            shutil.copyfile(page_of(c), c.html)
+            return say(f"{page_of(c)} -> {c.html}, {page_of(c).stat().st_size / 1e6:.1f} MB")
         features = [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
     data = lambda i, f: feature_data(index[i], f, timelines.get(i), effects.get((i, f)))
     if c.html:

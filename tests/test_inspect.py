@@ -643,6 +643,20 @@ def test_the_page_is_the_same_from_many_processes(out, page, tmp_path):
     subprocess.run([sys.executable, '-c', code], cwd=Path(view.__file__).parent, check=True)
     assert (tmp_path / 'many.html').read_bytes() == page.read_bytes()
 
+def test_the_page_of_many_is_made_with_the_scan(out, page, tmp_path, monkeypatch):
+    run, html = tmp_path / 'run', tmp_path / 'page.html'
+    shutil.copytree(out, run, ignore=shutil.ignore_patterns('index*'))
+    monkeypatch.setattr(view, 'MANY', 2)
+    view.main([f'--out_dir={run}', '--rows=1'])
+    assert (run / 'index_page.html').read_bytes() == page.read_bytes()
+    (run / 'index_page.html').write_text('as it was made')
+    view.main([f'--out_dir={run}', f'--html={html}'])
+    assert html.read_text() == 'as it was made'
+    view.main([f'--out_dir={run}', f'--html={html}', '--examples=2'])
+    assert 'as it was made' not in html.read_text()
+    view.main([f'--out_dir={run}', f'--html={html}', '--scan_tokens=96']) # another scan, another page
+    assert html.read_bytes() == (run / 'index_page.html').read_bytes() != page.read_bytes()
+
 def test_a_peak_too_weak_for_fp16_is_marked(index, tmp_path, monkeypatch):
     s = index[1]
     monkeypatch.setattr(s, 'values', np.zeros_like(s.values))
