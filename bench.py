@@ -326,14 +326,14 @@ def bench_overhead(result, folder, steps, rounds):
 
 def bench_ddp(result, folder, steps, _):
     """
-    Tokens/s and speed-up by number of GPUs, with one micro-batch a GPU and step, as config/sae_gpt.py has on 8. Empty where
-    there is one GPU, and nothing to compare. On a CPU: two processes.
+    Tokens/s and speed-up by number of GPUs, for one micro-batch a GPU and step, as config/sae_gpt.py has on 8 GPUs, and for
+    four, as on 2. Empty where there is one GPU, and nothing to compare. On a CPU: two processes.
     """
-    n = torch.cuda.device_count() if GPU else 2
-    runs = {r: train(folder, f'{r}-ranks', 'sae_gpt', 2 * steps, ranks=r, gradient_accumulation_steps=r, **SHORT_EVAL)
-            for r in sorted({1, 2, n}) if n > 1}
-    tok_s = {r: median(seen['tok_s']) for r, seen in runs.items()}
-    result['ddp'] = dict(tok_s=tok_s, speedup={r: v / tok_s[1] for r, v in tok_s.items()}) if runs else {}
+    n, result['ddp'] = torch.cuda.device_count() if GPU else 2, {}
+    for micros in ((1, 4) if GPU else (1,)) if n > 1 else ():
+        tok_s = {r: median(train(folder, f'{r}-ranks-{micros}', 'sae_gpt', 2 * steps if micros == 1 else steps, ranks=r,
+                                 gradient_accumulation_steps=r * micros, **SHORT_EVAL)['tok_s']) for r in sorted({1, 2, n})}
+        result['ddp'][micros] = dict(tok_s=tok_s, speedup={r: v / tok_s[1] for r, v in tok_s.items()})
 
 # ----------------------------------------------------------------------------------------------------
 # result
@@ -364,8 +364,9 @@ def print_result(result):
         print(f"two SAE runs: {', '.join(f'{k} {v}' for k, v in same.items())}")
     if overhead := result.get('overhead'):
         print_table("share of the training time", overhead, 'ms', 'share')
-    if ddp := result.get('ddp'):
-        print(f"\nspeed-up by number of GPUs: {', '.join(f'{r}: {v:.2f}x' for r, v in ddp['speedup'].items())}")
+    for micros, ddp in result.get('ddp', {}).items():
+        speedup = ', '.join(f'{r}: {v:.2f}x' for r, v in ddp['speedup'].items())
+        print(f"\nspeed-up by number of GPUs, micro-batches a GPU and step {micros}: {speedup}")
 
 PARTS = dict(layer=bench_layer, step=bench_step, overhead=bench_overhead, ddp=bench_ddp)
 DEFAULTS = dict(

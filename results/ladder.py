@@ -185,7 +185,7 @@ def print_table(results):
                   f"{mean('params_non_embedding') / 1e6:.1f}", f"{mean('flops_per_token') / 1e6:.0f}"]) + " |")
 
 def plot(results, path, rows):
-    """Validation loss against tokens, the mean over seeds, of the largest group of runs that has these rows."""
+    """Validation loss against tokens, the mean over seeds; of the sizes that have most of these rows, the one with most tokens."""
     try:
         import matplotlib
     except ImportError:
@@ -194,7 +194,7 @@ def plot(results, path, rows):
     import matplotlib.pyplot as plt
     kinds = {(r['size'], r['tokens']) for r in results}
     groups = [[r for r in results if (r['size'], r['tokens']) == kind and r['row'] in rows] for kind in kinds]
-    group = max(groups, key=lambda g: (len({r['row'] for r in g}), len(g)))
+    group = max(groups, key=lambda g: (len({r['row'] for r in g}), max((r['tokens'] for r in g), default=0)))
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for row, style in zip(rows, itertools.cycle(('k-', 'r-', 'b-', 'c-', 'm:', 'g-', 'y-'))):
         runs = [r for r in group if r['row'] == row]
