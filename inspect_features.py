@@ -8,7 +8,8 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
     ... --html=out.html       the same as one page              --export=folder    the SAEs, for SAELens
 
 The model runs once over val (the scan); what fired where is kept in out_dir, in index.npz and index_*.npy, until the
-checkpoint changes. A view of it takes a moment (a page of 2,000 features, a second): torch is loaded only where a model runs.
+checkpoint changes. A view of it takes a moment: torch is loaded only where a model runs, and an HTML page of 1,000 features
+or more is made with the scan, and kept too (index_page.html).
 
   fires          the feature is among the K of a position, and its activation is not 0
   density        share of the scanned positions on which it fires
@@ -319,8 +320,9 @@ def firings(s, f):
 
 def sort_firings(s, first, last):
     """From now on the firings of features first to last are looked up, and no longer searched for one by one."""
-    features = s.features.reshape(-1)
-    slots = np.flatnonzero((features >= first) & (features <= last))
+    features, block = s.features.reshape(-1), 2**22                      # in blocks: whatever the tokens scanned, a few MB each
+    slots = np.concatenate([i + np.flatnonzero((features[i:i + block] >= first) & (features[i:i + block] <= last))
+                            for i in range(0, len(features), block)])
     s.by_feature = slots[np.argsort(features[slots], kind='stable')], first
 
 def one_a_window(s, positions, n):
@@ -387,18 +389,22 @@ def find(s, pattern):
         n_bytes[code >> 8 == 0xDC] = 1                                   # a byte that is none
         ends = np.append(0, np.cumsum(n_bytes))                          # of the characters before each, in bytes
         owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
-        found = np.array([m.span() for m in pattern.finditer(text) if m.group()], int).reshape(-1, 2)
+        found = np.array([m.span() for m in pattern.finditer(text)], int).reshape(-1, 2)
+        found = found[found[:, 0] < found[:, 1]]
         spans.append(owner[ends[found] - (0, 1)])                        # first and last position
     first, last = np.concatenate(spans).T                                # (matches,)
     n = last - first + 1
     match = np.repeat(np.arange(len(n)), n)                              # an entry a (match, position)
     inside = np.arange(n.sum()) + np.repeat(first - np.cumsum(n) + n, n)
-    tokens = np.zeros(s.N, bool)
-    tokens[inside] = True
-    once = np.sort((match[:, None] * (s.F + 1) + s.features[inside]).reshape(-1), kind='stable') # faster than np.unique
-    once = once[np.diff(once, prepend=-1) > 0] % (s.F + 1)               # an entry a (match, feature)
-    hits, recalled = (np.bincount(x.reshape(-1), minlength=s.F + 1)[:s.F] for x in (s.features[tokens], once))
-    return hits / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), int(tokens.sum())
+    counted = lambda features, weights=None: np.bincount(features.reshape(-1), weights, s.F + 1)[:s.F]
+    tokens = np.flatnonzero(np.bincount(inside, minlength=s.N))
+    short = np.bincount(first[n == 1], minlength=s.N)                    # matches within one token: it fires there or not
+    at = np.flatnonzero(short)
+    recalled = counted(s.features[at], np.repeat(short[at], s.K))
+    long = n[match] > 1                                                  # it may fire on several tokens of a match: counted once
+    once = np.sort((match[long, None] * (s.F + 1) + s.features[inside[long]]).reshape(-1), kind='stable') # faster than np.unique
+    recalled = recalled + counted(once[np.diff(once, prepend=-1) > 0] % (s.F + 1))
+    return counted(s.features[tokens]) / np.maximum(1, s.count), recalled / max(1, len(n)), len(n), len(tokens)
 
 def read_text(key, path):
     """The file that --key=path names. ValueError: one sentence."""
@@ -929,12 +935,13 @@ def write_html(path, index, features, data, examples, prompt):
         if len(part) > 20:
             sort_firings(s, min(f for _, f in part), max(f for _, f in part))
         return ','.join(encoded(layer, f) for layer, f in part).replace('<', '\\u003c').encode() # of thousands, only their texts are kept
-    by_layer = [list(group) for _, group in itertools.groupby(features, key=lambda x: x[0])]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
     if len(features) < MANY or 'torch' in sys.modules:                   # forks of torch's threads can hang
         cores = 1
-    size = math.ceil(len(features) / cores)
-    chunks = [part[i:i + size] for part in by_layer for i in range(0, len(part), size)]
+    costs = np.cumsum([300 + int(index[i].count[f]) for i, f in features]) # in firings; of 4 M, an SAE's slots take 32 MB
+    n = max(cores, costs[-1] // 2**22) if features else 0
+    chunks = [[x for x, _ in group] for _, group in itertools.groupby(
+        zip(features, (costs - 1) * n // costs[-1:]), key=lambda x: (x[0][0], x[1]))]
     about = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
                         shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
     head, tail = TEMPLATE.read_bytes().replace(b'"DATA"', about[:-1].replace('<', '\\u003c').encode() + b',"features":["DATA"]}', 1).split(b'"DATA"', 1)
