@@ -271,15 +271,15 @@ class GPT(nn.Module):
         """
         Parameter groups by what happens to them: the GPT's matrices decay (at site hidden the SAE's two are the MLP's);
         the SAE's parameters do not (decay would silence rare features, which get few gradients), and have their own
-        learning rate.
+        learning rate. sae_reads is what decides when a feature fires, sae_writes all else of an SAE.
         """
-        params = list(self.named_parameters())
-        own = lambda n, p: '.sae.' in n and not (self.config.sae_site == 'hidden' and p.dim() > 1)
-        sae = [p for n, p in params if own(n, p)]
-        matrices = [p for n, p in params if not own(n, p)]
-        groups = [dict(params=matrices, weight_decay=weight_decay, lr=learning_rate, lr_factor=1.0, name='matrices'),
-                  dict(params=sae, weight_decay=0.0, lr=learning_rate * sae_lr_factor, lr_factor=sae_lr_factor, name='sae')]
-        return [g for g in groups if g['params']]
+        groups = dict(matrices=[], sae_reads=[], sae_writes=[])
+        for n, p in self.named_parameters():
+            own = '.sae.' in n and not (self.config.sae_site == 'hidden' and p.dim() > 1)
+            groups['matrices' if not own else 'sae_reads' if n.endswith('_enc') else 'sae_writes'].append(p)
+        factor = dict.fromkeys(groups, sae_lr_factor) | dict(matrices=1.0)
+        return [dict(params=params, weight_decay=weight_decay if name == 'matrices' else 0.0, lr=learning_rate * factor[name],
+                     lr_factor=factor[name], name=name) for name, params in groups.items() if params]
 
 # ----------------------------------------------------------------------------------------------------
 # checkpoints: ckpt.pt is the newest whole one, ckpt_prev.pt the one before

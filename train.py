@@ -82,6 +82,7 @@ optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW fo
 sae_muon = True           # False: AdamW for the SAE's matrices
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
+sae_reads_lr = 1.0        # that of W_enc and b_enc is this times the SAE's once alpha is above 0: below 1 meanings move less
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -128,7 +129,7 @@ def problems(c):
                     gradient_accumulation_steps=1, warmup_iters=0, weight_decay=0, grad_clip=0, seed=0, rank_timeout=1)
     found += [f"{k}={c[k]} must be at least {low}" for k, low in at_least.items() if c[k] < low]
     found += [f"{k}={c[k]} must be above 0 and below 1000" for k in ('learning_rate', 'sae_lr_factor') if not 0 < c[k] < 1000]
-    found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio')
+    found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'sae_reads_lr', 'min_lr_ratio')
               if not 0 <= c[k] <= 1]
     found += [f"{k}={c[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= c[k] < 1]
     one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'), dtype=('auto', 'float32', 'bfloat16', 'float16'))
@@ -271,7 +272,7 @@ for sae in saes.values():
 
 def for_muon(g, p):
     """The matrices of blocks and SAEs; the embedding and vectors are for AdamW (kellerjordan.github.io/posts/muon)."""
-    return optimizer == 'muon' and p.dim() == 2 and p is not raw_model.transformer.wte.weight and (sae_muon or g['name'] != 'sae')
+    return optimizer == 'muon' and p.dim() == 2 and p is not raw_model.transformer.wte.weight and (sae_muon or g['name'] == 'matrices')
 
 optimizers = []
 for muon in (True, False):
@@ -330,11 +331,12 @@ def learning_rate_factor(step):
     return min(1.0, min_lr_ratio + (1 - min_lr_ratio) * (1 - progress) / 0.2)
 
 def set_schedules(step):
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = learning_rate * group['lr_factor'] * learning_rate_factor(step)
     progress = step / max(1, max_iters)
     alpha = 0.0 if sae_posthoc else blend_alpha(progress, sae_blend_start, sae_blend_end)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            slower = sae_reads_lr if group['name'] == 'sae_reads' and alpha > 0 else 1.0
+            group['lr'] = learning_rate * group['lr_factor'] * slower * learning_rate_factor(step)
     for sae in saes.values():
         sae.alpha.fill_(alpha)
         sae.k.fill_(k_at(progress, sae_k_start, sae_k, sae_k_end))

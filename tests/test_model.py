@@ -164,8 +164,8 @@ def test_every_parameter_is_optimised_once(site):
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     sae = {id(p) for s in model.saes().values() for p in s.parameters() if site != 'hidden' or p.dim() == 1}
     for g in groups:
-        assert (g['weight_decay'], g['lr']) == ((0.0, 3e-3) if g['name'] == 'sae' else (0.1, 1e-3))
-        assert all((id(p) in sae) == (g['name'] == 'sae') for p in g['params'])
+        assert (g['weight_decay'], g['lr']) == ((0.1, 1e-3) if g['name'] == 'matrices' else (0.0, 3e-3))
+        assert all((id(p) in sae) == (g['name'] != 'matrices') for p in g['params'])
 
 def test_flops_by_hand():
     """6 a weight of the dense matmuls and 12 L C T for attention; the SAE's 2 F C + 10 K C. wte counts once: as the head."""
