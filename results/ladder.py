@@ -87,7 +87,7 @@ def rows(size):
         'hidden': (hidden, "every block's MLP, K of 4 C, from step 0"),
         **{f'hidden K={k}': (hidden | dict(sae_k=k), '') for k in (64, 128)},
         **{f'hidden blend K={k}': (hidden | slow_blend | dict(sae_k=k), 'alpha from 0 to 1 over 60 %') for k in (64, 128)},
-        **{f'hidden anneal K={k}': (hidden | dict(sae_k=k, sae_k_start=2 * SIZES[size]['n_embd'], sae_k_end=0.9),
+        **{f'hidden anneal K={k}': (hidden | dict(sae_k=k, sae_k_start=max(k, 2 * SIZES[size]['n_embd']), sae_k_end=0.9),
                                     'K from half of the hidden layer over 90 %') for k in (64, 128)},
         'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
                    | slow_blend, 'all blocks but the last two'),
