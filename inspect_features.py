@@ -220,8 +220,7 @@ def open_index(c):
         index = read_index(c)
         if sum(int((s.count > 0).sum()) for s in index.values()) >= MANY: # in a process without torch, which can be forked
             say("and a page of all live features, for --html:")
-            done = subprocess.run([sys.executable, __file__, f'--out_dir={c.out_dir}', f'--html={page_of(c)}'], capture_output=True, text=True)
-            say(done.stdout.strip() or f"no page of all features was made: {done.stderr.strip()}")
+            subprocess.run([sys.executable, __file__, f'--out_dir={c.out_dir}', f'--html={page_of(c)}'], stdout=subprocess.DEVNULL)
     return index
 
 def page_of(c):

@@ -30,7 +30,7 @@ SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
                  sae_silent_tokens=20 * 128, compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
-                sae_k=16, sae_silent_tokens=20 * 2048, eval_tokens=32_768, compile=False, device='cpu'), # config/sae_cpu.py
+                sae_k=16, sae_silent_tokens=20 * 2048, eval_tokens=32_768, compile=False, device='cpu'), # config/sae_cpu.py, but that has 2 heads
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
     'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
 }
