@@ -388,7 +388,7 @@ def find(s, pattern):
         n_bytes[code >> 8 == 0xDC] = 1                                   # a byte that is none
         ends = np.append(0, np.cumsum(n_bytes))                          # of the characters before each, in bytes
         owner = np.repeat(np.arange(start, start + s.T), sizes[window])  # the position that each byte belongs to
-        found = np.array([m.span() for m in pattern.finditer(text)], int).reshape(-1, 2)
+        found = np.fromiter(itertools.chain.from_iterable(map(re.Match.span, pattern.finditer(text))), int).reshape(-1, 2)
         found = found[found[:, 0] < found[:, 1]]
         spans.append(owner[ends[found] - (0, 1)])                        # first and last position
     first, last = np.concatenate(spans).T                                # (matches,)
