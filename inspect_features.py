@@ -228,11 +228,10 @@ def page_of(c):
     return Path(c.out_dir) / 'index_page.html'
 
 def page_is_ready(c):
-    """Is it of this index, of this version, and what is asked for?"""
-    made_of = Path(c.out_dir) / 'index.npz', Path(__file__), TEMPLATE
+    """Is it there (a scan removes it first), of this version, and what is asked for?"""
     with contextlib.suppress(OSError):
         return (all(getattr(c, key) == DEFAULTS[key] for key in ('layer', 'examples', 'seed'))
-                and all(page_of(c).stat().st_mtime > path.stat().st_mtime for path in made_of))
+                and all(page_of(c).stat().st_mtime > path.stat().st_mtime for path in (Path(__file__), TEMPLATE)))
     return False
 
 def read_index(c):
@@ -928,12 +927,13 @@ def write_html(path, index, features, data, examples, prompt):
         if d['timeline']:
             d['timeline']['tokens'] = [texts[token] for token in d['timeline']['tokens'][-1]]
         return encode(d)
+    harmless = lambda text: text.replace('<', '\\u003c').encode()        # no tag in it can end the script
     def share(part):
         s = index[part[0][0]]
         s.by_feature = None                                              # of the last part that this process had
         if len(part) > 20:
             sort_firings(s, min(f for _, f in part), max(f for _, f in part))
-        return ','.join(encoded(layer, f) for layer, f in part).replace('<', '\\u003c').encode() # of thousands, only their texts are kept
+        return harmless(','.join(encoded(layer, f) for layer, f in part)) # of thousands, only their texts are kept
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
     if len(features) < MANY or 'torch' in sys.modules:                   # forks of torch's threads can hang
         cores = 1
@@ -943,15 +943,17 @@ def write_html(path, index, features, data, examples, prompt):
         zip(features, (costs - 1) * n // costs[-1:]), key=lambda x: (x[0][0], x[1]))]
     about = encode(dict(step=s.step, site=s.site, place=PLACES[s.site], F=s.F, K=s.K, N=s.N, dataset=s.dataset,
                         shown_from=SHOWN_FROM, layers={s.layer: layer_data(s) for s in index.values()}, prompt=words(prompt)))
-    head, tail = TEMPLATE.read_bytes().replace(b'"DATA"', about[:-1].replace('<', '\\u003c').encode() + b',"features":["DATA"]}', 1).split(b'"DATA"', 1)
+    head, tail = TEMPLATE.read_bytes().split(b'"DATA"', 1)
     with contextlib.ExitStack() as stack:
-        many = map if cores == 1 else stack.enter_context(
-            multiprocessing.get_context('fork').Pool(cores, globals().update, [dict(SHARE=share)])).imap
+        parts = map(share, chunks)
+        if cores > 1:
+            pool = multiprocessing.get_context('fork').Pool(cores, globals().update, [dict(SHARE=share)])
+            parts = stack.enter_context(pool).imap(in_child, chunks)
         out = stack.enter_context(open(f'{path}.tmp', 'wb'))
-        out.write(head)
-        for i, part in enumerate(many(share if cores == 1 else in_child, chunks)):
+        out.write(head + harmless(about[:-1]) + b',"features":[')
+        for i, part in enumerate(parts):
             out.write(b',' * (i > 0) + part)
-        out.write(tail)
+        out.write(b']}' + tail)
     os.replace(f'{path}.tmp', path)
     say(f'{len(features):,} features -> {path}, {Path(path).stat().st_size / 1e6:.1f} MB')
 

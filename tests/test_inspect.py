@@ -657,6 +657,13 @@ def test_the_page_of_many_is_made_with_the_scan(out, page, tmp_path, monkeypatch
     view.main([f'--out_dir={run}', f'--html={html}', '--scan_tokens=96']) # another scan, another page
     assert html.read_bytes() == (run / 'index_page.html').read_bytes() != page.read_bytes()
 
+def test_a_page_whose_data_has_the_template_s_word(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(index[1], 'dataset', 'DATA')
+    view.write_html(tmp_path / 'page.html', index, [], None, 5, [(b'D'[0], 0.5)])
+    text = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    data = json.loads(text.partition('id="data">')[2].partition('</script>')[0])
+    assert data['dataset'] == 'DATA' and data['features'] == [] and text.endswith('</html>\n')
+
 def test_a_peak_too_weak_for_fp16_is_marked(index, tmp_path, monkeypatch):
     s = index[1]
     monkeypatch.setattr(s, 'values', np.zeros_like(s.values))

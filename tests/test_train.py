@@ -401,9 +401,6 @@ def test_every_variant_runs(changes, tiny_data, tmp_path):
     if changes.get('max_iters') != 0:
         load_model(load_checkpoint(str(tmp_path)))
 
-# ----------------------------------------------------------------------------------------------------
-# honest numbers
-
 def test_reads_lr(tiny_data, tmp_path):
     """sae_reads_lr=0: from the hand-over on, at half of these 8 steps, what features read stays; what they write does not."""
     code, text = train(tmp_path, tiny_data, sae_reads_lr=0, sae_nudge=0, sae_blend_start=0.5, sae_blend_end=0.5, save_interval=4)
@@ -412,6 +409,9 @@ def test_reads_lr(tiny_data, tmp_path):
     at = 'transformer.h.1.sae.'
     assert all(was[at + name].equal(now[at + name]) == (name in ('W_enc', 'b_enc')) for name in ('W_enc', 'b_enc', 'W_dec', 'b_dec'))
     assert now[at + 'W_enc'].abs().sum() > 0
+
+# ----------------------------------------------------------------------------------------------------
+# honest numbers
 
 def test_train_loss_by_brute_force(tiny_data, tmp_path):
     """The logged loss is the mean over the micro-steps since the last log line; the first one can be recomputed."""
