@@ -230,7 +230,7 @@ def page_of(c):
 def page_is_ready(c):
     """Is it there (a scan removes it first), of this version, and what is asked for?"""
     with contextlib.suppress(OSError):
-        return (all(getattr(c, key) == DEFAULTS[key] for key in ('layer', 'examples', 'seed'))
+        return (all(getattr(c, key) == DEFAULTS[key] for key in ('examples', 'seed'))
                 and all(page_of(c).stat().st_mtime > path.stat().st_mtime for path in (Path(__file__), TEMPLATE)))
     return False
 
@@ -1035,7 +1035,7 @@ def look(c):
     if c.html and rows:
         features = sorted({(s.layer, f) for _, by_layer in rows for s in chosen for f, _ in by_layer[s.layer]})
     elif c.html and not features:
-        if page_is_ready(c) and Path(c.html).resolve() != page_of(c).resolve():
+        if len(chosen) == len(index) and page_is_ready(c) and Path(c.html).resolve() != page_of(c).resolve():
             shutil.copyfile(page_of(c), c.html)
             return say(f"{page_of(c)} -> {c.html}, {page_of(c).stat().st_size / 1e6:.1f} MB")
         features = [(s.layer, f) for s in chosen for f in np.flatnonzero(s.count).tolist()]
