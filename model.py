@@ -267,17 +267,17 @@ class GPT(nn.Module):
         sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in self.saes().values() if s.site != 'stream')
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
-    def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor):
+    def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor, sae_skip_lr=1.0):
         """
         Parameter groups by what happens to them: the GPT's matrices decay (at site hidden the SAE's two are the MLP's);
         the SAE's parameters do not (decay would silence rare features, which get few gradients), and have their own
-        learning rate. sae_reads is what decides when a feature fires, sae_writes all else of an SAE.
+        learning rate; so has the token skip, relative to theirs.
         """
-        groups = dict(matrices=[], sae_reads=[], sae_writes=[])
+        groups = dict(matrices=[], sae=[], skip=[])
         for n, p in self.named_parameters():
             own = '.sae.' in n and not (self.config.sae_site == 'hidden' and p.dim() > 1)
-            groups['matrices' if not own else 'sae_reads' if n.endswith('_enc') else 'sae_writes'].append(p)
-        factor = dict.fromkeys(groups, sae_lr_factor) | dict(matrices=1.0)
+            groups['matrices' if not own else 'skip' if n.endswith('W_skip') else 'sae'].append(p)
+        factor = dict(matrices=1.0, sae=sae_lr_factor, skip=sae_lr_factor * sae_skip_lr)
         return [dict(params=params, weight_decay=weight_decay if name == 'matrices' else 0.0, lr=learning_rate * factor[name],
                      lr_factor=factor[name], name=name) for name, params in groups.items() if params]
 

@@ -82,7 +82,7 @@ optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW fo
 sae_muon = True           # False: AdamW for the SAE's matrices
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
-sae_reads_lr = 1.0        # that of W_enc and b_enc is this times the SAE's once alpha is above 0: below 1 meanings move less
+sae_skip_lr = 1.0         # that of W_skip is this times the SAE's: below 1 the features carry more
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -128,9 +128,8 @@ def problems(c):
     at_least = dict(eval_interval=1, save_interval=1, eval_tokens=1, probe_tokens=0, log_interval=1, batch_size=1, max_iters=0,
                     gradient_accumulation_steps=1, warmup_iters=0, weight_decay=0, grad_clip=0, seed=0, rank_timeout=1)
     found += [f"{k}={c[k]} must be at least {low}" for k, low in at_least.items() if c[k] < low]
-    found += [f"{k}={c[k]} must be above 0 and below 1000" for k in ('learning_rate', 'sae_lr_factor') if not 0 < c[k] < 1000]
-    found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'sae_reads_lr', 'min_lr_ratio')
-              if not 0 <= c[k] <= 1]
+    found += [f"{k}={c[k]} must be above 0 and below 1000" for k in ('learning_rate', 'sae_lr_factor', 'sae_skip_lr') if not 0 < c[k] < 1000]
+    found += [f"{k}={c[k]} must lie in 0..1" for k in ('sae_blend_start', 'sae_blend_end', 'sae_k_end', 'min_lr_ratio') if not 0 <= c[k] <= 1]
     found += [f"{k}={c[k]} must be at least 0 and below 1" for k in ('beta1', 'beta2') if not 0 <= c[k] < 1]
     one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'), dtype=('auto', 'float32', 'bfloat16', 'float16'))
     found += [f"{k}={c[k]!r} must be one of {', '.join(known)}" for k, known in one_of.items() if c[k] not in known]
@@ -277,7 +276,7 @@ def for_muon(g, p):
 optimizers = []
 for muon in (True, False):
     groups = [g | dict(params=[p for p in g['params'] if p.requires_grad and for_muon(g, p) == muon])
-              for g in model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)]
+              for g in model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor, sae_skip_lr)]
     groups = [g for g in groups if g['params']]
     if groups and muon:
         optimizers.append(torch.optim.Muon(groups, adjust_lr_fn='match_rms_adamw'))
@@ -335,8 +334,7 @@ def set_schedules(step):
     alpha = 0.0 if sae_posthoc else blend_alpha(progress, sae_blend_start, sae_blend_end)
     for opt in optimizers:
         for group in opt.param_groups:
-            slower = sae_reads_lr if group['name'] == 'sae_reads' and alpha > 0 else 1.0
-            group['lr'] = learning_rate * group['lr_factor'] * slower * learning_rate_factor(step)
+            group['lr'] = learning_rate * group['lr_factor'] * learning_rate_factor(step)
     for sae in saes.values():
         sae.alpha.fill_(alpha)
         sae.k.fill_(k_at(progress, sae_k_start, sae_k, sae_k_end))

@@ -70,7 +70,8 @@ def rows(size):
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
         'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
-        **{f'default reads x{x}': (at | dict(sae_reads_lr=x), 'W_enc learns so much slower after the hand-over') for x in (0.0, 0.1, 0.3)},
+        **{f'{mode} skip x{x}': (base | dict(sae_skip_lr=x), 'W_skip learns so much slower')
+           for mode, base in (('default', at), ('default K=64', at | dict(sae_k=64))) for x in (0.1, 0.3)},
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
         'strict blend': (strict | slow_blend, 'the same'),

@@ -333,7 +333,7 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     config = load_checkpoint(str(whole))['config']
     choices = dict(sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1', dropout=0.2, beta1=0.5,
                    beta2=0.5, min_lr_ratio=0.2, n_embd=32, sae_k_end=0.7, sae_blend_start=0.2, sae_blend_end=0.8, max_iters=7,
-                   sae_posthoc=False, gradient_accumulation_steps=4, wandb_project='x', sae_reads_lr=0.5)
+                   sae_posthoc=False, gradient_accumulation_steps=4, wandb_project='x', sae_skip_lr=0.5)
     changed = {k: not v if type(v) is bool else v + 2 for k, v in config.items() if type(v) in (bool, int, float)} | choices
     code, text = train(tmp_path / 'out', other, init_from='resume', **changed | dict(wandb_log=False))
     assert code == 2 and 'Traceback' not in text
@@ -401,14 +401,16 @@ def test_every_variant_runs(changes, tiny_data, tmp_path):
     if changes.get('max_iters') != 0:
         load_model(load_checkpoint(str(tmp_path)))
 
-def test_reads_lr(tiny_data, tmp_path):
-    """sae_reads_lr=0: from the hand-over on, at half of these 8 steps, what features read stays; what they write does not."""
-    code, text = train(tmp_path, tiny_data, sae_reads_lr=0, sae_nudge=0, sae_blend_start=0.5, sae_blend_end=0.5, save_interval=4)
-    assert code == 0, text
-    was, now = (torch.load(tmp_path / name, weights_only=True)['model'] for name in ('ckpt_prev.pt', 'ckpt.pt'))
-    at = 'transformer.h.1.sae.'
-    assert all(was[at + name].equal(now[at + name]) == (name in ('W_enc', 'b_enc')) for name in ('W_enc', 'b_enc', 'W_dec', 'b_dec'))
-    assert now[at + 'W_enc'].abs().sum() > 0
+def test_skip_lr(tiny_data, tmp_path):
+    """sae_skip_lr=0.25: one step moves W_skip, from zero, a quarter as far, and all else as without it."""
+    now = {}
+    for x in (1, 0.25):
+        code, text = train(tmp_path / str(x), tiny_data, sae_skip_lr=x, sae_token_skip=True, sae_blend_start=0, sae_blend_end=0, max_iters=1)
+        assert code == 0, text
+        now[x] = load_checkpoint(str(tmp_path / str(x)))['model']
+    assert now[1]['transformer.h.1.sae.W_skip'].any()
+    for name, full in now[1].items():
+        torch.testing.assert_close(now[0.25][name], full * (0.25 if name.endswith('W_skip') else 1))
 
 # ----------------------------------------------------------------------------------------------------
 # honest numbers
