@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -535,7 +536,7 @@ def start(out, data, ranks=1, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
-    """SIGKILL of a random rank at 20 random moments of a run that saves at every step, in mid-save among them. From the
+    """SIGKILL of a random rank at 20 random moments of a run that saves at every step, every fourth in mid-save. From the
     first save on there is always a loadable checkpoint, a second rank leaves by itself, and the end is that of the
     undisturbed run, to the bit. Warm-up, alpha, K annealing and dropout go on over the whole run.
 
@@ -548,6 +549,9 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
         processes = start(out, tiny_data, init_from='resume' if at else 'scratch', **changes)
         victim = rng.choice(processes)
         victim.join(rng.uniform(0.2, 0.9) + 0.5 * (ranks - 1))
+        end = time.time() + 5
+        while kills % 4 == 3 and not (out / 'ckpt.tmp').exists() and time.time() < end: # chance alone may miss every save
+            pass
         victim.kill()
         for p in processes:
             p.join(60)
@@ -561,7 +565,7 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     resume(out, tiny_data, **changes)
     assert_same_run(tmp_path / 'whole', out)
     print(f"{in_saves} of {kills} in mid-save")
-    assert in_saves or ranks == 2
+    assert in_saves
 
 @pytest.mark.slow
 def test_long_run_leaks_nothing(tiny_data, tmp_path):
