@@ -309,8 +309,8 @@ def bench_step(result, folder, steps, rounds):
 def bench_overhead(result, folder, steps, rounds):
     """
     {*_ms, *_share of the training time} at the intervals of config/sae_gpt.py. Batches are made while the GPU works:
-    data_share is their cost at most. The loop waits for the GPU in each step, for the gradient's norm, so that a log line
-    costs no more than its writing.
+    data_share is their cost at most. log is the writing of a line; before it the loop waits for the GPU, which then has no
+    work for some ms.
     """
     seen = train(folder, f'sae-{rounds}', 'sae_gpt', steps) # the last of the step part, where that ran
     config, seconds = seen['start']['config'], seen['seconds']

@@ -150,11 +150,12 @@ class SAE(nn.Module):
             h = torch.where(self.alpha > 0, h, h.detach())
         pre = None
         if self.can_use_kernels(h):
-            y, values, indices = self.fast_path(h)
+            y, values, indices, fired = self.fast_path(h)
         else:
             pre = self.pre_activations(h)                          # (B, T, F)
             a = self.activations(pre)                              # (B, T, F)
             values, indices = self.topk(a)                         # (B, T, K)
+            fired = kernels.fired_ref(values, indices, self.n_features) # (F,)
             z = torch.zeros_like(a).scatter(-1, indices, values)   # (B, T, F)
             if self.site == 'hidden':
                 target, code = a, z
@@ -174,11 +175,8 @@ class SAE(nn.Module):
         if self.posthoc:
             y = y * x.float().square().mean(-1, keepdim=True).sqrt()
         new_x = y if self.site == 'hidden' else (1 - self.alpha) * x + self.alpha * y
-        active = values != 0
-        slot = torch.where(active, indices, self.n_features).flatten() # inactive slots go to a spare row
-        fired = torch.zeros(self.n_features + 1, dtype=torch.bool, device=x.device).index_fill(0, slot, True)
-        l0 = active.sum() / active[..., 0].numel()
-        return new_x.type_as(x), SAEOut(values, indices, fired[:-1], l0, fvu.detach(), loss)
+        l0 = (values != 0).sum() / values[..., 0].numel()
+        return new_x.type_as(x), SAEOut(values, indices, fired, l0, fvu.detach(), loss)
 
     def can_use_kernels(self, h):
         """The fast path computes the same y, values and indices; it knows no intervention and no pre-activations."""
@@ -188,10 +186,10 @@ class SAE(nn.Module):
     def fast_path(self, h):
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        y, values, indices = kernels.topk_autoencode(
+        y, values, indices, fired = kernels.topk_autoencode(
             h.flatten(0, -2), self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k_max)
         shape = (*h.shape[:-1], self.k_max)
-        return y.view_as(h), values.view(shape), indices.long().view(shape)
+        return y.view_as(h), values.view(shape), indices.long().view(shape), fired
 
     # ------------------------------------------------------------------------------------------------
     # revival of silent features
@@ -225,7 +223,8 @@ class SAE(nn.Module):
 def fraction_unexplained(target, y):
     """FVU: |target - y|^2 over |target - its mean over tokens|^2, both (..., C), summed in fp32. 0 is perfect, 1 the mean."""
     target, y = target.float().flatten(0, -2), y.float().flatten(0, -2)
-    return (target - y).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
+    total = lambda t: t.square().sum(-1).sum() # by rows first, as the norms beside it: torch.compile makes one kernel of them
+    return total(target - y) / total(target - target.mean(0)).clamp_min(1e-12)
 
 # ----------------------------------------------------------------------------------------------------
 # schedules, as functions of the share of training done

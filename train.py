@@ -82,7 +82,7 @@ optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW fo
 sae_muon = True           # False: AdamW for the SAE's matrices
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
-sae_skip_lr = 1.0         # that of W_skip is this times the SAE's: below 1 the features carry more
+sae_skip_lr = 0.2         # that of W_skip is this times the SAE's: below 1 the features carry more
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -526,9 +526,29 @@ def next_batch(step, i):
     batch = get_batch(data.train, block_size, batch_size, seed, step, i * world_size + rank, gradient_accumulation_steps)
     return [t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device) for t in batch]
 
+def read_later(t):
+    """Begins to copy t to the host; what it returns, when called, waits for that copy alone, and gives t as a list."""
+    host = t.to('cpu', non_blocking=cuda)
+    copied = torch.cuda.current_stream().record_event() if cuda else None
+    def read():
+        if cuda:
+            copied.synchronize()
+        return host.tolist()
+    return read
+
+def check(done, read):
+    """After a step, the done-th: a gradient that was not finite ends the run. Returns the signal that stopped it on any rank, or 0."""
+    norm, loss, signum = read()
+    if not math.isfinite(norm) and not scaler.is_enabled():
+        saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
+        fail(f"at step {done - 1} the gradient norm is {norm} (loss {loss}): stopped; {saved}. "
+             f"Try a lower learning rate than {learning_rate}", code=3)
+    return int(signum)
+
 x, y = next_batch(step, 0)
 started = last_log = time.time()
 last_step = saved_step = step
+vitals = step, read_later(torch.zeros(3)) # of the last step: gradient norm, loss and stop_signal
 stopped = 0 # by which signal, on any rank
 
 while True:
@@ -577,28 +597,30 @@ while True:
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
-    # a gradient that is not finite ends the run, before anything of its update is saved. Gradients are averaged, so that all
-    # ranks see the same norm. It is looked at last: reading it waits for the GPU, which so gets the optimizers' kernels first
     for opt in optimizers:
         scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf) # averaged over ranks: all see the same
     for opt in optimizers:
         scaler.step(opt)
     scaler.update()
-    if not math.isfinite(grad_norm) and not scaler.is_enabled():
-        saved = f"the last checkpoint in {out_dir} is of step {saved_step}" if saved_step else "no checkpoint was saved yet"
-        fail(f"at step {step} the gradient norm is {float(grad_norm)} (loss {loss.item()}): stopped; {saved}. "
-             f"Try a lower learning rate than {learning_rate}", code=3)
     raw_model.zero_grad(set_to_none=True)
     fired = all_reduce(fired.int(), dist.ReduceOp.MAX).bool() # all ranks must nudge the same features
     for s, sae in enumerate(saes.values()):
         sae.revive(fired[s], tokens_per_step)
     step += 1
 
+    # What this step came to. To read it right away would be to wait for the GPU, which would then wait for its next work: so it
+    # is read one step later, or now if this step is to be logged, saved or evaluated, so that nothing of a broken step is
+    before, vitals = vitals, (step, read_later(torch.stack((
+        grad_norm, loss.detach(), all_reduce(torch.full_like(grad_norm, stop_signal), dist.ReduceOp.MAX)))))
+    stopped = check(*before)
+    if stopped or stop_signal and not ddp or due(log_interval) or due(save_interval) or due(eval_interval):
+        stopped = check(*vitals)
+
     if due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
-        now = time.time()
-        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
+        this_log = time.time()
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, this_log - last_log)
         record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
                       lr=learning_rate * learning_rate_factor(step - 1), grad_norm=float(grad_norm), tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
@@ -613,10 +635,9 @@ while True:
         if not math.isfinite(loss_sum):
             fail(f"the loss is not finite at step {step}", code=3)
         log_sums.zero_()
-        last_log, last_step = now, step
+        last_log, last_step = this_log, step
 
     # SIGTERM or Ctrl-C on any rank: all finish this step, the first rank saves, and everybody leaves
-    stopped = int(all_reduce(torch.tensor(stop_signal, device=device), dist.ReduceOp.MAX)) if ddp else stop_signal
     if stopped:
         save()
         say(f"stopped by signal {stopped} after step {step}; saved. Go on with --init_from=resume")

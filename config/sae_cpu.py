@@ -16,6 +16,7 @@ gradient_accumulation_steps = 2 # step and half the steps ended at 4.48 instead 
 max_iters = 480
 warmup_iters = 20
 sae_silent_tokens = 20 * 2048
+sae_skip_lr = 1.0        # 0.3 makes the features carry twice as much, and the loss 0.018 higher: there is little time to learn here
 
 eval_interval = 120
 save_interval = 120

@@ -28,9 +28,10 @@ from configurator import configure, run, writable # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
-                 sae_silent_tokens=20 * 128, compile=False, device='cpu'),
+                 sae_silent_tokens=20 * 128, sae_skip_lr=1.0, compile=False,
+                 device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
-                sae_k=16, sae_silent_tokens=20 * 2048, eval_tokens=32_768, compile=False, device='cpu'), # config/sae_cpu.py, but that has 2 heads
+                sae_k=16, sae_silent_tokens=20 * 2048, sae_skip_lr=1.0, eval_tokens=32_768, compile=False, device='cpu'), # as config/sae_cpu.py, which has 2 heads
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
     'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, eval_tokens=524_288),
 }
@@ -70,8 +71,9 @@ def rows(size):
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
         'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
-        **{f'{mode} skip x{x}': (base | dict(sae_skip_lr=x), 'W_skip learns so much slower')
-           for mode, base in (('default', at), ('default K=64', at | dict(sae_k=64))) for x in (0.1, 0.3)},
+        **{f'{row} skip x{x}': (base | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
+           for row, base in (('default', at), ('default K=64', at | dict(sae_k=64)), ('default@5', dict(sae_layers=(5,))),
+                             ('default x4 K=64', dict(sae_layers=spread(4), sae_k=64))) for x in (0.1, 0.3, 1) if L > 5 or row == 'default'},
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
         'strict blend': (strict | slow_blend, 'the same'),
@@ -89,7 +91,7 @@ def rows(size):
         **{f'hidden K={k}': (hidden | dict(sae_k=k), '') for k in (64, 128)},
         **{f'hidden blend K={k}': (hidden | slow_blend | dict(sae_k=k), 'alpha from 0 to 1 over 60 %') for k in (64, 128)},
         **{f'hidden anneal K={k}': (hidden | dict(sae_k=k, sae_k_start=max(k, 2 * SIZES[size]['n_embd']), sae_k_end=0.9),
-                                    'K from half of the hidden layer over 90 %') for k in (64, 128)},
+                                    'K from half of the hidden layer over 90 %') for k in (64, 128, 192) if k <= 4 * SIZES[size]['n_embd']},
         'stream': (dict(sae_layers=tuple(range(max(1, L - 2))), sae_site='stream', sae_k=128 if size != 'tiny' else 8)
                    | slow_blend, 'all blocks but the last two'),
         **{f'default x{n}': (dict(sae_layers=spread(n)), f'at {n} layers') for n in (2, 4) if n < L},

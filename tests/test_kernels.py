@@ -59,7 +59,8 @@ def oracle(inputs, grads, indices):
 
 
 def check_layer(inputs, grads, k, fn, tol):
-    y, values, indices = fn(*inputs, k)
+    y, values, indices, fired = fn(*inputs, k)
+    assert torch.equal(fired, kernels.fired_ref(values, indices, len(fired)))
     got = torch.autograd.grad([y, values], inputs, grads)
     idx = indices.long()
     y64, values64, want = oracle(inputs, grads, idx)
@@ -194,7 +195,7 @@ def test_nan_stays_in_its_row():
     inputs, _ = make(3, 8, 40, 4)
     with torch.no_grad():
         inputs[0][1, 2] = float("nan")
-    y, values, _ = kernels.topk_autoencode(*inputs, 4)
+    y, values, *_ = kernels.topk_autoencode(*inputs, 4)
     assert y[1].isnan().all() and values[1].isnan().all()
     assert y[[0, 2]].isfinite().all() and values[[0, 2]].isfinite().all()
 
@@ -219,7 +220,7 @@ def test_compiles_without_a_graph_break():
     inputs, grads = make(2, 8, 40, 4)
 
     def f(*inputs):
-        y, values, indices = kernels.topk_autoencode(*inputs, 4)
+        y, values, *_ = kernels.topk_autoencode(*inputs, 4)
         return y.sin(), values * 2
 
     want = torch.autograd.grad(f(*inputs), inputs, grads)
