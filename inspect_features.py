@@ -134,10 +134,13 @@ def scan(c, run, key):
     all_features = create('features', np.uint16 if F < 2**16 else np.uint32, S, N, K)
     all_values = create('values', np.float16, S, N, K)
     pairs, fvu, largest = [[] for _ in saes], torch.zeros(S), torch.zeros(S, F, device=run.device)
-    started = time.time()
-    for i, x in enumerate(track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True,
-                                disable=not sys.stderr.isatty())):
+    started, terminal = time.time(), sys.stderr.isatty()
+    spoken = started
+    for i, x in enumerate(track(batches(), "scanning", total=len(sizes), console=Console(stderr=True), transient=True, disable=not terminal)):
         tokens, here = x.to(run.device), slice(i * x.numel(), (i + 1) * x.numel())
+        if not terminal and time.time() > spoken + 20:
+            spoken = time.time()
+            say(f"  {here.start:,} of {N:,} tokens, {time.time() - started:.0f} s")
         _, out = forward(run, tokens)
         all_tokens[here] = x.flatten()
         fvu += out.fvu.float().cpu() / len(sizes)

@@ -223,8 +223,7 @@ class SAE(nn.Module):
 def fraction_unexplained(target, y):
     """FVU: |target - y|^2 over |target - its mean over tokens|^2, both (..., C), summed in fp32. 0 is perfect, 1 the mean."""
     target, y = target.float().flatten(0, -2), y.float().flatten(0, -2)
-    total = lambda t: t.square().sum(-1).sum() # by rows first, as the norms beside it: torch.compile makes one kernel of them
-    return total(target - y) / total(target - target.mean(0)).clamp_min(1e-12)
+    return (target - y).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
 
 # ----------------------------------------------------------------------------------------------------
 # schedules, as functions of the share of training done
