@@ -745,9 +745,10 @@ def overview(s, rows):
     order = np.argsort(s.rank)
     known = order[s.count[order] >= SHOWN_FROM]
     between = known[np.linspace(0, len(known) - 1, rows + 2).astype(int)[1:-1]] if len(known) > 3 * rows else []
-    which = f'token entropy of {len(known):,} that fire {SHOWN_FROM} times or more'
+    words = known[np.sort(np.unique(s.top_tokens[known, 0], return_index=True)[1])] # the first of each: many may fire on line breaks
+    which = f'entropy of {len(known):,} that fire {SHOWN_FROM} times or more'
     for kind, note, features in (
-            ('Most word-like', f'lowest {which}', known[:rows]), ('Most abstract', f'highest {which}', known[::-1][:rows]),
+            ('Most word-like', f'one a token, lowest {which}', words[:rows]), ('Most abstract', f'highest token {which}', known[::-1][:rows]),
             ('Densest', 'fire on the most positions', np.argsort(-s.count, kind='stable')[:min(rows, d['live'])])):
         yield from panel(kind, note, table(RANKED, [(s, f, ranked(s, f)) for f in features]))
     if len(between):

@@ -489,6 +489,15 @@ def test_tokens_that_share_a_character_are_one_piece():
     plain = re.sub('\x1b\\[[0-9;]*m', '', text)
     assert plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 
+def test_the_most_word_like_are_one_a_token(index):
+    """Of features that fire on one and the same token, as many do on line breaks, the overview's table has the first."""
+    s = copy.copy(index[max(index)])
+    s.count, s.rank, s.entropy = np.full(s.F, 100), np.arange(1, s.F + 1), np.linspace(0, 3, s.F)
+    s.top_tokens = s.top_tokens.copy()
+    s.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
+    lines = '\n'.join(view.overview(s, 3)).split('Most word-like')[1].splitlines()
+    assert [re.search(r'L\d+\.F\d+', line)[0] for line in lines[2:5]] == [f'L{s.layer}.F{f}' for f in (0, 2, 4)]
+
 def test_captions_never_call_a_live_feature_dead(index):
     for f in np.flatnonzero(index[1].count):
         for width in (3, 12, 40):
