@@ -615,7 +615,7 @@ while True:
         grad_norm, loss.detach(), all_reduce(torch.full_like(grad_norm, stop_signal), dist.ReduceOp.MAX)))))
     stopped = check(*before)
     if stopped or stop_signal and not ddp or due(log_interval) or due(save_interval) or due(eval_interval):
-        stopped = check(*vitals)
+        stopped = check(*vitals) or (0 if ddp else stop_signal)
 
     if due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
@@ -637,7 +637,7 @@ while True:
         log_sums.zero_()
         last_log, last_step = this_log, step
 
-    # SIGTERM or Ctrl-C on any rank: all finish this step, the first rank saves, and everybody leaves
+    # SIGTERM or Ctrl-C on any rank, seen by all in the same step: the first rank saves, and everybody leaves
     if stopped:
         save()
         say(f"stopped by signal {stopped} after step {step}; saved. Go on with --init_from=resume")
