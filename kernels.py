@@ -508,8 +508,9 @@ def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     """
     The SAE layer: h (N, C) -> y (N, C) in h's dtype, values (N, k) fp32 and indices (N, k), sorted
     from the largest value down, ties by lowest index; and fired (F,) bool, which features are
-    active for any token. Differentiable in y and values, for all five tensors. A slot beyond a token's positive activations has value 0, names a feature that is not
-    active, and gets no gradient. NaN in a row of h gives NaN in that row of y.
+    active for any token. Differentiable in y and values, for all five tensors. A slot beyond a
+    token's positive activations has value 0, names a feature that is not active, and gets no
+    gradient. NaN in a row of h gives NaN in that row of y.
     Under autocast pass h in the autocast dtype; the parameters may stay fp32.
     Kernels: N > 0, k <= 512, C <= 4096, h in fp32, bf16 or fp16; else the reference.
     """

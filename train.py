@@ -619,8 +619,8 @@ while True:
 
     if due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
-        this_log = time.time()
-        tok_s = (step - last_step) * tokens_per_step / max(1e-9, this_log - last_log)
+        now = time.time()
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
         record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
                       lr=learning_rate * learning_rate_factor(step - 1), grad_norm=float(grad_norm), tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
@@ -635,7 +635,7 @@ while True:
         if not math.isfinite(loss_sum):
             fail(f"the loss is not finite at step {step}", code=3)
         log_sums.zero_()
-        last_log, last_step = this_log, step
+        last_log, last_step = now, step
 
     # SIGTERM or Ctrl-C on any rank, seen by all in the same step: the first rank saves, and everybody leaves
     if stopped:

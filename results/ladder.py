@@ -28,8 +28,7 @@ from configurator import configure, run, writable # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
-                 sae_silent_tokens=20 * 128, sae_skip_lr=1.0, compile=False,
-                 device='cpu'),
+                 sae_silent_tokens=20 * 128, compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
                 sae_k=16, sae_silent_tokens=20 * 2048, sae_skip_lr=1.0, eval_tokens=32_768, compile=False, device='cpu'), # as config/sae_cpu.py, which has 2 heads
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, eval_tokens=524_288),
@@ -49,7 +48,7 @@ def rows(size):
     slow_blend = dict(sae_recon=0.0, sae_blend_start=0.0, sae_blend_end=0.6)
     handover = lambda share: dict(sae_blend_start=share, sae_blend_end=share + 0.05)
     spread = lambda n: tuple(sorted({max(0, round((i + 1) * L / (n + 1)) - 1) for i in range(n)}))
-    return {
+    known = {
         'dense': (dict(sae_layers=()), 'no SAE'),
         'naive': (naive, 'hard TopK from step 0 and nothing else'),
         'default': (at, "train.py's defaults"),
@@ -71,9 +70,6 @@ def rows(size):
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
         'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
-        **{f'{row} skip x{x}': (base | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
-           for row, base in (('default', at), ('default K=64', at | dict(sae_k=64)), ('default@5', dict(sae_layers=(5,))),
-                             ('default x4 K=64', dict(sae_layers=spread(4), sae_k=64))) for x in (0.1, 0.3, 1) if L > 5 or row == 'default'},
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
         'strict blend': (strict | slow_blend, 'the same'),
@@ -107,6 +103,8 @@ def rows(size):
         'strict wider': (strict | dict(n_embd=SIZES[size]['n_embd'] * 9 // 8), 'C up by an eighth'),
         'strict deeper': (strict | dict(n_layer=L + 1), 'one block more'),
     }
+    return known | {f'{row} skip x{x}': (known[row][0] | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
+                    for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.3, 1)}
 
 def command(size, overrides, seed, steps, dataset, out_dir):
     options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // (4 if size == 'cpu' else 10)),
