@@ -255,7 +255,7 @@ def train(folder, name, config, steps, ranks=1, **changes):
     as start and logs, and tok_s, a list: that of each steady log line. RuntimeError with its last words if it fails.
     """
     out = folder / name
-    options = dict(dataset=folder, out_dir=out, max_iters=steps, log_interval=2) | TINY | changes
+    options = dict(dataset=folder, out_dir=out, max_iters=steps, log_interval=max(1, steps // 4)) | TINY | changes
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     command = [sys.executable, *launcher, 'bench.py', '--child', f'config/{config}.py', *(f'--{k}={v}' for k, v in options.items())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -318,7 +318,7 @@ def bench_overhead(result, folder, steps, rounds):
     result['overhead'] = {'step_ms': 1000 * step}
     for name, s, every in ( # seconds, once in so many steps; the last call, as the first one compiles
             ('data', median(seconds['get_batch']) * config['gradient_accumulation_steps'], 1),
-            ('log', median(seconds['write_log']), 10), # train.py's log_interval; it is 2 here
+            ('log', median(seconds['write_log']), 10), # train.py's log_interval; it is shorter here
             ('eval', seconds['evaluate'][-1], config['eval_interval']),
             ('snapshot', seconds['snapshot'][-1], config['eval_interval']),
             ('save', seconds['save'][-1], config['save_interval'])):
@@ -372,13 +372,24 @@ PARTS = dict(layer=bench_layer, step=bench_step, overhead=bench_overhead, ddp=be
 DEFAULTS = dict(
     parts=','.join(list(PARTS)[:4 if GPU else 3]), # on a CPU, ddp by name only
     out='',    # where to write the JSON
-    steps=14,  # of each training run; the first third is not counted, since it compiles
+    steps=20,  # of each training run; the first quarter is not counted, since it compiles
     rounds=2)  # dense, SAE, dense, SAE: a drifting clock meets both. Determinism needs two
 
 def problems(c):
     """What is wrong with the options, as a list of sentences."""
     found = [f"parts: {p!r} is not one of {', '.join(PARTS)}" for p in c['parts'].split(',') if p not in PARTS]
     return found + [f"{k}={c[k]} must be at least {low}" for k, low in dict(steps=4, rounds=1).items() if c[k] < low]
+
+def write(result, out):
+    """The result as JSON text; into the file out, if there is one, whole or not at all."""
+    # four digits: more than these clocks can tell
+    result = json.loads(json.dumps(result), parse_float=lambda text: float(f'{float(text):.4g}'))
+    text = json.dumps(result, indent=1) + '\n'
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out + '.tmp').write_text(text, encoding='utf-8')
+        os.replace(out + '.tmp', out)
+    return text
 
 def main(argv):
     if argv[:1] == ['--child']:
@@ -387,6 +398,7 @@ def main(argv):
     parts, out, failed = options['parts'].split(','), options['out'], []
     torch.set_float32_matmul_precision('high') # as train.py
     result = dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU', torch=str(torch.__version__))
+    whole = set(parts) == set(PARTS)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(folder)
         for part in [p for p in PARTS if p in parts]:
@@ -395,16 +407,11 @@ def main(argv):
             except Exception: # must not cost the other parts their minutes
                 failed.append(part)
                 traceback.print_exc()
-    # four digits: more than these clocks can tell
-    result = json.loads(json.dumps(result), parse_float=lambda text: float(f'{float(text):.4g}'))
-    text = json.dumps(result, indent=1) + '\n'
-    print(text)
-    if not out and GPU and set(parts) == set(PARTS) and not failed:
+            text = write(result, out) # so far
+    if not out and GPU and whole and not failed:
         out = str(ROOT / 'results' / 'bench.json')
-    if out: # whole or not at all
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out + '.tmp').write_text(text, encoding='utf-8')
-        os.replace(out + '.tmp', out)
+        write(result, out)
+    print(text)
     print_result(result)
     say(f"written to {out}" if out else "not written anywhere (--out says where)")
     if failed:

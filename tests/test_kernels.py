@@ -169,9 +169,11 @@ def test_autocast_rounds_nothing():
 
 
 @needs_kernels
-def test_busy_features(monkeypatch):
-    """Features with more pairs than one program takes: their parts are added."""
-    monkeypatch.setattr(kernels, "PAIR_PART", 4)
+@pytest.mark.parametrize("chunks", [1, 2, 7])   # of 5 tokens
+def test_busy_features(chunks, monkeypatch):
+    """Features with more pairs than one program takes, and tokens in chunks: the parts are added."""
+    monkeypatch.setattr(kernels, "PAIR_PART", 2 if chunks > 1 else 4)
+    monkeypatch.setattr(kernels, "PAIR_MB", 2 * 5 * 20 * 4 / chunks / 2**20)
     monkeypatch.setattr(kernels, "BUFFER_MB", 0)
     inputs, grads = make(5, 20, 30, 3)
     with torch.no_grad():
@@ -235,6 +237,54 @@ def test_opcheck():
     inputs, _ = make(2, 8, 20, 2)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernels._autoencode, (*inputs, 2), test_utils=tests)
+
+
+# ---------------------------------------------------------------------------- MLP
+MLPS = [(1, 8, 8), (7, 16, 64), (33, 48, 72), (40, 24, 96)]   # N, C, H: also beside the tiles' edges
+if GPU:
+    MLPS += [(3000, 768, 3072), (2, 3, 1000, 512, 2048), (129, 200, 264)]
+
+
+@pytest.mark.parametrize("shape", MLPS)
+@pytest.mark.parametrize("fn", [kernels.mlp_ref, kernels.mlp])
+def test_mlp(fn, shape, monkeypatch):
+    """Values and gradients; on Hopper and in the interpreter mlp is the kernel, else the reference too."""
+    if kernels.INTERPRET:   # which knows no bf16 product, and would take minutes for whole tiles
+        monkeypatch.setattr(kernels, "MLP_TILE", (16, 32, 16, 2))
+    *N, C, H = shape
+    dtype = torch.bfloat16 if GPU else torch.float32
+    g = torch.Generator().manual_seed(C)
+    rand = lambda *s: torch.randn(*s, generator=g).to(DEVICE)  # noqa: E731
+    P = [rand(*N, C).to(dtype), rand(H, C) / C**0.5, rand(C, H) / H**0.5]
+    P, gy = [p.requires_grad_() for p in P], rand(*N, C).to(dtype)
+    y = fn(*P)
+    assert y.shape == P[0].shape and y.dtype == dtype
+    got = torch.autograd.grad(y, P, gy)
+    P64 = [p.detach().double().requires_grad_() for p in P]
+    y64 = (torch.relu(P64[0] @ P64[1].T) ** 2) @ P64[2].T
+    want = torch.autograd.grad(y64, P64, gy.double())
+    for name, a, b in zip(["y", "dx", "dW_fc", "dW_proj"], [y, *got], [y64, *want], strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < (1e-2 if GPU else 1e-5), f"{name}: relative error {error:.1e}"
+        assert a.dtype == (dtype if name in ("y", "dx") else torch.float32)
+
+
+@needs_kernels
+def test_mlp_opcheck_nan_and_compile():
+    dtype = torch.bfloat16 if GPU else torch.float32
+    P = [torch.randn(*s, device=DEVICE) for s in ((8, 16), (64, 16), (16, 64))]
+    P = [P[0].to(dtype).requires_grad_(), P[1].requires_grad_(), P[2].requires_grad_()]
+    if kernels._hopper(DEVICE):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(kernels._mlp, P, test_utils=tests)
+    want = torch.autograd.grad(kernels.mlp(*P).sin().sum(), P)
+    fast = torch.compile(lambda *P: kernels.mlp(*P).sin().sum(), fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    for a, b in zip(torch.autograd.grad(fast(*P), P), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        P[0][3, 5] = float("nan")
+        y = kernels.mlp(*P)
+    assert y[3].isnan().all() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
 # ---------------------------------------------------------------------------- head and loss
