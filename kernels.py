@@ -40,7 +40,8 @@ MAX_K = 512    # the final sort of _select is held in registers
 MAX_C = 4096   # _pair_sums holds three rows of C in registers, 4 tiles of up to 1024
 
 # Launch shapes, from a sweep of one at a time on one H200, bf16, N=32768, C=768. In brackets the ms
-# measured, at F=12288, K=32 unless said otherwise. Only PAIR_PART touches results: how sums round.
+# measured, at F=12288, K=32 unless said otherwise. Only PAIR_PART and PAIR_MB touch
+# results: how sums round.
 BUFFER_MB = 1024     # the encoder's output, hence how many rows at a time: the forward pass (1.41;
                      # 512: 1.44, 2048: 1.41), at N=65536 (2.73; 512: 2.81, 2048: 2.70)
 SELECT_GROUPS = 8    # groups in _select's first pass, as a multiple of K (0.300; 4 or 2: 0.351)
@@ -53,10 +54,11 @@ PAIR_ROWS = 3        # tokens in flight a program (_weight_grads: 0.568; 2: 0.59
 PAIR_PART = 128      # pairs a program; busier features are split (0.863; 256: 0.933, 512: 0.934)
 PAIR_MB = 64         # of h and gy a chunk of tokens, so that they stay in the L2: 3 chunks at N=65536
                      # (1.186; 4 chunks 1.236, one 1.403; with busy features 1.705; 1.635; 1.911)
-# The MLP at N=65536, C=768, in brackets the ms of forward and backward on one H200 (2.62; torch.compile 2.92)
-MLP_TILE = 128, 256, 64, 3 # _matmul_relu2's tile, M N K, and how many are in flight (forward 0.443, backward 0.576;
-                     # 256, 128: 0.465, 0.602; 128, 128 and 4: 0.484, 0.696; two in flight: 0.563, 0.718;
-                     # cuBLAS with relu^2 in a kernel of its own: 0.615, 0.717)
+# The MLP, N=65536, C=768, one H200, in brackets the ms of _matmul_relu2 forward and backward (cuBLAS with
+# relu^2 in a kernel of its own: 0.615, 0.717); the whole MLP takes 2.62, from torch.compile 2.92.
+MLP_TILE = 128, 256, 64, 3   # M, N, K, and how many are in flight (0.443, 0.576; two: 0.563, 0.718;
+                     # 256, 128: 0.465, 0.602; 128, 128 and four: 0.484, 0.696)
+MLP_ROWS = 1024      # fewer tokens, as in sampling, are left to cuBLAS
 # The loss, from a sweep on one H100 at N=32768, C=768, V=50304, bf16; in brackets the ms of forward
 # and backward, of which matmuls take 10 and _softmax_loss 3.6 (torch.compile's two kernels: 5.0).
 LOGITS_MB = 2048     # the logits, hence how many rows at a time: 16384 (1024: 15.3, 2048: 15.0, 4096: 14.7)
@@ -677,10 +679,11 @@ def mlp(x, W_fc, W_proj):
     """
     A GPT's MLP: relu(x W_fc^T)^2 W_proj^T, x (..., C), W_fc (4C, C), W_proj (C, 4C) -> (..., C).
     Differentiable, once, in all three. Under autocast pass x in the autocast dtype; the weights may
-    stay fp32. Kernel: bf16 on Hopper, widths that are multiples of 8; else the reference.
+    stay fp32. Kernel: bf16 on Hopper, 1024 tokens or more, widths that are multiples of 8; else the
+    reference.
     """
-    fits = (_hopper(x.device) and x.numel() > 0 and x.dtype == (torch.float32 if INTERPRET else torch.bfloat16)
-            and W_fc.shape[0] % 8 == 0 and W_fc.shape[1] % 8 == 0)
+    fits = (_hopper(x.device) and x.dtype == (torch.float32 if INTERPRET else torch.bfloat16)
+            and x.shape[:-1].numel() >= MLP_ROWS and W_fc.shape[0] % 8 == 0 and W_fc.shape[1] % 8 == 0)
     if not fits:
         return mlp_ref(x, W_fc, W_proj)
     return _mlp(x.flatten(0, -2), W_fc, W_proj)[0].view_as(x)
