@@ -104,7 +104,7 @@ def rows(size):
         'strict deeper': (strict | dict(n_layer=L + 1), 'one block more'),
     }
     return known | {f'{row} skip x{x}': (known[row][0] | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
-                    for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.3, 1)}
+                    for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.2, 0.3, 1)}
 
 def command(size, overrides, seed, steps, dataset, out_dir):
     options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // (4 if size == 'cpu' else 10)),
