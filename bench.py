@@ -398,7 +398,6 @@ def main(argv):
     parts, out, failed = options['parts'].split(','), options['out'], []
     torch.set_float32_matmul_precision('high') # as train.py
     result = dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU', torch=str(torch.__version__))
-    whole = set(parts) == set(PARTS)
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(folder)
         for part in [p for p in PARTS if p in parts]:
@@ -408,7 +407,7 @@ def main(argv):
                 failed.append(part)
                 traceback.print_exc()
             text = write(result, out) # so far
-    if not out and GPU and whole and not failed:
+    if not out and GPU and set(parts) == set(PARTS) and not failed:
         out = str(ROOT / 'results' / 'bench.json')
         write(result, out)
     print(text)

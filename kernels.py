@@ -363,7 +363,7 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
             for t in tl.static_range(TILES):
                 enc += (old_enc[t] + d * x[r * TILES + t].to(tl.float32),)
                 dec += (old_dec[t] + v[r] * g[r * TILES + t].to(tl.float32),)
-        pair, ahead = ahead, () # pair = ahead would make the interpreter loop for ever (Triton 3.6)
+        pair = ahead
         i += R
 
     out_enc, out_dec, out_b, to = dW_enc, dW_dec, db_enc, p.to(tl.int64)
