@@ -10,8 +10,9 @@ The layer:
 
 Only the product has to be dense. The rest touches K of F features a token:
 
-    forward   cuBLAS writes the product of some rows to a small buffer; _select reads it once;
-              _gather_sum adds K rows of W_dec
+    forward   cuBLAS writes the product of some rows to a small buffer, and _select reads it once; on
+              Hopper _matmul writes it with the maxima of its groups of columns, and _select reads
+              these and the best groups; _gather_sum adds K rows of W_dec
     backward  the (feature, token) pairs are sorted by feature, once; _pair_sums walks each
               feature's tokens for d values, dW_dec, dW_enc and db_enc together;
               _gather_sum adds K rows of W_enc for dh
@@ -40,8 +41,8 @@ MAX_K = 512    # the final sort of _select is held in registers
 MAX_C = 4096   # _pair_sums holds three rows of C in registers, 4 tiles of up to 1024
 
 # Launch shapes, from a sweep of one at a time on one H200, bf16, N=32768, C=768. In brackets the ms
-# measured, at F=12288, K=32 unless said otherwise. Only PAIR_PART and PAIR_MB touch
-# results: how sums round.
+# measured, at F=12288, K=32 unless said otherwise. Only PAIR_PART, PAIR_MB and PAIR_MIN
+# touch results: how sums round.
 BUFFER_MB = 1024     # the encoder's output, hence how many rows at a time: the forward pass (1.41;
                      # 512: 1.44, 2048: 1.41), at N=65536 (2.73; 512: 2.81, 2048: 2.70)
 SELECT_GROUPS = 8    # groups in _select's first pass, as a multiple of K (0.300; 4 or 2: 0.351)
@@ -49,16 +50,23 @@ SELECT_WARPS = 1     # a row, more where K > 64: one needs no barriers (2: 0.376
 GATHER_ROWS = 16     # rows of W in flight a program (0.170; 8: 0.171, 4: 0.174, 32: 0.180)
 GATHER_COLS = 256    # columns a program, which is one warp: 32 lanes times 16 bytes of bf16
                      # (512: 0.194 on one warp, 0.201 on two; 1024 on four: 0.181)
-PAIR_ROWS = 3        # tokens in flight a program (_weight_grads: 0.568; 2: 0.597; at N=65536 1.186;
-                     # 2: 1.323; before the next pairs were read ahead 0.642, at N=65536 1.437)
+PAIR_ROWS = 3        # tokens in flight a program (_weight_grads: 0.568; 2: 0.597; before the next pairs
+                     # were read ahead 0.642)
 PAIR_PART = 128      # pairs a program; busier features are split (0.863; 256: 0.933, 512: 0.934)
-PAIR_MB = 64         # of h and gy a chunk of tokens, so that they stay in the L2: 3 chunks at N=65536
-                     # (1.186; 4 chunks 1.236, one 1.403; with busy features 1.705; 1.635; 1.911)
-# The MLP, N=65536, C=768, one H200, in brackets the ms of _matmul_relu2 forward and backward (cuBLAS with
-# relu^2 in a kernel of its own: 0.615, 0.717); the whole MLP takes 2.62, from torch.compile 2.92.
-MLP_TILE = 128, 256, 64, 3   # M, N, K, and how many are in flight (0.443, 0.576; two: 0.563, 0.718;
-                     # 256, 128: 0.465, 0.602; 128, 128 and four: 0.484, 0.696)
-MLP_ROWS = 1024      # fewer tokens, as in sampling, are left to cuBLAS
+PAIR_MB = 33         # of h and gy a chunk of tokens, or more, so that they stay in the L2, but no chunks
+PAIR_MIN = 56        # of fewer pairs a feature: at N=65536 3 (1.083; 2: 1.096, 4: 1.131, 5: 1.173), at
+                     # N=32768 one (0.534; 2: 0.606), with K=64 two (0.963; one: 1.054)
+# _matmul's tiles M, N, K, how many are in flight, and rows of tiles at a time; N=65536, C=768, one H200.
+# The MLP, forward and backward: 0.443, 0.576 (two in flight: 0.563, 0.718; 256, 128: 0.465, 0.602; 128, 128
+# and four: 0.484, 0.696; cuBLAS with relu^2 in a kernel of its own: 0.615, 0.717); the whole MLP
+# takes 2.62, from torch.compile 2.92.
+MLP_TILE = 128, 256, 64, 3, 8
+# The encoder with maxima: 1.87 (three in flight 1.95; rows 8: 1.90, 4: 1.93; 256, 128: 2.16; 128, 128 two a
+# multiprocessor: 2.22; cuBLAS without maxima 1.67), after which _select takes 0.29, not 0.63.
+ENCODER_TILE = 128, 256, 64, 4, 16
+SPAN = 64            # columns a maximum (the encoder 1.96, _select at N=32768 0.150, F=49152, K=64 0.316;
+                     # 32: 1.97, 0.147, 0.439)
+MATMUL_ROWS = 1024   # fewer tokens, as in sampling, are left to cuBLAS
 # The loss, from a sweep on one H100 at N=32768, C=768, V=50304, bf16; in brackets the ms of forward
 # and backward, of which matmuls take 10 and _softmax_loss 3.6 (torch.compile's two kernels: 5.0).
 LOGITS_MB = 2048     # the logits, hence how many rows at a time: 16384 (1024: 15.3, 2048: 15.0, 4096: 14.7)
@@ -116,20 +124,20 @@ def _rank(hit):
 
 
 @jit
-def _collect(pre, b_enc, groups, n_groups, found, above, n_above, F: tl.constexpr,
-             G: tl.constexpr, LIST: tl.constexpr, CAP: tl.constexpr, TIES: tl.constexpr):
+def _collect(pre, b_enc, groups, n_groups, found, above, n_above, F: tl.constexpr, G: tl.constexpr,
+             EIGHTS: tl.constexpr, LIST: tl.constexpr, CAP: tl.constexpr, TIES: tl.constexpr):
     """Of the listed groups' elements, write those with key > above to found, in index order, then
     (TIES) those with key == above from slot n_above on; slots from CAP on are dropped. Returns the
     number with key > above. An entry is key << 32 | (2^31 - 1 - index): larger is better."""
     n_gt = 0
     n_eq = n_above
-    for start in range(0, F, 8 * G):
+    for start in range(0, F, 8 * EIGHTS * G):
         first = 0
-        while first < n_groups:
+        while first < n_groups * EIGHTS:
             slot = first + tl.arange(0, LIST)
             first += LIST
-            group = tl.load(groups + slot, mask=slot < n_groups, other=F)   # F: out of the row
-            i = start + group[:, None] * 8 + tl.arange(0, 8)[None, :]
+            group = tl.load(groups + slot // EIGHTS, mask=slot < n_groups * EIGHTS, other=F)   # F: out of the row
+            i = start + (group * EIGHTS + slot % EIGHTS)[:, None] * 8 + tl.arange(0, 8)[None, :]
             a = tl.load(pre + i, mask=i < F, other=float("-inf")).to(tl.float32)
             key = _key(a + tl.load(b_enc + i, mask=i < F, other=0.0))
             entry = (key.to(tl.int64) << 32) | (0x7FFFFFFF - i)
@@ -146,8 +154,8 @@ def _collect(pre, b_enc, groups, n_groups, found, above, n_above, F: tl.constexp
 
 
 @jit
-def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, K: tl.constexpr,
-            KP: tl.constexpr, G: tl.constexpr, CAP: tl.constexpr):
+def _select(pre, b_enc, maxima, values, indices, fired, groups, found, F: tl.constexpr, K: tl.constexpr,
+            KP: tl.constexpr, G: tl.constexpr, EIGHTS: tl.constexpr, CAP: tl.constexpr):
     """
     One row of pre (fp32 sum with b_enc, relu) -> its K largest, exactly, ties by lowest index;
     and a 1 in fired for each of them that is active.
@@ -155,7 +163,8 @@ def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, 
     Bytes: the row once from memory (0.8 GB at N=32768, F=12288 in bf16: 0.19 ms at 4.3 TB/s).
     Bisecting the whole row bit by bit would be bound by instructions (1.6 ms); so
     1. one maximum for each of G groups (8 adjacent elements in every slab of 8 G): about three
-       instructions an element, all within a thread;
+       instructions an element, all within a thread; or, from the encoder, of 8 EIGHTS adjacent
+       elements, so that the row itself is not read;
     2. the K-th largest of the G maxima, by bisection, bounds the row's K-th largest from below,
        and only groups whose maximum reaches it can hold one of the K: list them (about K of G);
     3. read only the listed groups again and keep what reaches the bound: with G = 8 K about 1.07 K
@@ -171,12 +180,16 @@ def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, 
     g = tl.arange(0, G)
 
     # 1. the maximum of each group
-    best = tl.full([G], 0.0, tl.float32)
-    for start in range(0, F, 8 * G):
-        i = start + g[:, None] * 8 + tl.arange(0, 8)[None, :]
-        a = tl.load(pre + i, mask=i < F, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
-        a += tl.load(b_enc + i, mask=i < F, other=0.0)
-        best = _larger(best, tl.reduce(a, 1, _larger))
+    if maxima is None:
+        best = tl.full([G], 0.0, tl.float32)
+        for start in range(0, F, 8 * G):
+            i = start + g[:, None] * 8 + tl.arange(0, 8)[None, :]
+            a = tl.load(pre + i, mask=i < F, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+            a += tl.load(b_enc + i, mask=i < F, other=0.0)
+            best = _larger(best, tl.reduce(a, 1, _larger))
+    else:
+        in_row: tl.constexpr = (F + 8 * EIGHTS - 1) // (8 * EIGHTS)
+        best = tl.load(maxima + row * in_row + g, mask=g < in_row, other=0.0)
     best_key = _key(best)
 
     # 2. the largest bound that at least K of the maxima reach; any bound with exactly K will do
@@ -197,7 +210,7 @@ def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, 
     tl.debug_barrier()
 
     # 3. what reaches the bound
-    n = _collect(pre, b_enc, groups, n_groups, found, bound - 1, 0, F, G, KP, CAP, False)
+    n = _collect(pre, b_enc, groups, n_groups, found, bound - 1, 0, F, G, EIGHTS, KP, CAP, False)
 
     # 4. too many: the exact K-th largest key, `hi`: fewer than K lie above it
     if n > CAP:
@@ -207,11 +220,11 @@ def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, 
         n_above = n * 0
         while hi - lo > 1:
             mid = lo + (hi - lo) // 2
-            count = _collect(pre, b_enc, groups, n_groups, found, mid, 0, F, G, KP, 0, False)
+            count = _collect(pre, b_enc, groups, n_groups, found, mid, 0, F, G, EIGHTS, KP, 0, False)
             n_above = tl.where(count < K, count, n_above)
             hi = tl.where(count < K, mid, hi)
             lo = tl.where(count < K, lo, mid)
-        _collect(pre, b_enc, groups, n_groups, found, hi, n_above, F, G, KP, CAP, True)
+        _collect(pre, b_enc, groups, n_groups, found, hi, n_above, F, G, EIGHTS, KP, CAP, True)
         n = n * 0 + K
     tl.debug_barrier()
 
@@ -235,18 +248,21 @@ def _select(pre, b_enc, values, indices, fired, groups, found, F: tl.constexpr, 
         tl.store(indices + row * K + rest, i, mask=(idle == 1) & (rest < K))
 
 
-def _select_rows(pre, b_enc, values, indices, fired):
-    """Launch _select: pre (n, F) contiguous -> fills values (n, K) fp32, indices (n, K) int32 and
-    fired (F,) uint8, which begins as zeros."""
+def _select_rows(pre, b_enc, values, indices, fired, maxima=None):
+    """Launch _select: pre (n, F) contiguous, maxima (n, F / SPAN) fp32 from _matmul -> fills values
+    (n, K) fp32, indices (n, K) int32 and fired (F,) uint8, which begins as zeros."""
     (n, F), K = pre.shape, values.shape[1]
     KP = triton.next_power_of_2(K)
     # at least K groups, or there is no K-th largest; no more than there are eights in a row
     G = max(KP, min(max(128, SELECT_GROUPS * KP), triton.next_power_of_2(F) // 8))
+    eights = 1
+    if maxima is not None:
+        G, eights = max(KP, triton.next_power_of_2(maxima.shape[1])), SPAN // 8
     CAP = 2 * KP
     groups = torch.empty(n, G, dtype=torch.int32, device=pre.device)
     found = torch.empty(n, CAP, dtype=torch.int64, device=pre.device)
-    _select[(n,)](pre, b_enc, values, indices, fired, groups, found, F=F, K=K, KP=KP, G=G,
-                  CAP=CAP, num_warps=max(SELECT_WARPS, KP // 64))
+    _select[(n,)](pre, b_enc, maxima, values, indices, fired, groups, found, F=F, K=K, KP=KP, G=G,
+                  EIGHTS=eights, CAP=CAP, num_warps=max(SELECT_WARPS, KP // 64))
 
 
 # ---------------------------------------------------------------------------- gathers
@@ -378,27 +394,48 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
 
 
 @jit
-def _add_parts(first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
-               C: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the further parts of run f, in order. Most have none; at most N K / PART rows of 2 C fp32
-    are read: 50 MB at N=32768, K=32, C=768."""
-    f = tl.program_id(0).to(tl.int64)
-    lo = tl.load(first + f)
-    hi = tl.load(ends + f)
-    if lo < hi:
-        c = tl.arange(0, BLOCK)
-        acc_enc = tl.load(dW_enc + f * C + c, mask=c < C, other=0.0)
-        acc_dec = tl.load(dW_dec + f * C + c, mask=c < C, other=0.0)
-        b = tl.load(db_enc + f)
+def _add_parts(first, ends, run_enc, run_dec, run_b, part_enc, part_dec, part_b, dW_enc, dW_dec, db_enc,
+               F: tl.constexpr, CHUNKS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Add feature f's runs, one a chunk of tokens, and their further parts, in order. A single run has
+    its sums in place, and mostly no parts; at most N K / PART rows of 2 C fp32 are read: 50 MB at
+    N=32768, K=32, C=768."""
+    f = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    enc = tl.zeros([BLOCK], tl.float32)
+    dec = tl.zeros([BLOCK], tl.float32)
+    b = 0.0
+    needed = True
+    for chunk in tl.static_range(CHUNKS):
+        run = chunk * F + f
+        lo = tl.load(first + run)
+        hi = tl.load(ends + run)
+        needed = (CHUNKS > 1) | (lo < hi)
+        live = (c < C) & needed
+        at = run.to(tl.int64) * C + c
+        enc += tl.load(run_enc + at, mask=live, other=0.0)
+        dec += tl.load(run_dec + at, mask=live, other=0.0)
+        b += tl.load(run_b + run)
         while lo < hi:
             at = lo.to(tl.int64) * C + c
-            acc_enc += tl.load(part_enc + at, mask=c < C, other=0.0)
-            acc_dec += tl.load(part_dec + at, mask=c < C, other=0.0)
+            enc += tl.load(part_enc + at, mask=c < C, other=0.0)
+            dec += tl.load(part_dec + at, mask=c < C, other=0.0)
             b += tl.load(part_b + lo)
             lo += 1
-        tl.store(dW_enc + f * C + c, acc_enc, mask=c < C)
-        tl.store(dW_dec + f * C + c, acc_dec, mask=c < C)
-        tl.store(db_enc + f, b)
+    at = f.to(tl.int64) * C + c
+    live = (c < C) & needed
+    tl.store(dW_enc + at, enc, mask=live)
+    tl.store(dW_dec + at, dec, mask=live)
+    tl.store(db_enc + f, b)
+
+
+@jit
+def _pair_keys(values, indices, key, P, per_chunk, F: tl.constexpr, RUNS: tl.constexpr, SHIFT: tl.constexpr,
+               BLOCK: tl.constexpr):
+    """What _sort_pairs sorts by, for P pairs, per_chunk of them a chunk: ten small kernels in torch."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = tl.load(values + i, mask=i < P, other=0.0) != 0
+    run = tl.load(indices + i, mask=i < P, other=0) + i // per_chunk * F
+    tl.store(key + i, (tl.where(live, run, RUNS) - SHIFT).to(key.dtype.element_ty), mask=i < P)
 
 
 def _sort_pairs(values, indices, F, chunks):
@@ -409,44 +446,116 @@ def _sort_pairs(values, indices, F, chunks):
     sort is stable. Pairs whose value is 0 come last.
     Radix sort takes two passes over int16 and four over int32, hence the shift.
     """
-    runs = chunks * F
+    (N, K), runs = values.shape, chunks * F
     shift, dtype = (32768, torch.int16) if runs < 65536 else (0, torch.int32)
-    n = torch.arange(len(values), device=values.device, dtype=torch.int32)
-    run = indices + (n // -(-len(values) // chunks) * F)[:, None]
-    key = torch.where(values != 0, run, runs).view(-1).sub_(shift).to(dtype)
+    key = torch.empty(N * K, dtype=dtype, device=values.device)
+    _pair_keys[(triton.cdiv(N * K, 1024),)](values, indices, key, N * K, triton.cdiv(N, chunks) * K, F=F,
+                                            RUNS=runs, SHIFT=shift, BLOCK=1024, num_warps=4)
     key, order = key.sort(stable=True)
-    bounds = torch.arange(-shift, runs + 1 - shift, device=key.device).to(dtype)
+    bounds = torch.arange(-shift, runs + 1 - shift, device=key.device, dtype=dtype)
     return order, torch.searchsorted(key, bounds, out_int32=True)
 
 
 def _weight_grads(gy, gvalues, h, W_dec, b_dec, values, indices):
     """-> dvalues (N, K), dW_enc (F, C), dW_dec (F, C), db_enc (F,), all fp32. gvalues may be None."""
     (N, K), (F, C) = values.shape, W_dec.shape
-    chunks = max(1, min(int(2 * h.nbytes / (PAIR_MB * 2**20)), 65535 // F))
+    chunks = min(2 * h.nbytes / (PAIR_MB * 2**20), N * K / (F * PAIR_MIN), 65535 / F)
+    chunks = max(1, int(chunks))
     runs = chunks * F
     order, starts = _sort_pairs(values, indices, F, chunks)
     # Further parts: run r owns numbers first[r] to ends[r] of at most N K / PAIR_PART.
     n_parts = N * K // PAIR_PART
-    more = (starts.diff() - 1).clamp_(min=0) // PAIR_PART
+    more = (starts.diff() - 1).div_(PAIR_PART, rounding_mode="trunc")   # 0 for an empty run
     ends = more.cumsum(0, dtype=torch.int32)
     first = ends - more
     owner = torch.searchsorted(ends, torch.arange(n_parts, device=h.device, dtype=torch.int32),
                                right=True, out_int32=True)
-    new = lambda *shape: torch.empty(shape, device=h.device)  # noqa: E731 (fp32)
-    dW_enc, dW_dec, db_enc = new(runs, C), new(runs, C), new(runs)
-    part_enc, part_dec, part_b = new(n_parts, C), new(n_parts, C), new(n_parts)
+    new = lambda n: (torch.empty(n, C, device=h.device), torch.empty(n, C, device=h.device),  # noqa: E731
+                     torch.empty(n, device=h.device))   # fp32: of W_enc, W_dec, b_enc
+    sums, parts = new(runs), new(n_parts)
     dvalues = torch.zeros_like(values)
     BLOCK = min(triton.next_power_of_2(C), 256 * max(1, triton.next_power_of_2(C) // 1024))
     _pair_sums[(runs + n_parts,)](
-        gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first, dvalues, dW_enc, dW_dec,
-        db_enc, part_enc, part_dec, part_b, F=F, RUNS=runs, C=C, K=K, PART=PAIR_PART, R=PAIR_ROWS,
-        BLOCK=BLOCK, TILES=triton.cdiv(C, BLOCK), num_warps=max(1, BLOCK // 256))
-    if n_parts:
-        _add_parts[(runs,)](first, ends, dW_enc, dW_dec, db_enc, part_enc, part_dec, part_b,
-                            C=C, BLOCK=triton.next_power_of_2(C), num_warps=4)
-    if chunks > 1:
-        dW_enc, dW_dec, db_enc = (t.view(chunks, F, -1).sum(0) for t in (dW_enc, dW_dec, db_enc))
-    return dvalues, dW_enc, dW_dec, db_enc.view(F)
+        gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first, dvalues, *sums, *parts,
+        F=F, RUNS=runs, C=C, K=K, PART=PAIR_PART, R=PAIR_ROWS, BLOCK=BLOCK, TILES=triton.cdiv(C, BLOCK),
+        num_warps=max(1, BLOCK // 256))
+    grads = new(F) if chunks > 1 else sums
+    if chunks > 1 or n_parts:
+        _add_parts[(F,)](first, ends, *sums, *parts, *grads, F=F, CHUNKS=chunks, C=C,
+                         BLOCK=triton.next_power_of_2(C), num_warps=4)
+    return dvalues, *grads
+
+
+# ---------------------------------------------------------------------------- matmuls with an epilogue
+@jit
+def _matmul(a, b, act, bias, out, maxima, M, N: tl.constexpr, K: tl.constexpr, EPILOGUE: tl.constexpr,
+            SPAN: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    """
+    A matmul that spares the kernel after it a pass over memory. a (M, K), b (N, K), out (M, N):
+        relu2      out = relu(a b^T)^2
+        backward   out = (a b) 2 sqrt(act), what relu^2 sends back; here b is (K, N)
+        maxima     out = a b^T; maxima[m, g] = the largest of SPAN columns of out[m] + bias, fp32
+
+    Bytes: relu^2 in a kernel of its own would read and write 0.8 GB at M=65536, N=3072 in bf16 (0.19
+    ms) and its backward 1.2 (0.28); here nothing, and act once. The maxima spare _select the row:
+    0.1 GB in place of 1.6 at N=12288. a, b, act and out are tensor descriptors (Hopper's TMA), which
+    read zeros and write nothing out of bounds. PROGRAMS programs take EACH tiles in turns, GROUP
+    rows of tiles at a time so that they meet in the L2; what is left over at the end is the last
+    tile again.
+    """
+    down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    in_row: tl.constexpr = (N + SPAN - 1) // SPAN   # maxima
+    for turn in tl.range(0, EACH, flatten=True):   # the next tile is loaded while this one is written
+        tile = tl.minimum(turn * PROGRAMS + tl.program_id(0), down * across - 1)
+        group = tile // (GROUP * across) * GROUP
+        rows = tl.minimum(down - group, GROUP)
+        at = tile % (GROUP * across)
+        m = (group + at % rows) * BM
+        n = at // rows * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            if EPILOGUE == "backward":
+                acc = tl.dot(a.load([m, k]), b.load([k, n]), acc)
+            else:
+                acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
+        # in two halves, which need half as much shared memory
+        halves = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        for i in tl.static_range(2):
+            half, col = halves[i], n + i * (BN // 2)
+            if EPILOGUE == "backward":
+                half *= 2 * tl.sqrt(act.load([m, col]).to(tl.float32))
+            elif EPILOGUE == "relu2":
+                half *= tl.maximum(half, 0.0)   # NaN stays, as NaN * 0
+            if out.dtype == tl.bfloat16:   # two at a time; where x needs them too, the compiler takes one, slowly
+                half = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [half],
+                                                 dtype=tl.bfloat16, is_pure=True, pack=2)
+            half = half.to(out.dtype)
+            if EPILOGUE == "maxima":   # of what _select will read: rounded
+                c = col + tl.arange(0, BN // 2)
+                x = half.to(tl.float32) + tl.load(bias + c, mask=c < N, other=0.0)[None, :]
+                if N % (BN // 2) != 0:
+                    x = tl.where((c < N)[None, :], x, float("-inf"))
+                best = tl.reduce(x.reshape(BM, BN // 2 // SPAN, SPAN), 2, _larger)
+                r = m + tl.arange(0, BM)
+                g = col // SPAN + tl.arange(0, BN // 2 // SPAN)
+                tl.store(maxima + r.to(tl.int64)[:, None] * in_row + g[None, :], best,
+                         mask=(r < M)[:, None] & (g < in_row)[None, :])
+            out.store([m, col], half)
+
+
+def _fused_matmul(epilogue, a, b, out, tile, act=None, bias=None, maxima=None):
+    """Launch _matmul."""
+    (M, K), N = a.shape, out.shape[1]
+    BM, BN, BK, stages, group = tile
+    block = TensorDescriptor.from_tensor
+    a, b = block(a, [BM, BK]), block(b, [BK, BN] if epilogue == "backward" else [BN, BK])
+    act, to = (t if t is None else block(t, [BM, BN // 2]) for t in (act, out))
+    programs = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 2
+    each = triton.cdiv(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs)
+    _matmul[(programs,)](a, b, act, bias, to, maxima, M, N=N, K=K, EPILOGUE=epilogue, SPAN=SPAN, PROGRAMS=programs,
+                         EACH=each, BM=BM, BN=BN, BK=BK, GROUP=group, num_warps=8, num_stages=stages)
+    return out
 
 
 # ---------------------------------------------------------------------------- the layer
@@ -463,7 +572,7 @@ def available(device):
 
 @torch.compiler.assume_constant_result
 def _hopper(device):
-    """True where _matmul_relu2 runs: it was made for, and measured on, Hopper alone."""
+    """True where _matmul runs: it was made for, and measured on, Hopper alone."""
     return INTERPRET or (available(device) and torch.cuda.get_device_capability(device)[0] == 9)
 
 
@@ -473,24 +582,49 @@ def _fits(n, F, C, k, dtype, device):
             and n > 0 and k <= MAX_K and C <= MAX_C and n * max(C, k) < 2**31)
 
 
+def _fits_matmul(x, *widths):
+    """x (..., C): where _matmul runs and pays."""
+    return (_hopper(x.device) and x.dtype == (torch.float32 if INTERPRET else torch.bfloat16)
+            and x.shape[:-1].numel() >= MATMUL_ROWS and all(n % 8 == 0 for n in widths))
+
+
+@jit
+def _fold_b_dec(W_enc, b_enc, b_dec, W, bias, C: tl.constexpr, BLOCK: tl.constexpr):
+    """W = W_enc in h's type, and bias = b_enc - W b_dec: so h needs no copy less b_dec (0.2 ms of 118, 124M)."""
+    f = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    w = tl.load(W_enc + f * C + c, mask=c < C, other=0.0).to(W.dtype.element_ty)
+    tl.store(W + f * C + c, w, mask=c < C)
+    dot = tl.sum(w.to(tl.float32) * tl.load(b_dec + c, mask=c < C, other=0.0), axis=0)
+    tl.store(bias + f, tl.load(b_enc + f).to(tl.float32) - dot)
+
+
 @torch.library.custom_op("sae::topk_autoencode", mutates_args=())
 def _autoencode(h: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor,
                 b_dec: torch.Tensor, k: int,
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
-    b_dec, W = b_dec.float().contiguous(), W_enc.to(h.dtype).contiguous()
+    b_dec = b_dec.float().contiguous()
+    W, bias = torch.empty(F, C, dtype=h.dtype, device=h.device), torch.empty(F, device=h.device)
+    _fold_b_dec[(F,)](W_enc.contiguous(), b_enc.contiguous(), b_dec, W, bias, C=C,
+                      BLOCK=triton.next_power_of_2(C), num_warps=4)
     values = torch.empty(N, k, device=h.device)
     indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
     fired = torch.zeros(F, device=h.device, dtype=torch.uint8)
     rows = max(256, BUFFER_MB * 2**20 // (F * h.element_size()))
     rows = min(N, 1 << (rows.bit_length() - 1))
     buffer = torch.empty(rows, F, dtype=h.dtype, device=h.device)
+    fused = _fits_matmul(h, C, F) and 2 * SPAN * k <= F <= 2**17   # few K and groups, or _select's lists grow long
     with torch.autocast(h.device.type, enabled=False):
-        bias = b_enc.float() - W.float().mv(b_dec)   # so that h needs no copy less b_dec (0.2 ms of 118, 124M)
         for i in range(0, N, rows):
             j = min(i + rows, N)
-            pre = torch.mm(h[i:j], W.t(), out=buffer[:j - i])
-            _select_rows(pre, bias, values[i:j], indices[i:j], fired)
+            pre, maxima = buffer[:j - i], None
+            if fused:
+                maxima = torch.empty(j - i, triton.cdiv(F, SPAN), device=h.device)
+                _fused_matmul("maxima", h[i:j], W, pre, ENCODER_TILE, bias=bias, maxima=maxima)
+            else:
+                torch.mm(h[i:j], W.t(), out=pre)
+            _select_rows(pre, bias, values[i:j], indices[i:j], fired, maxima)
     del buffer, W
     y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
     return y, values, indices, fired.view(torch.bool)
@@ -508,25 +642,21 @@ def _(h, W_enc, b_enc, W_dec, b_dec, k):
 def _autoencode_backward(
         gy: torch.Tensor, gvalues: torch.Tensor | None, h: torch.Tensor, W_enc: torch.Tensor,
         W_dec: torch.Tensor, b_dec: torch.Tensor, values: torch.Tensor, indices: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     h = h.contiguous()
     gy = gy.to(h.dtype).contiguous()
     gvalues = None if gvalues is None else gvalues.float().contiguous()
-    b_dec = b_dec.float().contiguous()
     with torch.autocast(h.device.type, enabled=False):
         dvalues, dW_enc, dW_dec, db_enc = _weight_grads(
-            gy, gvalues, h, W_dec.contiguous(), b_dec, values, indices)
+            gy, gvalues, h, W_dec.contiguous(), b_dec.float().contiguous(), values, indices)
         dh = _gather(dvalues, indices, W_enc.to(h.dtype).contiguous(), None, h.dtype)
-        # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
-        db_dec = gy.sum(0, dtype=torch.float32) - W_enc.float().t().mv(db_enc)
-    return dh, dW_enc.to(W_enc.dtype), db_enc, dW_dec.to(W_dec.dtype), db_dec
+    return dh, dW_enc.to(W_enc.dtype), db_enc, dW_dec.to(W_dec.dtype)
 
 
 @_autoencode_backward.register_fake
 def _(gy, gvalues, h, W_enc, W_dec, b_dec, values, indices):
     empty = lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)  # noqa: E731
-    return (empty(h), empty(W_enc), values.new_empty(W_enc.shape[0]), empty(W_dec),
-            values.new_empty(W_enc.shape[1]))
+    return empty(h), empty(W_enc), values.new_empty(W_enc.shape[0]), empty(W_dec)
 
 
 def _setup(ctx, inputs, output):
@@ -539,7 +669,10 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, gy, gvalues, *_):
     if gy is None:
         gy = torch.zeros_like(ctx.saved_tensors[0])
-    dh, dW_enc, db_enc, dW_dec, db_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
+    h, W_enc, W_dec, b_dec, values, indices = ctx.saved_tensors
+    dh, dW_enc, db_enc, dW_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
+    # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
+    db_dec = gy.sum(0, dtype=torch.float32) - (db_enc[:, None] * W_enc).sum(0)
     return dh, dW_enc, db_enc.to(ctx.bias_types[0]), dW_dec, db_dec.to(ctx.bias_types[1]), None
 
 
@@ -584,66 +717,13 @@ def mlp_ref(x, W_fc, W_proj):
     return F_.linear(torch.relu(F_.linear(x, W_fc.to(x.dtype))).square(), W_proj.to(x.dtype))
 
 
-@jit
-def _matmul_relu2(a, b, act, out, M, N: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr,
-                  EACH: tl.constexpr, BACKWARD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, GROUP: tl.constexpr):
-    """
-    out (M, N) = relu(a b^T)^2, or with BACKWARD (a b) 2 sqrt(act), what relu^2 sends back: a matmul
-    that never writes down what goes into relu^2 or comes back to it. a (M, K), b (N, K) or (K, N).
-
-    Bytes: relu^2 in a kernel of its own would read and write 0.8 GB at M=65536, N=3072 in bf16 (0.19
-    ms) and its backward 1.2 (0.28); here nothing, and act once. All four are tensor descriptors
-    (Hopper's TMA), which read zeros and write nothing out of bounds. PROGRAMS programs, one a
-    multiprocessor, take EACH tiles in turns, GROUP rows of tiles at a time so that they meet in the
-    L2; what is left over at the end is the last tile again.
-    """
-    down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for turn in tl.range(0, EACH, flatten=True):   # the next tile is loaded while this one is written
-        tile = tl.minimum(turn * PROGRAMS + tl.program_id(0), down * across - 1)
-        group = tile // (GROUP * across) * GROUP
-        rows = tl.minimum(down - group, GROUP)
-        at = tile % (GROUP * across)
-        m = (group + at % rows) * BM
-        n = at // rows * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            if BACKWARD:
-                acc = tl.dot(a.load([m, k]), b.load([k, n]), acc)
-            else:
-                acc = tl.dot(a.load([m, k]), b.load([n, k]).T, acc)
-        # in two halves, which need half as much shared memory
-        halves = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        for i in tl.static_range(2):
-            half = halves[i]
-            if BACKWARD:
-                half *= 2 * tl.sqrt(act.load([m, n + i * (BN // 2)]).to(tl.float32))
-            else:
-                half *= tl.maximum(half, 0.0)   # NaN stays, as NaN * 0
-            out.store([m, n + i * (BN // 2)], half.to(out.dtype))
-
-
-def _relu2(a, b, act=None):
-    """Launch _matmul_relu2, forward or, given act, backward."""
-    (M, K), N = a.shape, b.shape[0 if act is None else 1]
-    out = torch.empty(M, N, dtype=a.dtype, device=a.device)
-    BM, BN, BK, stages = MLP_TILE
-    tile = TensorDescriptor.from_tensor
-    a, b = tile(a, [BM, BK]), tile(b, [BN, BK] if act is None else [BK, BN])
-    halves = [tile(t, [BM, BN // 2]) for t in (out if act is None else act, out)]
-    programs = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 2
-    each = triton.cdiv(triton.cdiv(M, BM) * triton.cdiv(N, BN), programs)
-    _matmul_relu2[(programs,)](a, b, *halves, M, N=N, K=K, PROGRAMS=programs, EACH=each, BACKWARD=act is not None,
-                               BM=BM, BN=BN, BK=BK, GROUP=8, num_warps=8, num_stages=stages)
-    return out
-
-
 @torch.library.custom_op("sae::mlp", mutates_args=())
 def _mlp(x: torch.Tensor, W_fc: torch.Tensor, W_proj: torch.Tensor,
          ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the result and act, the hidden layer."""
     x = x.contiguous()
-    act = _relu2(x, W_fc.to(x.dtype).contiguous())
+    act = x.new_empty(len(x), len(W_fc))
+    _fused_matmul("relu2", x, W_fc.to(x.dtype).contiguous(), act, MLP_TILE)
     return act @ W_proj.to(x.dtype).t(), act
 
 
@@ -656,7 +736,7 @@ def _(x, W_fc, W_proj):
 def _mlp_backward(g: torch.Tensor, x: torch.Tensor, act: torch.Tensor, W_fc: torch.Tensor,
                   W_proj: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g, x = g.to(x.dtype).contiguous(), x.contiguous()
-    dpre = _relu2(g, W_proj.to(x.dtype).contiguous(), act)
+    dpre = _fused_matmul("backward", g, W_proj.to(x.dtype).contiguous(), torch.empty_like(act), MLP_TILE, act=act)
     dW_fc, dW_proj = (dpre.t() @ x).to(W_fc.dtype), (g.t() @ act).to(W_proj.dtype)
     return dpre @ W_fc.to(x.dtype), dW_fc, dW_proj
 
@@ -682,9 +762,7 @@ def mlp(x, W_fc, W_proj):
     stay fp32. Kernel: bf16 on Hopper, 1024 tokens or more, widths that are multiples of 8; else the
     reference.
     """
-    fits = (_hopper(x.device) and x.dtype == (torch.float32 if INTERPRET else torch.bfloat16)
-            and x.shape[:-1].numel() >= MLP_ROWS and W_fc.shape[0] % 8 == 0 and W_fc.shape[1] % 8 == 0)
-    if not fits:
+    if not _fits_matmul(x, *W_fc.shape):
         return mlp_ref(x, W_fc, W_proj)
     return _mlp(x.flatten(0, -2), W_fc, W_proj)[0].view_as(x)
 

@@ -163,7 +163,8 @@ class SAE(nn.Module):
             if self.steer is not None:
                 z = z * self.steer[0] + self.steer[1]
             y = self.decode(z)                                     # (B, T, C)
-        y = self.gate * y + self.fill
+        if not self.training: # in training it would cost two passes over fp32 in place of bf16
+            y = (self.gate * y + self.fill).type_as(y)
         if self.W_skip is not None:
             y = y + F.linear(tok, self.W_skip)
         if self.site != 'hidden':

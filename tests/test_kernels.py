@@ -35,7 +35,9 @@ def poison(monkeypatch):
             out = make(*args, **kwargs)
             if out.device.type == "meta" or type(out) is not torch.Tensor:   # while tracing
                 return out
-            return out.fill_(float("nan") if out.is_floating_point() else 2**30 + 7)
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(True if out.dtype == torch.bool else torch.iinfo(out.dtype).max - 7)
         return filled
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, garbage(getattr(torch, name)))
@@ -125,15 +127,23 @@ if GPU:
 
 
 @needs_kernels
+@pytest.mark.parametrize("maxima", [False, True])   # given, as by _matmul
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind,N,F,k", CASES)
-def test_selection_is_exact(kind, N, F, k, dtype):
+def test_selection_is_exact(kind, N, F, k, dtype, maxima, monkeypatch):
     if dtype == torch.bfloat16 and not GPU and kind != "ties":
         pytest.skip("tested on a GPU only: one type is enough in the interpreter")
     pre = rows(kind, N, F, k).to(DEVICE, dtype)
     plain = kind in ("ties", "zero", "equal")
     b_enc = torch.randn(F, generator=torch.Generator().manual_seed(1)).to(DEVICE) * (not plain) / 9
-    values, indices = kernels.topk(pre, b_enc, k)
+    if maxima:
+        monkeypatch.setattr(kernels, "SPAN", 64 if F > 2000 else 16)
+        a = torch.nn.functional.pad(pre.float() + b_enc, (0, -F % kernels.SPAN), value=float("-inf"))
+        values, indices = torch.empty(N, k, device=DEVICE), torch.empty(N, k, dtype=torch.int32, device=DEVICE)
+        fired = torch.zeros(F, dtype=torch.uint8, device=DEVICE)
+        kernels._select_rows(pre, b_enc, values, indices, fired, a.unflatten(1, (-1, kernels.SPAN)).amax(2))
+    else:
+        values, indices = kernels.topk(pre, b_enc, k)
     want_values, want_indices = kernels.topk_ref(pre, b_enc, k)
     assert torch.equal(indices.long(), want_indices)
     torch.testing.assert_close(values, want_values, rtol=0, atol=0, equal_nan=True)
@@ -159,6 +169,27 @@ def test_layer(N, C, F, k, shift, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("N,C,F,k", [(1500, 768, 12296, 40), (1111, 512, 8192, 64)] if GPU else [(18, 24, 200, 3)])   # beside the tiles' edges
+def test_encoder_that_gives_maxima(N, C, F, k, monkeypatch):
+    """On Hopper _select reads maxima from the encoder's epilogue: the layer is right, and so is each maximum."""
+    if not kernels._hopper(DEVICE):
+        pytest.skip("not a Hopper GPU")
+    if kernels.INTERPRET:   # which would take minutes for whole tiles
+        for name, value in dict(MATMUL_ROWS=1, ENCODER_TILE=(16, 32, 16, 2, 2), SPAN=16).items():
+            monkeypatch.setattr(kernels, name, value)
+    inputs, grads = make(N, C, F, k, torch.bfloat16 if GPU else torch.float32, shift=-0.5)
+    check_layer(inputs, grads, k, kernels.topk_autoencode, 2e-2 if GPU else 1e-5)
+    h, W, bias = inputs[0].detach(), inputs[1].detach().to(inputs[0].dtype), inputs[2].detach()
+    h[1, 2], h[2, 3] = float("nan"), float("inf")
+    pre, maxima = h.new_empty(N, F), torch.empty(N, -(-F // kernels.SPAN), device=DEVICE)
+    kernels._fused_matmul("maxima", h, W, pre, kernels.ENCODER_TILE, bias=bias, maxima=maxima)
+    a = torch.nn.functional.pad(pre.float() + bias, (0, -F % kernels.SPAN), value=float("-inf"))
+    torch.testing.assert_close(maxima, a.unflatten(1, (-1, kernels.SPAN)).amax(2), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pre[3:], h[3:] @ W.T, rtol=2e-2, atol=1e-2)
+    assert pre[1].isnan().all() and pre[0].isfinite().all()
+
+
+@needs_kernels
 def test_autocast_rounds_nothing():
     """Under autocast h alone decides the precision, that of b_dec's share of the pre-activations too."""
     inputs, grads = make(5, 20, 30, 3)
@@ -174,6 +205,7 @@ def test_busy_features(chunks, monkeypatch):
     """Features with more pairs than one program takes, and tokens in chunks: the parts are added."""
     monkeypatch.setattr(kernels, "PAIR_PART", 2 if chunks > 1 else 4)
     monkeypatch.setattr(kernels, "PAIR_MB", 2 * 5 * 20 * 4 / chunks / 2**20)
+    monkeypatch.setattr(kernels, "PAIR_MIN", 1 / 14)
     monkeypatch.setattr(kernels, "BUFFER_MB", 0)
     inputs, grads = make(5, 20, 30, 3)
     with torch.no_grad():
@@ -249,9 +281,9 @@ if GPU:
 @pytest.mark.parametrize("fn", [kernels.mlp_ref, kernels.mlp])
 def test_mlp(fn, shape, monkeypatch):
     """Values and gradients; on Hopper and in the interpreter mlp is the kernel, else the reference too."""
-    monkeypatch.setattr(kernels, "MLP_ROWS", 1)
+    monkeypatch.setattr(kernels, "MATMUL_ROWS", 1)
     if kernels.INTERPRET:   # which knows no bf16 product, and would take minutes for whole tiles
-        monkeypatch.setattr(kernels, "MLP_TILE", (16, 32, 16, 2))
+        monkeypatch.setattr(kernels, "MLP_TILE", (16, 32, 16, 2, 2))
     *N, C, H = shape
     dtype = torch.bfloat16 if GPU else torch.float32
     g = torch.Generator().manual_seed(C)
@@ -272,7 +304,7 @@ def test_mlp(fn, shape, monkeypatch):
 
 @needs_kernels
 def test_mlp_opcheck_nan_and_compile(monkeypatch):
-    monkeypatch.setattr(kernels, "MLP_ROWS", 1)
+    monkeypatch.setattr(kernels, "MATMUL_ROWS", 1)
     dtype = torch.bfloat16 if GPU else torch.float32
     P = [torch.randn(*s, device=DEVICE) for s in ((8, 16), (64, 16), (16, 64))]
     P = [P[0].to(dtype).requires_grad_(), P[1].requires_grad_(), P[2].requires_grad_()]

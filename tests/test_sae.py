@@ -132,8 +132,8 @@ def test_selection_in_fp32_under_autocast():
     assert out.values.dtype == torch.float32 and out.fvu.dtype == torch.float32 and out.loss.dtype == torch.float32
 
 def test_interventions():
-    """gate and fill act on the SAE's output, steer on its code: for ablation at evals and for steering in sampling."""
-    sae, x = make(), inputs()
+    """gate and fill act on the SAE's output, in eval mode, steer on its code: for ablation at evals and for steering in sampling."""
+    sae, x = make().eval(), inputs()
     y = sae(x)[0]
     sae.gate.zero_()
     assert not sae(x)[0].any()
