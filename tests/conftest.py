@@ -5,6 +5,7 @@ What all tests share: one thread, the repository on the path, and the mark `slow
     python -m pytest --slow     the long ones too
 """
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--slow'):
         config.hook.pytest_deselected(items=[item for item in items if 'slow' in item.keywords])
         items[:] = [item for item in items if 'slow' not in item.keywords]
+    items.sort(key=lambda item: item.name == 'test_under_interpreter') # last: it waits for the run below
+
+@pytest.fixture(scope='session', autouse=True)
+def interpreted(request):
+    """test_kernels.py in Triton's interpreter, a process beside all other tests: one after the other they would take too long."""
+    import kernels
+    process, there = None, kernels.available('cuda' if torch.cuda.is_available() else 'cpu') # as in that run itself
+    if request.session.items[-1].name == 'test_under_interpreter' and kernels.triton and not there:
+        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(ROOT / 'tests/test_kernels.py')]
+        process = subprocess.Popen(command, env=os.environ | {'TRITON_INTERPRET': '1'}, cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    yield process
+    if process:
+        process.kill()
 
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory):

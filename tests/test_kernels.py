@@ -5,11 +5,9 @@ the loss, and what they promise about ties, NaN, empty slots, memory, determinis
     python -m pytest tests/test_kernels.py
 
 On a GPU the kernels run on it, at real sizes too. Without one, test_under_interpreter runs this
-file again in a second process through Triton's interpreter (slow: hence the tiny sizes). Without
-Triton only the plain paths are tested and the rest is skipped, saying so.
+file again in a second process (conftest.py) through Triton's interpreter (slow: hence the tiny
+sizes). Without Triton only the plain paths are tested and the rest is skipped, saying so.
 """
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -491,8 +489,6 @@ def test_loss_opcheck(grads):
 
 @pytest.mark.skipif(kernels.triton is None, reason="no Triton")
 @pytest.mark.skipif(kernels.available(DEVICE), reason="the kernels run in this process")
-def test_under_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+def test_under_interpreter(interpreted):
+    out, _ = interpreted.communicate()
+    assert interpreted.returncode == 0, out[-6000:]
