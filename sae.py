@@ -163,7 +163,7 @@ class SAE(nn.Module):
             if self.steer is not None:
                 z = z * self.steer[0] + self.steer[1]
             y = self.decode(z)                                     # (B, T, C)
-        if not self.training: # in training it would cost two passes over fp32 in place of bf16
+        if not self.training: # fill is fp32: on a GPU y and its gradient would be, too, 600 MB more a micro-batch of the 124M
             y = (self.gate * y + self.fill).type_as(y)
         if self.W_skip is not None:
             y = y + F.linear(tok, self.W_skip)
