@@ -669,7 +669,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, gy, gvalues, *_):
     if gy is None:
         gy = torch.zeros_like(ctx.saved_tensors[0])
-    h, W_enc, W_dec, b_dec, values, indices = ctx.saved_tensors
+    W_enc = ctx.saved_tensors[1]
     dh, dW_enc, db_enc, dW_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
     # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
     db_dec = gy.sum(0, dtype=torch.float32) - (db_enc[:, None] * W_enc).sum(0)
