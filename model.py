@@ -40,7 +40,7 @@ class GPTConfig:
     sae_recon: float = 0.0        # weight of the reconstruction loss while alpha is 0 (sites resid, mlp, attn)
     sae_auxk: float = 0.0         # weight of the AuxK loss
     sae_nudge: float = 0.02       # added to b_enc of each silent feature, each step; 0 = off
-    sae_silent_tokens: int = 1_310_720 # a feature is silent when it has not fired over so many tokens
+    sae_silent_tokens: int = 262_144 # a feature is silent when it has not fired over so many tokens, or in the last step if that is longer
 
     def problems(self):
         """Everything that is wrong with this config, as a list of sentences; [] if it is sound."""

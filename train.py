@@ -71,7 +71,7 @@ sae_token_skip = True
 sae_recon = 1.0
 sae_auxk = 0.0
 sae_nudge = 0.02
-sae_silent_tokens = 1_310_720
+sae_silent_tokens = 262_144
 # schedules of the sparse layers, as shares of max_iters
 sae_blend_start = 0.3     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
 sae_blend_end = 0.35      # and 1 from here; both 0: the SAE replaces the stream from step 0

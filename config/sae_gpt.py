@@ -19,4 +19,3 @@ max_iters = 4768         # * 524,288 = 2.5 B tokens
 warmup_iters = 250
 eval_interval = 250
 save_interval = 250
-sae_silent_tokens = 10 * 524_288
