@@ -52,7 +52,7 @@ def rows(size):
     known = {
         'dense': (dict(sae_layers=()), 'no SAE'),
         'naive': (naive, 'hard TopK from step 0 and nothing else'),
-        'default': (at, "train.py's defaults"),
+        'default': (at, "train.py's defaults, but for sae_silent_tokens"),
         'strict': (strict, 'default without the token skip'),
         'posthoc': (posthoc, 'SAE trained on the frozen dense twin, spliced in'),
         # each strategy alone
