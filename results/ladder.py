@@ -70,6 +70,7 @@ def rows(size):
         'default-recon': (at | dict(sae_recon=0.0), 'hand-over at 30 %, without reconstruction before it'),
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
         'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
+        'default-tied-muon': (at | dict(sae_tied_init=False, sae_muon=False), 'neither'),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
@@ -107,7 +108,7 @@ def rows(size):
     }
     quick = dict(sae_silent_tokens=SIZES[size]['sae_silent_tokens'] // 5)
     known |= {f'{row} quick': (known[row][0] | quick, 'silent, and nudged, after a fifth of the tokens')
-              for row in ('default', 'strict', 'default-tied', 'default-muon', 'default K=8', 'default F=64x', 'default x2', 'default x4 K=64', 'default xL') if row in known}
+              for row in ('default', 'strict', 'default-tied', 'default-muon', 'default-tied-muon', 'default at 15%', 'default@0', 'default@1', 'strict K=64', 'default K=8', 'default F=64x', 'default x2', 'default x4 K=64', 'default xL') if row in known}
     return known | {f'{row} skip x{x}': (known[row][0] | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
                     for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.2, 0.3, 1)}
 
