@@ -266,8 +266,9 @@ def layer_data(s):
     live = s.count > 0
     density, bits = s.count[live] / s.N, s.entropy[live]
     top = math.ceil(bits.max(initial=1))
+    busiest = np.sort(s.count)[-math.ceil(s.F / 100):].sum() / max(1, s.count.sum())
     return dict(live=int(live.sum()), dead=int((~live).sum()), l0=float(s.count.sum() / s.N), fvu=float(s.fvu),
-                top_entropy=top, entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
+                busiest=float(busiest), top_entropy=top, entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
                 densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist())
 
 def feature_data(s, f, timeline=None, effect=None):
@@ -739,7 +740,8 @@ def overview(s, rows):
     if d['live']:
         low, median, high = map(percent, np.percentile(s.count[live] / s.N, (10, 50, 90)))
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-        yield dim(f'                  median {median}, the middle 80 % from {low} to {high}')
+        yield dim(f'                  median {median}, the middle 80 % from {low} to {high};')
+        yield dim(f"                  the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim(f'                  median {np.median(s.entropy[live]):.2f}, highest {s.entropy[live].max():.2f}')
     order = np.argsort(s.rank)

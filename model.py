@@ -35,7 +35,7 @@ class GPTConfig:
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
     sae_k: int = 32               # K, active features a token
     sae_k_start: int = 0          # K annealing begins here; 0 = off
-    sae_tied_init: bool = True
+    sae_tied_init: bool = False
     sae_token_skip: bool = True   # add W_skip norm(wte[token]) to what the SAE writes
     sae_recon: float = 0.0        # weight of the reconstruction loss while alpha is 0 (sites resid, mlp, attn)
     sae_auxk: float = 0.0         # weight of the AuxK loss

@@ -66,7 +66,7 @@ sae_site = 'resid'
 sae_ratio = 16
 sae_k = 32
 sae_k_start = 0
-sae_tied_init = True
+sae_tied_init = False     # True: W_dec starts as a scaled copy of W_enc
 sae_token_skip = True
 sae_recon = 1.0
 sae_auxk = 0.0
@@ -79,7 +79,7 @@ sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
 # optimiser
 optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW for the rest), or 'adamw' for all
-sae_muon = True           # False: AdamW for the SAE's matrices
+sae_muon = True           # False: AdamW for the SAE's matrices, with which 1 % of the features do most of the firing (README)
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
 sae_skip_lr = 0.2         # that of W_skip is this times the SAE's: below 1 the features carry more
@@ -345,18 +345,19 @@ def set_schedules(step):
 
 @torch.no_grad()
 def val_pass():
-    """Over the eval tokens of all ranks: mean loss in nats; of the SAE layers the mean L0 and FVU (2, S) and mean code (S, F)."""
+    """Over the eval tokens of all ranks: mean loss in nats; of the SAE layers mean L0 and FVU (2, S), mean code (S, F), density (S, F)."""
     sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
     scores = torch.zeros(2, len(saes), dtype=wide, device=device)
-    codes = torch.zeros(len(saes), raw_model.config.n_features, device=device)
+    codes = torch.zeros(2, len(saes), raw_model.config.n_features, device=device) # sums of activations, and how often active
     for x, y in islice(eval_batches(data.val, block_size, batch_size, eval_tokens), rank, None, world_size):
         with autocast:
             _, loss, out = eval_model(x.to(device), y.to(device))
         sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
         if saes:
             scores += torch.stack((out.l0, out.fvu)).to(wide)
-            for code, indices, values in zip(codes, out.indices, out.values):
+            for code, count, indices, values in zip(*codes, out.indices, out.values):
                 code.index_add_(0, indices.flatten(), values.flatten())
+                count.index_add_(0, indices.flatten(), (values != 0).to(count).flatten())
     for t in (sums, scores, codes):
         all_reduce(t)
     return (sums[0] / sums[1]).item(), scores / sums[1], codes / sums[2].float()
@@ -364,13 +365,14 @@ def val_pass():
 @torch.no_grad()
 def evaluate():
     """
-    The eval record of log.jsonl: loss, and L0, FVU and live share of each SAE layer; then the loss with the SAEs' outputs
-    zeroed, and with each replaced by its mean. The token skip stays, so that only the features are missing.
+    The eval record of log.jsonl: loss; of each SAE layer L0, FVU, the share of its features that is live, and the share of all
+    firing that the busiest 1 % of them do; then the loss with the SAEs' outputs zeroed, and with each replaced by its mean.
+    The token skip stays, so that only the features are missing.
     """
     if sae_posthoc: # in training the SAE only watches; what counts is the model with it spliced in
         for sae in saes.values():
             sae.alpha.fill_(1.0)
-    loss, scores, codes = val_pass()
+    loss, scores, (codes, density) = val_pass()
     record = dict(val_loss=loss)
     if saes:
         for sae in saes.values():
@@ -379,8 +381,9 @@ def evaluate():
         for sae, code in zip(saes.values(), codes):
             sae.fill.copy_(sae.decode(code))
         record['val_loss_mean'], _, _ = val_pass()
-        rows = zip(saes, *scores.tolist(), (codes != 0).to(wide).mean(1).tolist())
-        record['sae'] = {i: dict(l0=l0, fvu=fvu, live=live) for i, l0, fvu, live in rows}
+        busiest = density.topk(math.ceil(density.size(1) / 100)).values.sum(1) / density.sum(1).clamp_min(1e-12)
+        rows = zip(saes, *scores.tolist(), (density > 0).to(wide).mean(1).tolist(), busiest.tolist())
+        record['sae'] = {i: dict(l0=l0, fvu=fvu, live=live, busiest=busy) for i, l0, fvu, live, busy in rows}
     for sae in saes.values():
         sae.gate.fill_(1.0)
         sae.fill.zero_()

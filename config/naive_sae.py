@@ -3,7 +3,6 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py config/naive_sae.py
 out_dir = 'out-naive-sae'
 
-sae_tied_init = False    # W_dec starts unrelated to W_enc
 sae_blend_start = 0.0    # no hand-over: the SAE replaces the stream from step 0
 sae_blend_end = 0.0
 sae_recon = 0.0          # it never learns to reconstruct

@@ -1,5 +1,5 @@
 # GPT-2 size (124 M) with one SAE layer of 16x after block 6, trained on FineWeb; the strategies are train.py's defaults:
-# tied init, reconstruction before the hand-over, a short blend, the bias nudge, the token skip that learns slowly.
+# reconstruction before the hand-over, a short blend, Muon, the bias nudge, the token skip that learns slowly.
 # $ python data/fineweb/prepare.py --shards=25        (2.5 B tokens, 5 GB)
 # $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
 out_dir = 'out-sae-gpt'

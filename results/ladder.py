@@ -26,14 +26,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from configurator import configure, run, writable # noqa: E402
 
-# sae_silent_tokens: 20 steps here, as most committed runs were made. train.py and config/ now ship a fifth of it, rows '... quick'.
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, eval_tokens=1024, log_interval=2,
-                 sae_silent_tokens=20 * 128, compile=False, device='cpu'),
+                 sae_silent_tokens=4 * 128, compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, gradient_accumulation_steps=2, warmup_iters=20, sae_ratio=11,
-                sae_k=16, sae_silent_tokens=20 * 2048, sae_skip_lr=1.0, eval_tokens=32_768, compile=False, device='cpu'), # as config/sae_cpu.py, which has 2 heads
-    'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_silent_tokens=1_310_720, eval_tokens=524_288),
-    'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, sae_silent_tokens=1_310_720, eval_tokens=524_288),
+                sae_k=16, sae_silent_tokens=4 * 2048, sae_skip_lr=1.0, eval_tokens=32_768, compile=False, device='cpu'), # as config/sae_cpu.py, which has 2 heads
+    'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_silent_tokens=262_144, eval_tokens=524_288),
+    'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, sae_silent_tokens=262_144, eval_tokens=524_288),
 }
 SAE_LAYER = {'tiny': (0,), 'cpu': (1,), 'small': (3,), 'large': (6,)}
 
@@ -52,7 +51,7 @@ def rows(size):
     known = {
         'dense': (dict(sae_layers=()), 'no SAE'),
         'naive': (naive, 'hard TopK from step 0 and nothing else'),
-        'default': (at, "train.py's defaults, but for sae_silent_tokens"),
+        'default': (at, "train.py's defaults"),
         'strict': (strict, 'default without the token skip'),
         'posthoc': (posthoc, 'SAE trained on the frozen dense twin, spliced in'),
         # each strategy alone
@@ -66,11 +65,12 @@ def rows(size):
         'naive+saelr': (naive | dict(sae_lr_factor=0.3), ''),
         'naive+muon': (naive | dict(sae_muon=True), ''),
         # the default without each, or with another
-        'default-tied': (at | dict(sae_tied_init=False), ''),
         'default-recon': (at | dict(sae_recon=0.0), 'hand-over at 30 %, without reconstruction before it'),
         'default-nudge': (at | dict(sae_nudge=0.0), ''),
         'default-muon': (at | dict(sae_muon=False), "AdamW for the SAE's matrices"),
-        'default-tied-muon': (at | dict(sae_tied_init=False, sae_muon=False), 'neither'),
+        **{f'default-muon nudge {x}': (at | dict(sae_muon=False, sae_nudge=x), '') for x in (0.05, 0.1)},
+        **{f'default-muon nudge {x} saelr 0.5': (at | dict(sae_muon=False, sae_nudge=x, sae_lr_factor=0.5), '') for x in (0.05, 0.1)},
+        'posthoc-muon nudge 0.1': (posthoc | dict(sae_muon=False, sae_nudge=0.1), ''),
         'default saelr': (at | dict(sae_lr_factor=0.3), 'SAE learning rate x0.3'),
         'default+auxk': (at | dict(sae_nudge=0.0, sae_auxk=0.1), 'AuxK in place of the nudge'),
         'default blend': (at | slow_blend, 'alpha from 0 to 1 over 60 %, no reconstruction'),
@@ -106,11 +106,12 @@ def rows(size):
         'strict wider 25%': (strict | dict(n_embd=SIZES[size]['n_embd'] * 5 // 4), 'C up by a quarter'),
         'strict deeper': (strict | dict(n_layer=L + 1), 'one block more'),
     }
-    quick = dict(sae_silent_tokens=SIZES[size]['sae_silent_tokens'] // 5)
-    known |= {f'{row} quick': (known[row][0] | quick, 'silent, and nudged, after a fifth of the tokens')
-              for row in ('default', 'strict', 'default-tied', 'default-muon', 'default-tied-muon', 'default at 15%', 'default@0', 'default@1', 'strict K=64', 'default K=8', 'default F=64x', 'default x2', 'default x4 K=64', 'default xL') if row in known}
-    return known | {f'{row} skip x{x}': (known[row][0] | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
-                    for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.2, 0.3, 1)}
+    known |= {f'{row} skip x{x}': (known[row][0] | dict(sae_skip_lr=x), 'W_skip learns at so many times the rate')
+              for row in ('default', 'default K=64', 'default@5', 'default x4 K=64') if row in known for x in (0.1, 0.2, 0.3, 1)}
+    # v1: the defaults that most committed runs had, with the tied init, and silent features nudged after 20 steps, not 4 (v1 quick)
+    tied, slow = dict(sae_tied_init=True), dict(sae_silent_tokens=5 * SIZES[size]['sae_silent_tokens'])
+    return {f'{row}{suffix}': (extra | overrides, note) for row, (overrides, note) in known.items()
+            for suffix, extra in (('', {}), (' v1', tied | slow), (' v1 quick', tied))} | {'default-tied v1': (at | slow, '')}
 
 def command(size, overrides, seed, steps, dataset, out_dir):
     options = dict(gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // (4 if size == 'cpu' else 10)),
@@ -131,7 +132,7 @@ def summary(row, size, out_dir):
     return dict(
         row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'], val_loss=last['val_loss'],
         val_loss_zeroed=last.get('val_loss_zeroed'), val_loss_mean=last.get('val_loss_mean'), live_share=mean('live'),
-        live_share_min=min(s['live'] for s in sae) if sae else None, l0=mean('l0'), fvu=mean('fvu'),
+        live_share_min=min(s['live'] for s in sae) if sae else None, busiest_share=mean('busiest'), l0=mean('l0'), fvu=mean('fvu'),
         tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), params=start['params'],
         params_non_embedding=start['params_non_embedding'], flops_per_token=start['flops_per_token'],
         torch=start['versions']['torch'], gpu=start['versions']['gpu'], commit=start['versions']['commit'],
@@ -180,8 +181,8 @@ def print_table(results):
         group = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
         dense = {r['seed']: r['val_loss'] for r in group if r['row'] == 'dense'}
         print(f"\n{size}, {tokens / 1e6:.0f} M tokens; losses in nats, +- is the standard deviation over seeds\n")
-        print("| row | seeds | val loss | minus dense | zeroed | mean | live % | L0 | FVU | k tok/s | M params | MFLOP/token |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        print("| row | seeds | val loss | minus dense | zeroed | mean | live % | busiest 1 % | L0 | FVU | k tok/s | M params | MFLOP/token |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
         for row in rows(size):
             runs = [r for r in group if r['row'] == row]
             if not runs:
@@ -190,7 +191,8 @@ def print_table(results):
             mean = lambda key: statistics.mean(r[key] for r in runs)
             pm = lambda v, sign='': f"{statistics.mean(v):{sign}.3f}" + (f" +- {statistics.stdev(v):.3f}" if len(v) > 1 else "")
             sae = [f"{mean('val_loss_zeroed'):.2f}", f"{mean('val_loss_mean'):.2f}", f"{100 * min(r['live_share_min'] for r in runs):.1f}",
-                   f"{mean('l0'):.1f}", f"{mean('fvu'):.2f}"] if runs[0]['l0'] is not None else [''] * 5
+                   f"{100 * mean('busiest_share'):.0f} %" if all(r.get('busiest_share') for r in runs) else '', # older runs lack it
+                   f"{mean('l0'):.1f}", f"{mean('fvu'):.2f}"] if runs[0]['l0'] is not None else [''] * 6
             print("| " + " | ".join([row, str(len(runs)), pm([r['val_loss'] for r in runs]),
                   pm(diffs, '+') if diffs and row != 'dense' else '', *sae, f"{mean('tok_s') / 1e3:.0f}",
                   f"{mean('params_non_embedding') / 1e6:.1f}", f"{mean('flops_per_token') / 1e6:.0f}"]) + " |")

@@ -495,7 +495,9 @@ def test_the_most_word_like_are_one_a_token(index):
     s.count, s.rank, s.entropy = np.full(s.F, 100), np.arange(1, s.F + 1), np.linspace(0, 3, s.F)
     s.top_tokens = s.top_tokens.copy()
     s.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
-    lines = '\n'.join(view.overview(s, 3)).split('Most word-like')[1].splitlines()
+    text = '\n'.join(view.overview(s, 3))
+    assert f'the busiest 1 % of the features do {view.percent(math.ceil(s.F / 100) / s.F)} of all firing' in text
+    lines = text.split('Most word-like')[1].splitlines()
     assert [re.search(r'L\d+\.F\d+', line)[0] for line in lines[2:5]] == [f'L{s.layer}.F{f}' for f in (0, 2, 4)]
 
 def test_captions_never_call_a_live_feature_dead(index):
@@ -550,7 +552,8 @@ def test_cache_follows_the_checkpoint(tmp_path, capsys):
     files = lambda: {path.name: path.read_bytes() for path in out.glob('index*')}
     assert 'no index yet' in say('--scan_tokens=640')
     first = files()
-    assert say() == '' and say('--feature=3', '--scan_tokens=640') == ''
+    alive = np.flatnonzero(view.open_index(options(out))[1].count)[0]
+    assert say() == '' and say(f'--feature={alive}', '--scan_tokens=640') == ''
     (out / 'index.npz').unlink()
     assert 'no index yet' in say('--scan_tokens=640')
     assert first == files() and len(first) == 4

@@ -44,7 +44,7 @@ def test_every_row_is_a_config(size):
     seen = set()
     for name, (overrides, _) in ladder.rows(size).items():
         command = ladder.command(size, overrides, 1, 100, 'wiki', 'out')
-        assert (key := tuple(command[2:])) not in seen or name in DOUBLES, name
+        assert (key := tuple(command[2:])) not in seen or name.partition(' v1')[0] in DOUBLES, name
         seen.add(key)
         c = GPTConfig(**{k: v for k, v in (ladder.SIZES[size] | overrides).items() if k in GPTConfig.__dataclass_fields__})
         assert not c.problems(), (name, c.problems())

@@ -320,7 +320,7 @@ def test_init_table():
     torch.manual_seed(0)
     C, F, k = 256, 4096, 32
     length = 1 / (1 + 2 * k * math.log(F / k) / C)
-    tied, untied, hidden = SAE(C, F, k), SAE(C, F, k, tied_init=False), SAE(C, F, k, 'hidden')
+    tied, untied, hidden = SAE(C, F, k, tied_init=True), SAE(C, F, k), SAE(C, F, k, 'hidden')
     for sae in (tied, untied):
         torch.testing.assert_close(sae.W_enc.norm(dim=-1), torch.ones(F))
         torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((F,), length))

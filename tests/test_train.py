@@ -449,10 +449,11 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
             results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, eval_tokens)]
         return float(np.mean([r[1].item() for r in results])), [r[2] for r in results]
     normal, outs = loss('normal')
-    code, positions = torch.zeros(64), 0
+    code, fired, positions = torch.zeros(64), torch.zeros(64), 0
     for out in outs:
         for values, indices in zip(out.values[0].flatten(0, 1), out.indices[0].flatten(0, 1)):
             code[indices] += values
+            fired[indices] += values > 0
             positions += 1
     with torch.no_grad():
         mean = code / positions @ sae.W_dec + sae.b_dec
@@ -463,6 +464,7 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
     assert close(record['sae']['1']['l0'], float(np.mean([out.l0.item() for out in outs])))
     assert close(record['sae']['1']['fvu'], float(np.mean([out.fvu.item() for out in outs])))
     assert close(record['sae']['1']['live'], (code > 0).float().mean().item())
+    assert close(record['sae']['1']['busiest'], (fired.max() / fired.sum()).item()) # 1 % of 64 features is one
 
 def test_snapshot_by_brute_force(whole, tiny_data):
     """features/<step>.npz: how often each feature fired on the probe, how strongly, on what, with what token entropy."""
