@@ -79,7 +79,7 @@ sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE and train it to reconstruct; it is spliced in at evals only
 # optimiser
 optimizer = 'muon'        # 'muon' for the matrices of blocks and SAEs (AdamW for the rest), or 'adamw' for all
-sae_muon = True           # False: AdamW for the SAE's matrices, with which 1 % of the features do most of the firing (README)
+sae_muon = True           # False: AdamW for the SAE's matrices, under which a few features fire nearly always (README)
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
 sae_skip_lr = 0.2         # that of W_skip is this times the SAE's: below 1 the features carry more
