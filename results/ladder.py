@@ -241,7 +241,8 @@ def problems(c):
     """What is wrong with the options c, as a list of sentences."""
     found = [] if c['size'] in SIZES else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
     known = rows(c['size'] if c['size'] in SIZES else 'small')
-    found += [f"rows={r!r} is unknown: known are {', '.join(known)}" for r in c['rows'].split(',') if r not in known]
+    names = ', '.join(row for row in known if ' v1' not in row)
+    found += [f"rows={r!r} is unknown: known are {names}; each also with ' v1' and ' v1 quick'" for r in c['rows'].split(',') if r not in known]
     found += [f"{k}={c[k]} must be a folder that can be written" for k in ('results', 'out') if not (c['table'] or writable(c[k]))]
     if c['table'] and not glob.glob(os.path.join(c['results'], '*.json')):
         found.append(f"results={c['results']} holds no results: run this without --table=true first")
