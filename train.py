@@ -96,7 +96,7 @@ seed = 1337
 device = 'auto'           # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'            # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True
-deterministic = False     # the same bits from run to run on a GPU too, a little slower; a CPU always gives them
+deterministic = False     # the same bits from run to run on a GPU too, a little slower; a CPU nearly always gives them
 rank_timeout = 50         # seconds for which ranks wait for one another in a step; a longer silence ends the run
 # ----------------------------------------------------------------------------------------------------
 defaults = {k: v for k, v in globals().items() if not k.startswith('_') and type(v) in (int, float, bool, str, tuple)}
