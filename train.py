@@ -28,8 +28,8 @@ from datetime import timedelta
 from importlib.util import find_spec
 from itertools import islice
 
-# On a CPU threads shall sleep while they wait for each other, not spin, which costs a tenth of the speed on idle cores: where another
-# program kept one of two busy, spinning took 40 times as long. To be said before torch is loaded.
+# Before torch is loaded: on a CPU, threads that wait for each other sleep. To spin is a tenth to a fifth faster on idle cores, and was
+# 40 times slower where another program kept one of two busy (results/cpu/first_command.txt).
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import numpy as np
