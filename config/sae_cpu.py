@@ -15,7 +15,6 @@ batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 to
 gradient_accumulation_steps = 2 # step and half the steps ended at 4.48 instead of 4.25
 max_iters = 480
 warmup_iters = 20
-sae_silent_tokens = 4 * 2048 # four steps, in which an average feature fires 62 times
 sae_skip_lr = 1.0        # 0.3 makes the features carry twice as much, and the loss 0.018 higher: there is little time to learn here
 
 eval_interval = 120
