@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import torch
@@ -305,40 +306,33 @@ class GPT(nn.Module):
                 for kind, params in groups.items() if params]
 
 # --------------------------------------------------------------------------------------------------
-# checkpoints: ckpt.pt is the newest whole one, ckpt_prev.pt the one before
+# checkpoints: ckpt.pt is the newest one, ckpt_prev.pt the one before
 
 def save_checkpoint(out_dir, checkpoint):
     """
-    Write whole or not at all: a temporary file, synced, then renamed. At every moment ckpt.pt is
-    there, old or new, and ckpt_prev.pt goes only after the new one is in place: it may be the only
-    good one. Raises OSError, e.g. for a full disk.
+    Write whole or not at all: a temporary file, synced, then renamed. At every moment one of the
+    three files that load_checkpoint looks for is whole. Raises OSError, e.g. for a full disk.
     """
-    names = ('ckpt.pt', 'ckpt_prev.pt', 'ckpt.tmp', 'ckpt.old')
-    path, prev, tmp, old = (os.path.join(out_dir, name) for name in names)
+    path, tmp, prev = (os.path.join(out_dir, name) for name in CHECKPOINTS)
     try:
         with open(tmp, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e: # on a full disk torch raises RuntimeError: unexpected pos
-        if os.path.exists(tmp):
+        with suppress(OSError):
             os.remove(tmp)
         reason = str(e).splitlines()[0]
         raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? "
                       f"({reason})") from None
-    if os.path.exists(old): # from a save that was killed
-        os.remove(old)
     if os.path.exists(path):
         try:
-            os.link(path, old)
-        except OSError: # no hard links here: for a moment there is ckpt_prev.pt only
             os.replace(path, prev)
+        except OSError as e: # no reason to end a run
+            print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
     os.replace(tmp, path)
-    try:
-        if os.path.exists(old):
-            os.replace(old, prev)
-    except OSError as e: # the new one is safe: no reason to end a run
-        print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
+
+CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 
 def load_checkpoint(out_dir, map_location='cpu'):
     """
@@ -347,29 +341,27 @@ def load_checkpoint(out_dir, map_location='cpu'):
     ever unpickled.
     """
     problems = []
-    for name in ('ckpt.pt', 'ckpt_prev.pt'):
+    for name in CHECKPOINTS:
         path = os.path.join(out_dir, name)
-        if not os.path.exists(path):
-            problems.append(f"{path} is missing")
-            continue
         try:
             with zipfile.ZipFile(path) as z:
                 bad = z.testzip() # every record's CRC: torch.load alone misses a flipped bit
-                if bad is not None:
-                    raise ValueError(f"record {bad} is damaged")
+            if bad is not None:
+                raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            known = {'model', 'model_args', 'step'}
-            if type(checkpoint) is not dict or not known <= set(checkpoint):
+            if not {'model', 'model_args', 'step'} <= set(checkpoint):
                 raise ValueError("another program's file")
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
         except Exception as e: # damage shows up as almost any: unpickling, zip, end of file
             reason = (str(e).splitlines() or [''])[0][:80]
             problems.append(f"{path} cannot be read ({type(e).__name__}: {reason})")
-            continue
-        if problems:
-            print(f"warning: {'; '.join(problems)}: using {path} instead")
-        return checkpoint
-    raise ValueError(f"no checkpoint in {out_dir}: {'; '.join(problems)}. Train first, or give "
-                     "another --out_dir.")
+        else:
+            if problems:
+                print(f"warning: {problems[0]}: using {path} instead")
+            return checkpoint
+    raise ValueError(f"no checkpoint in {out_dir}: {problems[0]}. Train first, or give another "
+                     "--out_dir.")
 
 def load_model(checkpoint, device='cpu'):
     """
