@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository
 from configurator import configure, run # noqa: E402
@@ -33,6 +32,7 @@ WAITS = (0, 2, 20) # seconds before each try
 
 def fetch(url, path):
     """Fetches a shard to path and returns its tokens (n,). Raises ValueError when it is no use."""
+    import torch # here: it takes seconds
     socket.setdefaulttimeout(60)
     for wait in WAITS:
         time.sleep(wait)

@@ -63,9 +63,8 @@ def read_text(file):
                         yield begins, part
                         begins = False
     except UnicodeDecodeError as e:
-        before = e.object[max(0, e.start - 30):e.start].decode('utf-8', 'replace')
-        raise ValueError(f"{file} is not UTF-8 (byte 0x{e.object[e.start]:02x} after {before!r}): "
-                         "convert it first") from None
+        around = e.object[max(0, e.start - 20):e.start + 20]
+        raise ValueError(f"{file} is not UTF-8 in {around}: convert it first") from None
 
 def read_jsonl(file):
     """Yields (True, text) of every line of a .jsonl file."""
@@ -125,7 +124,9 @@ def prepare(patterns, out, encoding='gpt2'):
     from rich.progress import Progress
     files, others = find_files(patterns)
     enc = named_encoding(encoding)
-    print(f"reading {len(files)} files; {others} of other kinds are left out")
+    print(f"reading {len(files)} files")
+    if others:
+        print(f"{others} files are left out: they are none of {', '.join(SUFFIXES)}")
     size, lines = 0, 0
     for file in files:
         begun = 0
