@@ -53,23 +53,19 @@ def test_home_folder(monkeypatch, tmp_path):
 @pytest.mark.parametrize('arg, expected', [
     ('n_layer=2.0', 'a whole number'), ('n_layer=two', 'a whole number'),
     ('n_layer=', 'a whole number'), ('n_layer=true', 'a whole number'),
-    ('compile=1', 'true or false'), ('compile=yes', 'true or false'),
-    ('learning_rate=fast', 'number'), ('learning_rate=1e999', 'finite number'),
-    ('learning_rate=nan', 'number'), ('learning_rate=' + '9' * 400, 'finite number'),
+    ('compile=1', 'true or false'), ('learning_rate=fast', 'a finite number'),
+    ('learning_rate=1e999', 'a finite number'), ('learning_rate=nan', 'a finite number'),
+    ('learning_rate=' + '9' * 400, 'a finite number'),
     ('sae_layers=1,x', 'whole numbers separated by commas'),
     ('sae_layers=1.5', 'whole numbers separated by commas'),
 ])
 def test_wrong_types(arg, expected, capsys):
-    """A sentence with key, value, where it stands, and what was expected; exit code 2."""
-    line, = errors(['--' + arg], capsys)
-    assert line.startswith(f'error: {arg} on the command line: expected ') and expected in line
-
-def test_values_left_out(capsys):
-    """A key without a value: what is expected of that key."""
-    lines = errors(['--compile', '--n_layer', '--sae_layers'], capsys)
-    assert lines[0] == 'error: --compile: expected --compile=true or false'
-    assert lines[1].startswith('error: --n_layer: expected --n_layer=a whole number')
-    assert lines[2].startswith('error: --sae_layers: expected --sae_layers=whole numbers separated')
+    """A sentence with key, value, where it stands, and what was expected; exit code 2. The same
+    where the value is left out."""
+    whole, empty = errors(['--' + arg, '--' + arg.partition('=')[0]], capsys)
+    assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
+    key = '--' + arg.partition('=')[0]
+    assert empty.startswith(f'error: {key}: expected {key}={expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
@@ -83,7 +79,7 @@ def test_typos_name_the_nearest_key(tmp_path, capsys):
     assert 'no such config file' in no_dashes
 
 def test_every_problem_at_once(tmp_path, capsys):
-    """One line for each problem, of files and of the command line, and nothing is run in between."""
+    """One line for each problem, of files and of the command line; nothing is run in between."""
     path = write(tmp_path / 'c.py', "n_layer = 'two'\ncompile = 1\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
     assert len(lines) == 6 and all(line.startswith('error: ') for line in lines)
@@ -101,7 +97,7 @@ def test_values_that_do_not_fit_are_listed_too(capsys):
     assert configure(DEFAULTS, [], lambda c: [])
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):
-    """The other ranks say only their first problem, with their number: it may be one that rank 0 does not have."""
+    """The others say only their first problem, with their number: it may be theirs alone."""
     for rank, n in (('0', 2), ('1', 1)):
         monkeypatch.setenv('RANK', rank)
         lines = errors(['--n_layer=x', '--compile=x'], capsys)
@@ -111,14 +107,15 @@ SCRIPTS = ['train.py', 'sample.py', 'inspect_features.py', 'results/ladder.py', 
 
 @pytest.mark.parametrize('script', [s for s in SCRIPTS if (ROOT / s).exists()])
 def test_every_key_of_every_script(script):
-    """Each key that is not text, with a value of the wrong type: all are listed, in one go, before any work."""
+    """Each key that is not text, with a value of the wrong type: all are listed, before any work."""
     code, text = run_script(script, ['--help'])
     assert code == 0
     keys = dict(re.findall(r'^  --(\w+)=(.*)$', text, re.M))
     typed = [k for k, v in keys.items() if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', v)]
     assert len(typed) >= 2
     code, text = run_script(script, [f'--{k}=!' for k in typed])
-    assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [f'error: {k}' for k in typed], text
+    named = [line.split('=')[0] for line in text.splitlines()]
+    assert code == 2 and named == [f'error: {k}' for k in typed], text
 
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
@@ -129,15 +126,13 @@ def test_ladder_options():
 
 def test_ladder_results(tmp_path):
     """The table without results, or with a torn one: a sentence."""
-    argv = ['--table=true', f'--results={tmp_path}']
-    code, text = run_script('results/ladder.py', argv)
-    assert code == 2 and text.count('\n') == 1
-    assert text.startswith(f'error: results={tmp_path} holds no results')
-    for torn in ('{"row": 1', '[]', '{"row": 1}'):
-        write(tmp_path / 'a.json', torn)
-        code, text = run_script('results/ladder.py', argv)
-        assert code == 1 and text.count('\n') == 1, text
-        assert text.startswith(f'error: {tmp_path}/a.json is torn'), text
+    for torn in (None, '{"row": 1', '[]', '{"row": 1}'):
+        if torn:
+            write(tmp_path / 'a.json', torn)
+        code, text = run_script('results/ladder.py', ['--table=true', f'--results={tmp_path}'])
+        said = f'{tmp_path}/a.json is torn' if torn else f'results={tmp_path} holds no results'
+        assert code == (1 if torn else 2) and text.count('\n') == 1, text
+        assert text.startswith(f'error: {said}'), text
 
 def test_files(tmp_path):
     """A file is Python: it may import, compute, use values set so far, define what it needs, and
@@ -169,7 +164,7 @@ def test_broken_files(tmp_path, text, capsys):
     assert path in line and 'not a readable config file' in line
 
 def test_lists_repeat():
-    """A key whose default is a list of texts may be given several times; the first one replaces the default."""
+    """A key whose default is a list may be given several times; the first replaces the default."""
     assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
     assert DEFAULTS['prompt'] == ['x']
 
@@ -185,8 +180,8 @@ def test_fuzz(capsys):
     """10,000 random command lines: each is either understood with the right types, or refused with
     code 2 in sentences."""
     rng = random.Random(0)
-    pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '9' * 99,
-              'inf', '1e999', *',()[]{}', *string.punctuation]
+    pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '1e999',
+              '9' * 99, 'inf', *',()[]{}', *string.punctuation]
     keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__']
     refused = 0
     for _ in range(10_000):
