@@ -62,9 +62,9 @@ def test_home_folder(monkeypatch, tmp_path):
 def test_wrong_types(arg, expected, capsys):
     """A sentence with key, value, where it stands, and what was expected; exit code 2. The same
     where the value is left out."""
-    whole, empty = errors(['--' + arg, '--' + arg.partition('=')[0]], capsys)
-    assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
     key = '--' + arg.partition('=')[0]
+    whole, empty = errors(['--' + arg, key], capsys)
+    assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
     assert empty.startswith(f'error: {key}: expected {key}={expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
@@ -103,13 +103,12 @@ def test_of_several_ranks_one_says_all(capsys, monkeypatch):
         lines = errors(['--n_layer=x', '--compile=x'], capsys)
         assert len(lines) == n and ('rank 1' in lines[0]) == (rank == '1')
 
-SCRIPTS = ['train.py', 'sample.py', 'inspect_features.py', 'results/ladder.py', 'bench.py']
-
-@pytest.mark.parametrize('script', [s for s in SCRIPTS if (ROOT / s).exists()])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'inspect_features.py', 'bench.py',
+                                    'results/ladder.py'])
 def test_every_key_of_every_script(script):
-    """Each key that is not text, with a value of the wrong type: all are listed, before any work."""
+    """Each key that is not text, with a value of another type: all are listed, before any work."""
     code, text = run_script(script, ['--help'])
-    assert code == 0
+    assert code == 0, text
     keys = dict(re.findall(r'^  --(\w+)=(.*)$', text, re.M))
     typed = [k for k, v in keys.items() if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', v)]
     assert len(typed) >= 2
@@ -167,13 +166,6 @@ def test_lists_repeat():
     """A key whose default is a list may be given several times; the first replaces the default."""
     assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
     assert DEFAULTS['prompt'] == ['x']
-
-def test_help(capsys):
-    """--help lists every key with its default and exits with 0."""
-    with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--help'])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and all(f'--{key}=' in out for key in DEFAULTS)
 
 @pytest.mark.filterwarnings('ignore::SyntaxWarning')
 def test_fuzz(capsys):

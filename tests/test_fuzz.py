@@ -99,7 +99,7 @@ def test_strange_tokenizers(n, tiny_data, tmp_path):
     refused, or it decodes."""
     data = load_dataset(tiny_data)
     good = (data.dir / 'tokenizer.json').read_bytes()
-    junk = JUNK + ['(', '[', {'YQ==': 'x'}, {'YQ==': -1}, {'%': 1}, {'': 300}, '.*', '|', r'\b', '$']
+    junk = JUNK + ['(', '[', '.*', '|', '$', {'YQ==': 'x'}, {'YQ==': -1}, {'%': 1}, {'': 300}]
     def attempt(rng, case):
         raw, meta = damage(good, rng), dict(data.meta)
         if case % 3:

@@ -41,7 +41,7 @@ def fetch(url, path):
             return read_shard(path)
         except (OSError, http.client.HTTPException, ValueError) as e: # ValueError: no whole shard
             problem = e
-    raise ValueError(f"{url} cannot be fetched ({problem}): run this again to go on from here")
+    raise ValueError(f"{url} cannot be fetched ({problem}): a new run will go on from here")
 
 def read_shard(path):
     """A shard's tokens (n,) as a memory map, once its header, length and ids are right."""
@@ -57,7 +57,7 @@ def read_shard(path):
             return tokens
         problem = f"has token {tokens.max()}, beyond GPT-2's {VOCAB_SIZE - 1}"
     path.unlink() # or every later run would stop here
-    raise ValueError(f"{path.name} is no GPT-2 shard, since it {problem}: deleted, run this again")
+    raise ValueError(f"{path.name} is no GPT-2 shard, since it {problem}; deleted: run this again")
 
 def pieces(paths):
     """Yields the shards' tokens, 16 M at a time, and deletes each shard once they are taken."""

@@ -36,7 +36,7 @@ def find_files(patterns):
     """The text files that files, folders and globs name, each once, sorted; how many are others."""
     files, others = set(), set()
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = Path(os.path.expanduser(pattern))
         if path.is_dir():
             hits = path.rglob('*')
         elif path.exists():
@@ -97,7 +97,7 @@ def cut(text, size):
 
 def documents(files, longest):
     """Yields (split, whether a document begins, piece of it); a document ends at `longest`."""
-    size = dict(train=0, val=0) # in characters
+    size, length = dict(train=0, val=0), 0 # of splits, and of this document, in characters
     for file in files:
         for begins, text in read(file):
             for piece in cut(text, min(longest, PIECE)):
