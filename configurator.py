@@ -1,27 +1,35 @@
 """
-Poor man's configurator, after nanoGPT's: a config file is Python that assigns to names, and --key=value on the
-command line comes after it. Every script here is configured this way:
+Poor man's configurator, after nanoGPT's: a config file is Python that assigns to names, and
+--key=value on the command line comes after it. Every script here is configured this way:
 
     python train.py config/sae_cpu.py --max_iters=100 --sae_layers=1,2
 
-The keys and their types are those of the script's own defaults. A name that is not among them is an error with the
-nearest key named, in a file as on the command line (names that begin with _ are a file's own business). All problems
-are listed at once, before any work, and the exit code is 2.
+The keys and their types are those of the script's own defaults. A name that is not among them is an
+error with the nearest key named, in a file as on the command line (names that begin with _ are a
+file's own business). All problems are listed at once, before any work, and the exit code is 2.
 """
 import ast
 import difflib
 import os
 import sys
 from contextlib import suppress
+from types import ModuleType
+
+PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
+         'results', 'plot') # of all scripts: keys in which ~ is the home folder
+EXPECTED = {
+    str: "text", list: "text", bool: "true or false", float: "a finite number",
+    int: "a whole number below 2**63", tuple: "whole numbers separated by commas, e.g. 2,5"}
 
 def configure(defaults, argv, check=None):
     """
-    defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same keys.
-    int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of ints; a key whose default
-    is a list of strings may be given several times. check: a function of the config that returns what else is wrong
-    with it, as a list of sentences with key=value in them. Prints each problem and exits with code 2 if there is any.
+    defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
+    keys. int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of
+    ints; a key whose default is a list of strings may be given several times. check: a function of
+    the config that returns what else is wrong with it, as a list of sentences with key=value in
+    them. Prints each problem and exits with code 2 if there is any.
     """
-    config, problems = dict(defaults), []
+    config, problems, unread = dict(defaults), [], []
     for arg in argv:
         if arg in ('--help', '-h'):
             print("usage: config files and --key=value, later ones win. Keys and defaults:",
@@ -30,49 +38,61 @@ def configure(defaults, argv, check=None):
         key, equals, value = arg.removeprefix('--').partition('=')
         if not arg.startswith('--'):
             given, where = read_file(arg, config, problems), f"in {arg}"
-        elif equals:
+        elif equals or key not in defaults:
             given, where = {key: value}, "on the command line"
         else:
-            given = {}
-            problems.append(f"{arg}: expected --key=value, e.g. --{nearest(key, defaults) or 'key'}=...")
+            problems.append(f"{arg}: expected {arg}={EXPECTED[type(defaults[key])]}")
+            unread.append(key)
+            continue
         for key, value in given.items():
             if key not in defaults:
-                near = nearest(key, defaults)
-                problems.append(f"unknown key {key!r} {where}: " + (f"did you mean {near!r}?" if near else "--help lists all"))
+                near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
+                problems.append(f"unknown key {key!r} {where}: {hint}")
                 continue
+            kind = type(defaults[key])
             try:
-                new = convert(value, type(defaults[key]))
-                config[key] = config[key] + new if type(new) is list and config[key] is not defaults[key] else new
-            except ValueError as e:
-                problems.append(f"{key}={show(value)} {where}: expected {e}")
+                new = convert(value, kind)
+            except ValueError:
+                problems.append(f"{key}={show(value)} {where}: expected {EXPECTED[kind]}")
+                unread.append(key)
+                continue
+            if key in PATHS:
+                new = os.path.expanduser(new)
+            if kind is list and config[key] is not defaults[key]: # given before
+                new = config[key] + new
+            config[key] = new
     if check: # what it says of a key that could not be read would be about the default
-        unread = [problem.partition('=')[0] + '=' for problem in problems]
-        problems += [problem for problem in check(config) if not any(key in problem for key in unread)]
+        problems += [p for p in check(config) if not any(f'{key}=' in p for key in unread)]
     stop_if(problems)
     return config
 
 def stop_if(problems):
     """
-    Every problem on a line of its own to stderr, then exit code 2; nothing happens if the list is empty. Of several
-    ranks the first says all; the others have the same problems, or one of their own (a GPU), and say the first.
+    Every problem on a line of its own to stderr, then exit code 2; nothing happens if the list is
+    empty. Of several ranks the first says all; the others have the same problems, or one of their
+    own (a GPU), and say the first.
     """
     rank = os.environ.get('RANK', '0')
-    for problem in problems if rank == '0' else problems[:1]:
-        print(f"error: {problem}" if rank == '0' else f"error: rank {rank}: {problem}", file=sys.stderr)
+    said = problems if rank == '0' else [f"rank {rank}: {problem}" for problem in problems[:1]]
+    for problem in said:
+        print(f"error: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)
 
 def run(main, *args):
     """
-    A script as a program: ValueError and OSError, which say what the user can mend, are one sentence and exit code 1;
-    Ctrl-C is 130; `| head` may close the pipe; and a terminal or pipe that is not UTF-8 gets question marks.
+    A script as a program: ValueError and OSError, which say what the user can mend, are one
+    sentence and exit code 1; Ctrl-C is 130; `| head` may close the pipe; and a terminal or pipe
+    that is not UTF-8 gets question marks.
     """
-    sys.stdout.reconfigure(errors='replace')
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace')
     try:
         main(*args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # what is still to be written goes nowhere
+    except BrokenPipeError: # what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
@@ -86,43 +106,42 @@ def writable(folder):
     return folder != '' and os.path.isdir(path) and os.access(path, os.W_OK)
 
 def read_file(path, config, problems):
-    """Names that the config file at path assigns, as a dict. It may compute with the values configured so far."""
+    """What the config file at path assigns, {name: value}. It may compute with what is configured
+    so far, import, and define functions and classes."""
+    if not os.path.exists(path):
+        problems.append(f"{path}: no such config file (options are written --key=value)")
+        return {}
     names = dict(config)
     try:
-        with open(path, encoding='utf-8') as f:
-            code = compile(f.read(), path, 'exec')
-        exec(code, names)
+        with open(path, encoding='utf-8-sig') as f: # sig: Windows' mark of UTF-8
+            exec(compile(f.read(), path, 'exec'), names)
     except (Exception, SystemExit) as e:
-        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})" if os.path.isfile(path)
-                        else f"{path}: no such config file (options are written --key=value)")
+        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})")
         return {}
-    found = {n: names[n] for n in code.co_names if n in names and not n.startswith('_')}
-    return {n: v for n, v in found.items() if type(v).__name__ not in ('module', 'function', 'type')
-            and (n not in config or v is not config[n])}
-
-def nearest(key, defaults):
-    return next(iter(difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)), None)
+    changed = {n: v for n, v in names.items() if n not in config or v is not config[n]}
+    tools = [n for n, v in changed.items() if callable(v) or isinstance(v, ModuleType)]
+    return {n: v for n, v in changed.items()
+            if n in config or not n.startswith('_') and n not in tools}
 
 def convert(value, kind):
-    """value as that type; raises ValueError naming what was expected."""
+    """value as that type; raises ValueError where it cannot be understood."""
     if kind is list:
         return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    if kind is bool and isinstance(value, str):
-        value = {'true': True, 'false': False}.get(value.strip().lower())
-    elif isinstance(value, str) and kind is not str:
-        text = value.strip()
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError): # still text: refused below
-            value = ast.literal_eval(f"[{text.strip('()[]')}]" if kind is tuple else text)
-    value = [value] if kind is tuple and type(value) is int else value
-    understood, expected = {
-        str: (isinstance(value, str), "text"),
-        bool: (type(value) is bool, "true or false"),
-        int: (type(value) is int and abs(value) < 2**63, "a whole number, below 2**63 in size"),
-        float: (type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"), # nor nan
-        tuple: (isinstance(value, (list, tuple)) and all(type(v) is int for v in value), "whole numbers separated by commas, e.g. 2,5"),
-    }[kind]
-    if not understood:
-        raise ValueError(expected)
+    if isinstance(value, str) and kind is not str:
+        text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(text) # or it is still text, which is refused below
+    if kind is tuple:
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        ok = all(type(v) is int for v in value)
+    elif kind is int:
+        ok = type(value) is int and abs(value) < 2**63
+    elif kind is float:
+        ok = type(value) in (int, float) and abs(value) <= sys.float_info.max # false for nan
+    else:
+        ok = type(value) is kind
+    if not ok:
+        raise ValueError
     return kind(value)
 
 def show(value):

@@ -1,8 +1,10 @@
 """
-configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad input may reach the user as a traceback.
+configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad input may reach the
+user as a traceback.
 
     python -m pytest tests/test_configurator.py
 """
+import os
 import random
 import re
 import string
@@ -11,10 +13,11 @@ import sys
 
 import pytest
 
-from configurator import configure
+from configurator import configure, run
 from runs import ROOT, run_script
 
-DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,), dataset='fineweb', prompt=['x'])
+DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,),
+                dataset='fineweb', prompt=['x'])
 
 def errors(argv, capsys):
     """The lines on stderr of a configuration that must be refused with exit code 2."""
@@ -27,113 +30,132 @@ def write(path, text):
     path.write_text(text)
     return str(path)
 
-@pytest.mark.parametrize('arg, key, value', [
-    ('--learning_rate=1', 'learning_rate', 1.0),       # int for float: nanoGPT dies on a bare assertion
-    ('--learning_rate=3e-4', 'learning_rate', 3e-4),
-    ('--compile=false', 'compile', False), ('--compile=True', 'compile', True),
-    ('--out_dir=a=b', 'out_dir', 'a=b'),                # split at the first =: nanoGPT crashes
-    ('--out_dir=', 'out_dir', ''), ('--out_dir=12', 'out_dir', '12'),
-    ('--n_layer=1_000', 'n_layer', 1000),
-    ('--sae_layers=1,2', 'sae_layers', (1, 2)), ('--sae_layers=[1, 2]', 'sae_layers', (1, 2)),
-    ('--sae_layers=(3,)', 'sae_layers', (3,)), ('--sae_layers=3', 'sae_layers', (3,)), ('--sae_layers=', 'sae_layers', ()),
+@pytest.mark.parametrize('arg, value', [
+    ('learning_rate=1', 1.0), # int for float: nanoGPT dies on a bare assertion
+    ('learning_rate=3e-4', 3e-4), ('n_layer=1_000', 1000), ('compile=false', False),
+    ('compile=True', True), ('out_dir=a=b', 'a=b'), # split at the first =: nanoGPT crashes
+    ('out_dir=', ''), ('out_dir=12', '12'), ('sae_layers=1,2', (1, 2)), ('sae_layers=', ()),
+    ('sae_layers=[1, 2]', (1, 2)), ('sae_layers=(3,)', (3,)), ('sae_layers=3', (3,)),
 ])
-def test_values_understood(arg, key, value):
+def test_values_understood(arg, value):
     """What a person would write is taken for what was meant, with the type of the default."""
-    got = configure(DEFAULTS, [arg])
-    assert got[key] == value and type(got[key]) is type(value)
-    assert {k: v for k, v in got.items() if k != key} == {k: v for k, v in DEFAULTS.items() if k != key}
+    got, key = configure(DEFAULTS, ['--' + arg]), arg.partition('=')[0]
+    assert got == DEFAULTS | {key: value} and type(got[key]) is type(value)
+
+def test_home_folder(monkeypatch, tmp_path):
+    """~ is the home folder, in keys that are paths, on the command line and in a file."""
+    monkeypatch.setenv('HOME', '/home/me')
+    path = write(tmp_path / 'c.py', "dataset = '~/set'\n")
+    got = configure(DEFAULTS, [path, '--out_dir=~/runs/a', '--prompt=~/x'])
+    assert got['dataset'] == '/home/me/set' and got['out_dir'] == '/home/me/runs/a'
+    assert got['prompt'] == ['~/x']
 
 @pytest.mark.parametrize('arg, expected', [
-    ('--n_layer=2.0', 'a whole number'), ('--n_layer=two', 'a whole number'), ('--n_layer=', 'a whole number'),
-    ('--n_layer=true', 'a whole number'), ('--compile=1', 'true or false'), ('--compile=yes', 'true or false'),
-    ('--learning_rate=fast', 'number'), ('--learning_rate=1e999', 'finite number'), ('--learning_rate=nan', 'number'),
-    ('--learning_rate=' + '9' * 400, 'finite number'), ('--sae_layers=1,x', 'whole numbers separated by commas'),
-    ('--sae_layers=1.5', 'whole numbers separated by commas'),
+    ('n_layer=2.0', 'a whole number'), ('n_layer=two', 'a whole number'),
+    ('n_layer=', 'a whole number'), ('n_layer=true', 'a whole number'),
+    ('compile=1', 'true or false'), ('learning_rate=fast', 'a finite number'),
+    ('learning_rate=1e999', 'a finite number'), ('learning_rate=nan', 'a finite number'),
+    ('learning_rate=' + '9' * 400, 'a finite number'),
+    ('sae_layers=1,x', 'whole numbers separated by commas'),
+    ('sae_layers=1.5', 'whole numbers separated by commas'),
 ])
 def test_wrong_types(arg, expected, capsys):
-    """A sentence with the key, the value, where it stands, and what was expected; exit code 2."""
-    line, = errors([arg], capsys)
-    key, _, value = arg[2:].partition('=')
-    assert f'{key}={value[:9]}' in line and 'on the command line' in line and 'expected' in line and expected in line
+    """A sentence with key, value, where it stands, and what was expected; exit code 2. The same
+    where the value is left out."""
+    key = '--' + arg.partition('=')[0]
+    whole, empty = errors(['--' + arg, key], capsys)
+    assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
+    assert empty.startswith(f'error: {key}: expected {key}={expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
-    """An unknown key is refused in a file as on the command line (nanoGPT takes a file's silently), with a suggestion."""
+    """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
     path = write(tmp_path / 'c.py', "n_layre = 3\n")
     in_file, on_line, no_value, far, no_dashes = errors(
         [path, '--leraning_rate=1', '--compil', '--zzzz=1', 'n_layer=3'], capsys)
     assert f"unknown key 'n_layre' in {path}: did you mean 'n_layer'?" in in_file
-    assert "unknown key 'leraning_rate' on the command line: did you mean 'learning_rate'?" in on_line
-    assert 'expected --key=value' in no_value and '--compile' in no_value
+    assert "'leraning_rate' on the command line: did you mean 'learning_rate'?" in on_line
+    assert "unknown key 'compil' on the command line: did you mean 'compile'?" in no_value
     assert 'unknown key' in far and '--help' in far
     assert 'no such config file' in no_dashes
 
 def test_every_problem_at_once(tmp_path, capsys):
-    """One line for each problem, of files and of the command line, and nothing is run in between."""
+    """One line for each problem, of files and of the command line; nothing is run in between."""
     path = write(tmp_path / 'c.py', "n_layer = 'two'\ncompile = 1\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
     assert len(lines) == 6 and all(line.startswith('error: ') for line in lines)
 
 def test_values_that_do_not_fit_are_listed_too(capsys):
-    """What `check` finds comes in the same list; but nothing about a key that could not be read, which has its default."""
-    check = lambda c: [f"{k}={c[k]} must be below 5" for k in ('n_layer', 'learning_rate') if c[k] >= 5] + ["always n_layer=..."]
+    """What `check` finds comes in the same list; but nothing about a key that could not be read,
+    which has its default."""
+    def check(c):
+        return [f"{key}={c[key]} is too large" for key in ('n_layer', 'learning_rate', 'compile')]
     with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile=x'], check)
+        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile'], check)
     lines = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and [line.split('=')[0] for line in lines] == ['error: n_layer', 'error: compile', 'error: learning_rate']
+    assert e.value.code == 2 and [line.split('=')[0] for line in lines] == [
+        'error: n_layer', 'error: --compile: expected --compile', 'error: learning_rate']
     assert configure(DEFAULTS, [], lambda c: [])
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):
-    """The other ranks say only their first problem, with their number: it may be one that rank 0 does not have."""
+    """The others say only their first problem, with their number: it may be theirs alone."""
     for rank, n in (('0', 2), ('1', 1)):
         monkeypatch.setenv('RANK', rank)
         lines = errors(['--n_layer=x', '--compile=x'], capsys)
         assert len(lines) == n and ('rank 1' in lines[0]) == (rank == '1')
 
-SCRIPTS = ['train.py', 'sample.py', 'inspect_features.py', 'results/ladder.py', 'bench.py']
-
-@pytest.mark.parametrize('script', [s for s in SCRIPTS if (ROOT / s).exists()])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'inspect_features.py', 'bench.py',
+                                    'results/ladder.py'])
 def test_every_key_of_every_script(script):
-    """Each key that is not text, with a value of the wrong type: all are listed, in one go, before any work."""
+    """Each key that is not text, with a value of another type: all are listed, before any work."""
     code, text = run_script(script, ['--help'])
-    assert code == 0
+    assert code == 0, text
     keys = dict(re.findall(r'^  --(\w+)=(.*)$', text, re.M))
     typed = [k for k, v in keys.items() if re.fullmatch(r'True|False|-?[\d.]+(e-?\d+)?', v)]
     assert len(typed) >= 2
     code, text = run_script(script, [f'--{k}=!' for k in typed])
-    assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [f'error: {k}' for k in typed], text
+    named = [line.split('=')[0] for line in text.splitlines()]
+    assert code == 2 and named == [f'error: {k}' for k in typed], text
 
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
-    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0', '--seeds=-1', '--gpus=x', f'--out={__file__}'])
+    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0',
+                                                  '--seeds=-1', '--gpus=x', f'--out={__file__}'])
     assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
-        'error: gpus', 'error: size', 'error: rows', 'error: out', 'error: steps', 'error: seeds'], text
+        f'error: {key}' for key in ('gpus', 'size', 'rows', 'out', 'steps', 'seeds')], text
 
 def test_ladder_results(tmp_path):
     """The table without results, or with a torn one: a sentence."""
-    code, text = run_script('results/ladder.py', ['--table=true', f'--results={tmp_path}'])
-    assert code == 2 and text.startswith(f'error: results={tmp_path} holds no results') and text.count('\n') == 1
-    for torn in ('{"row": 1', '[]', '{"row": 1}'):
-        write(tmp_path / 'a.json', torn)
+    for torn in (None, '{"row": 1', '[]', '{"row": 1}'):
+        if torn:
+            write(tmp_path / 'a.json', torn)
         code, text = run_script('results/ladder.py', ['--table=true', f'--results={tmp_path}'])
-        assert code == 1 and text.startswith(f'error: {tmp_path}/a.json is torn') and text.count('\n') == 1, text
+        said = f'{tmp_path}/a.json is torn' if torn else f'results={tmp_path} holds no results'
+        assert code == (1 if torn else 2) and text.count('\n') == 1, text
+        assert text.startswith(f'error: {said}'), text
 
 def test_files(tmp_path):
-    """A file is Python: it may import, compute, use values set so far, and keep names of its own that begin with _."""
-    a = write(tmp_path / 'a.py', "import math\n_half = 4\nn_layer = 2 * _half\nlearning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
-    b = write(tmp_path / 'b.py', "# later wins\nn_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
+    """A file is Python: it may import, compute, use values set so far, define what it needs, and
+    keep names of its own that begin with _; a byte order mark at its head is none of it."""
+    a = write(tmp_path / 'a.py', "\ufeffimport math\n_half = 4\nn_layer = 2 * _half\n"
+                                 "learning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
+    b = write(tmp_path / 'b.py', "n_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
     got = configure(DEFAULTS, [a, b, '--compile=true'])
     assert got == DEFAULTS | dict(n_layer=9, learning_rate=2.0, sae_layers=(1, 2), compile=True)
     assert type(got['learning_rate']) is float and type(got['sae_layers']) is tuple
-    assert configure(DEFAULTS, ['--n_layer=5', write(tmp_path / 'c.py', "n_layer = 12\n")])['n_layer'] == 12
+    c = write(tmp_path / 'c.py', "n_layer = 12\n")
+    assert configure(DEFAULTS, ['--n_layer=5', c])['n_layer'] == 12
 
 def test_wrong_types_in_a_file(tmp_path, capsys):
     """A file's values go through the same checks as the command line's."""
-    path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = 3\nsae_layers = ('a',)\n")
+    path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = open\n"
+                                    "sae_layers = ('a',)\ncompile = None\n")
     lines = errors([path], capsys)
-    assert [line.split('=')[0] for line in lines] == ['error: n_layer', 'error: learning_rate', 'error: out_dir', 'error: sae_layers']
-    assert all(path in line for line in lines)
+    assert {line.split('=')[0] for line in lines} == {
+        f'error: {key}' for key in ('n_layer', 'learning_rate', 'out_dir', 'sae_layers', 'compile')}
+    assert len(lines) == 5 and all(path in line for line in lines)
 
-@pytest.mark.parametrize('text', ["n_layer = ", "n_layer = 1/0", "import no_such_module", "raise ValueError", "\x00", "n_layer = oops"])
+@pytest.mark.parametrize('text', ["n_layer = ", "n_layer = 1/0", "import no_such_module", "exit()",
+                                  "raise ValueError", "\x00", "n_layer = oops"])
 def test_broken_files(tmp_path, text, capsys):
     """A config file that does not run is one sentence with its name and the reason."""
     path = write(tmp_path / 'c.py', text)
@@ -141,33 +163,28 @@ def test_broken_files(tmp_path, text, capsys):
     assert path in line and 'not a readable config file' in line
 
 def test_lists_repeat():
-    """A key whose default is a list of texts may be given several times; the first one replaces the default."""
+    """A key whose default is a list may be given several times; the first replaces the default."""
     assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
     assert DEFAULTS['prompt'] == ['x']
 
-def test_help(capsys):
-    """--help lists every key with its default and exits with 0."""
-    with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--help'])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and all(f'--{key}=' in out for key in DEFAULTS)
-
 @pytest.mark.filterwarnings('ignore::SyntaxWarning')
 def test_fuzz(capsys):
-    """10,000 random command lines: each is either understood with the right types, or refused with code 2 in sentences."""
+    """10,000 random command lines: each is either understood with the right types, or refused with
+    code 2 in sentences."""
     rng = random.Random(0)
-    pieces = ['1', '-', '2.5', 'e9', ',', '(', ')', '[', ']', '{', '}', "'", '"', 'true', 'None', ' ', '=', '\\', '#', 'é', '__',
-              '\n', '0x', 'j', ':', 'lambda', '9' * 99, '*', 'inf', '1e999', *string.punctuation]
+    pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '1e999',
+              '9' * 99, 'inf', *',()[]{}', *string.punctuation]
     keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__']
     refused = 0
     for _ in range(10_000):
         argv = []
         for _ in range(rng.randint(1, 2)):
             value = ''.join(rng.choices(pieces, k=rng.randint(0, 6)))
-            argv.append(rng.choice(['--', '--', '--', '--', '-', '']) + rng.choice(keys[:7] if rng.random() < 0.95 else keys) + '=' + value)
+            key = rng.choice(list(DEFAULTS) if rng.random() < 0.95 else keys)
+            argv.append(rng.choice(['--', '--', '--', '--', '-', '']) + key + '=' + value)
         try:
             got = configure(DEFAULTS, argv)
-            assert [type(v) for v in got.values()] == [type(v) for v in DEFAULTS.values()], argv
+            assert [type(v) for v in got.values()] == list(map(type, DEFAULTS.values())), argv
         except SystemExit as e:
             refused += 1
             assert e.code == 2, argv
@@ -177,7 +194,23 @@ def test_fuzz(capsys):
 def test_closed_pipe_is_no_error():
     """`python inspect_features.py | head` has read enough; what comes after goes nowhere."""
     code = "from configurator import run; run(lambda: [print('x' * 80) for _ in range(10_000)])"
-    p = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
     p.stdout.readline()
     p.stdout.close()
     assert p.stderr.read() == b'' and p.wait() == 0
+
+def test_not_utf_8():
+    """A terminal that cannot show a character gets a question mark, in errors too."""
+    code = "from configurator import run; run(lambda: [print('é'), open('né')])"
+    env = os.environ | dict(PYTHONIOENCODING='ascii')
+    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True)
+    assert p.returncode == 1 and p.stdout == b'?\n' and b"n?'" in p.stderr
+
+def test_ctrl_c():
+    """Exit code 130, no traceback."""
+    def interrupted():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as e:
+        run(interrupted)
+    assert e.value.code == 130

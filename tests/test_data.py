@@ -5,7 +5,6 @@ The data path: loader, writer, the BPE, and the three prepare scripts. Offline, 
 
 tiktoken's own encodings need network, so the tests build small Encodings of their own.
 """
-
 import functools
 import http.server
 import json
@@ -19,20 +18,17 @@ import numpy as np
 import pytest
 import tiktoken
 
-import configurator
 from data import dataset
-from data.dataset import (eval_batches, get_batch, load_dataset, load_tokenizer, named_encoding, token_bytes,
-                          windows_per_epoch, write_dataset)
+from data.dataset import (eval_batches, get_batch, load_dataset, load_tokenizer, named_encoding,
+                          token_bytes, windows_per_epoch, write_dataset)
 from data.fineweb import prepare as fineweb
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text
 
-
-def make(path, n=1000, vocab_size=5000, **kw):
+def make(path, **changes):
     """A tiny data set whose train tokens are 0, 1, 2, ...: a batch shows where it came from."""
-    args = dict(vocab_size=vocab_size, tokenizer="gpt2", source="test", eot=None) | kw
-    return write_dataset(path, [np.arange(n)], [np.arange(300)], **args)
-
+    args = dict(vocab_size=5000, tokenizer="gpt2", source="test", eot=None) | changes
+    return write_dataset(path, [np.arange(1000)], [np.arange(300)], **args)
 
 def byte_encoding(*words, start=256):
     """An Encoding of the 256 bytes and some words, whose ids begin at `start`."""
@@ -41,10 +37,8 @@ def byte_encoding(*words, start=256):
     return tiktoken.Encoding("test", pat_str=stdlib.PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": start + len(words)})
 
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
-
 
 def test_batch_is_a_pure_function():
     """The same arguments give the same batch in any order and with anything in between, and y is
@@ -55,13 +49,15 @@ def test_batch_is_a_pure_function():
     random.Random(0).shuffle(args)
     for a in args:
         dataset.epoch_order.cache_clear()
-        np.random.rand()
         list(eval_batches(tokens, 16, 4, 200))
         x, y = get_batch(tokens, 16, 4, *a)
         assert x.shape == y.shape == (4, 16) and str(x.dtype) == "torch.int64"
         assert (x == want[a]).all() and (y == x + 1).all()
     assert (want[0, 0, 0, 3] != want[1, 0, 0, 3]).any(), "the seed changes nothing"
-
+    # as they always were: a run of an older version goes on with the batches it would have seen
+    for args, firsts in (((8, 3, 1337, 5, 1, 2), [60, 868, 484]),
+                         ((16, 4, 0, 100, 0, 1), [39, 855, 199, 87])):
+        assert get_batch(np.arange(1000), *args)[0][:, 0].tolist() == firsts
 
 def test_ranks_see_what_one_rank_sees():
     """`micro` is global: 1 rank x 2 micro-steps, 2 ranks x 1, and one batch of twice the size draw
@@ -71,7 +67,6 @@ def test_ranks_see_what_one_rank_sees():
         halves = [get_batch(tokens, 16, 4, 7, step, micro, 2)[0] for micro in (0, 1)]
         whole = get_batch(tokens, 16, 8, 7, step, 0, 1)[0]
         assert (np.concatenate(halves) == whole.numpy()).all()
-
 
 @pytest.mark.parametrize("n", [17, 18, 32, 33, 47, 48, 1000, 1001])
 def test_epoch_shows_every_window_once(n):
@@ -88,7 +83,6 @@ def test_epoch_shows_every_window_once(n):
     if n >= 2 * block:
         assert len({epoch.min() % block for epoch in firsts}) > 1
 
-
 @pytest.mark.parametrize("n,batch_size,n_tokens", [(1000, 4, 320), (1000, 4, 10**9), (40, 4, 320),
                                                    (17, 4, 1), (1000, 1, 16)])
 def test_eval_batches(n, batch_size, n_tokens):
@@ -103,19 +97,15 @@ def test_eval_batches(n, batch_size, n_tokens):
     if len(starts) > 1:
         assert starts[-1] == n - 17
 
-
 def test_too_short_is_said():
     """Fewer tokens than a window needs: nanoGPT dies of `random_ expects 'from' < 'to'` there."""
-    message = "16 tokens are too few for block_size=16, .* 17"
-    with pytest.raises(ValueError, match=message):
-        get_batch(np.arange(16), 16, 1, 0, 0, 0, 1)
-    with pytest.raises(ValueError, match=message):
-        list(eval_batches(np.arange(16), 16, 1, 1))
+    for batches in (lambda: get_batch(np.arange(16), 16, 1, 0, 0, 0, 1),
+                    lambda: list(eval_batches(np.arange(16), 16, 1, 1))):
+        with pytest.raises(ValueError, match="16 tokens are too few for block_size=16, .* 17"):
+            batches()
 
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading and writing
-
 
 def test_round_trip(tmp_path):
     """What is written is what is read, in pieces of any kind."""
@@ -127,7 +117,6 @@ def test_round_trip(tmp_path):
     assert data.meta == meta and data.dir == tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
-
 def test_dtype_follows_the_vocabulary(tmp_path):
     """uint16 holds ids to 65535; one more in the vocabulary needs uint32. Ids that do not fit are
     refused before the cast, which would silently make 4464 of 70000."""
@@ -138,30 +127,26 @@ def test_dtype_follows_the_vocabulary(tmp_path):
     for bad in ([70000], [5000], [-1], [0.5], np.array([2**40])):
         with pytest.raises(ValueError, match="from 0 to 4999"):
             write_dataset(tmp_path, [[1], bad], [[0]], 5000, "gpt2", "", None)
+    with pytest.raises(ValueError, match="no tokens for .*val.bin"): # nor could it be mapped
+        write_dataset(tmp_path, [[1]], [], 5000, "gpt2", "", None)
     assert load_dataset(tmp_path).train[0] == 65536
-
 
 def edit_meta(path, **changes):
     file = path / "meta.json"
-    meta = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(meta | {"meta_sha256": dataset.meta_digest(meta)}))
-
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 @pytest.mark.parametrize("damage,message", [
     (lambda p: (p / "meta.json").unlink(), "is not prepared .* run `python data/text/prepare.py"),
     (lambda p: (p / "train.bin").unlink(), "train.bin is missing"),
-    (lambda p: (p / "train.bin").write_bytes(b""), "has 0 bytes, .* 1,000 tokens of uint16"),
-    (lambda p: (p / "val.bin").write_bytes(b"x" * 601), "val.bin has 601 bytes, .* 600 bytes"),
-    (lambda p: (p / "val.bin").write_bytes(b"x" * 598), "val.bin has 598 bytes, .* 600 bytes"),
+    (lambda p: (p / "train.bin").write_bytes(b"x"), "has 1 bytes, .* 1,000 tokens of uint16"),
     (lambda p: (p / "val.bin").write_bytes(b"\xff" * 600), "token id 65535, .* end at 4999"),
     (lambda p: (p / "meta.json").write_text('{"vocab_si'), "meta.json is torn"),
-    (lambda p: (p / "meta.json").write_text("[]"), "meta.json is torn"),
     (lambda p: (p / "meta.json").write_text("[" * 100_000), "meta.json is torn"),
     (lambda p: (p / "meta.json").write_bytes(b"\xff\x00"), "meta.json is torn"),
     (lambda p: edit_meta(p, dtype="uint32"), "meta.json is torn"),
-    (lambda p: edit_meta(p, dtype="float64"), "meta.json is torn"),
     (lambda p: edit_meta(p, vocab_size="5000"), "meta.json is torn"),
     (lambda p: edit_meta(p, eot=5000), "meta.json is torn"),
+    (lambda p: edit_meta(p, tokenizer="tokenizer.json"), "meta.json is torn"),
     (lambda p: edit_meta(p, vocab_size=70000, dtype="uint32"), "tokens of uint32"),
     (lambda p: edit_meta(p, train_tokens=0), "has 2,000 bytes"),
 ])
@@ -174,10 +159,12 @@ def test_what_does_not_fit_is_named(tmp_path, damage, message):
         load_dataset(tmp_path)
     assert "\n" not in str(e.value)
 
-
 def test_a_flipped_bit_is_found(tmp_path):
-    """A file of the right size with a wrong bit: only the hash sees it."""
+    """A file of the right size with a wrong bit: only the hash sees it. (Older versions kept one of
+    meta.json there, too: it is not looked at.)"""
     make(tmp_path)
+    edit_meta(tmp_path, meta_sha256="0" * 64)
+    load_dataset(tmp_path, check_hash=True)
     raw = bytearray((tmp_path / "train.bin").read_bytes())
     raw[1000] ^= 1
     (tmp_path / "train.bin").write_bytes(raw)
@@ -185,52 +172,33 @@ def test_a_flipped_bit_is_found(tmp_path):
     with pytest.raises(ValueError, match="train.bin is damaged"):
         load_dataset(tmp_path, check_hash=True)
 
-
-def test_large_sets_are_sampled(tmp_path):
-    """Beyond 16 M tokens the ids are sampled; the first and the last piece are among the sample."""
-    n = 2**24 + 1
-    for bad in (5, n - 5):
-        tokens = np.zeros(n, np.int64)
-        tokens[bad] = 9
-        write_dataset(tmp_path, [tokens], [[0]], 10, "gpt2", "", None)
-        edit_meta(tmp_path, vocab_size=9)
-        with pytest.raises(ValueError, match="token id 9, .* end at 8"):
-            load_dataset(tmp_path)
-
-
-def test_names():
-    """A bare name is a folder of data/; its message names the script that makes it."""
+def test_names(monkeypatch):
+    """A bare name is a folder of data/, ~ the home folder; what is not there is named."""
+    monkeypatch.setenv("HOME", "/home/me")
     assert dataset.data_dir("stdlib") == dataset.ROOT / "stdlib"
     assert dataset.data_dir("./stdlib") == Path("stdlib")
+    assert dataset.data_dir("~/set") == Path("/home/me/set")
     with pytest.raises(ValueError, match="'fineweb_x' is not prepared"):
         load_dataset("fineweb_x")
-
 
 @pytest.mark.parametrize("fail_at", ["iterator", "fsync", "replace"])
 def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch, fail_at):
     """Whole or not at all: a failure while tokens come, or while they go to the disk, leaves the
     old set as it was. One between the renames leaves a set that counts as not prepared: never a
     mixture. No temporary file stays."""
-    make(tmp_path, n=1000)
-
+    make(tmp_path)
+    replace, calls = dataset.os.replace, []
     def broken(*args):
         raise OSError("disk full")
-
+    def second_fails(a, b):
+        calls.append(a)
+        return replace(a, b) if len(calls) == 1 else broken()
     def tokens():
         yield np.arange(500)
         if fail_at == "iterator":
             broken()
-
-    if fail_at == "fsync":
-        monkeypatch.setattr(dataset.os, "fsync", broken)
-    if fail_at == "replace":
-        real, calls = dataset.os.replace, []
-
-        def second_fails(a, b):
-            calls.append(a)
-            return real(a, b) if len(calls) == 1 else broken()
-
-        monkeypatch.setattr(dataset.os, "replace", second_fails)
+    if fail_at != "iterator":
+        monkeypatch.setattr(dataset.os, fail_at, broken if fail_at == "fsync" else second_fails)
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path, tokens(), [[0]], 5000, "gpt2", "", None)
     monkeypatch.undo()
@@ -241,17 +209,8 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch, fail_at):
     else:
         assert len(load_dataset(tmp_path, check_hash=True).train) == 1000
 
-
-def test_an_empty_split_is_refused(tmp_path):
-    """An empty .bin cannot even be mapped; nanoGPT's prepare scripts can leave one behind."""
-    with pytest.raises(ValueError, match="no tokens for .*val.bin"):
-        write_dataset(tmp_path, [[1]], [], 10, "gpt2", "", None)
-    assert not list(tmp_path.iterdir())
-
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizers
-
 
 def test_tokenizer_file(tmp_path):
     """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes (padding of
@@ -263,29 +222,21 @@ def test_tokenizer_file(tmp_path):
     table = token_bytes(again, 310)
     assert table[65] == b"A" and table[299] == b"" and table[301] == b" cat"
     assert table[302] == b"<|endoftext|>" and table[303:] == [b""] * 7
-
     raw = (tmp_path / "tokenizer.json").read_bytes()
-    for damaged in (raw[:-5], raw.replace(b"301", b"308"), b""):
-        (tmp_path / "tokenizer.json").write_bytes(damaged)
-        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
-            load_tokenizer(tmp_path, meta)
+    (tmp_path / "tokenizer.json").write_bytes(raw.replace(b"301", b"308"))
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        load_tokenizer(tmp_path, meta)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="tokenizer.json cannot be read"):
         load_tokenizer(tmp_path, meta)
 
-
 def test_encodings_by_name(monkeypatch):
-    """An unknown name lists the known ones; a known one that is out of reach says what to do."""
-    with pytest.raises(ValueError, match="'gpt5' is no tiktoken encoding; there are .*gpt2"):
-        named_encoding("gpt5")
-
+    """A name that is unknown, or out of reach, is one sentence that says what there is to do."""
     def offline(name):
-        raise ConnectionError("a long story about sockets")
-
+        raise ConnectionError("a long story\nabout sockets")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ValueError, match="'gpt2' is not in tiktoken's cache .*ConnectionError"):
-        named_encoding("gpt2")
-
+    with pytest.raises(ValueError, match="no encoding 'gpt5' here .Connect.*gpt2.*CACHE"):
+        named_encoding("gpt5")
 
 def naive_bpe(texts, n):
     """BPE as its definition has it: recount all pairs of all words after each merge."""
@@ -307,7 +258,6 @@ def naive_bpe(texts, n):
                 i += 1
     return ids
 
-
 def test_bpe_equals_the_naive_one():
     """The incremental counts give the merges of a full recount: on prose, on runs of one letter
     (where pairs overlap themselves), on random letters (where ties and double spellings are)."""
@@ -318,12 +268,6 @@ def test_bpe_equals_the_naive_one():
                      (letters, 330)):
         assert list(stdlib.train_bpe(texts, n).items()) == list(naive_bpe(texts, n).items())
 
-
-@pytest.fixture(scope="module")
-def library():
-    return list(stdlib.documents())
-
-
 @pytest.fixture(scope="module")
 def small_stdlib(tmp_path_factory):
     """The real script on the first 600 kB of the library, with 600 tokens."""
@@ -331,55 +275,32 @@ def small_stdlib(tmp_path_factory):
     meta = stdlib.prepare(out, max_bytes=600_000, vocab_size=600)
     return load_dataset(out, check_hash=True), meta
 
-
-def test_stdlib(small_stdlib, library):
+def test_stdlib(small_stdlib):
     """The bounded corpus end to end: sizes, documents that begin with <|endoftext|> and decode to
-    sources, more than one byte a token, and the same bytes when it is built again."""
+    sources, more than two bytes a token, and the same bytes when it is built again."""
     data, meta = small_stdlib
     enc = load_tokenizer(data.dir, meta)
     assert meta["vocab_size"] == 600 and meta["eot"] == enc.eot_token == 599
     assert data.train[0] == data.val[0] == 599
     docs = enc.decode(data.train.tolist()).split("<|endoftext|>")[1:]
-    names = {t: name for name, t in library}
+    names = {content: name for name, content in stdlib.documents()}
     assert len(docs) > 10 and not any(stdlib.is_val(names[doc]) for doc in docs)
-    text_bytes = sum(len(doc.encode()) for doc in docs)
-    assert text_bytes / len(data.train) > 2
-    again = stdlib.prepare(data.dir / "again", max_bytes=600_000, vocab_size=600)
-    assert again == meta
+    assert sum(len(doc.encode()) for doc in docs) > 2 * len(data.train)
+    assert stdlib.prepare(data.dir / "again", max_bytes=600_000, vocab_size=600) == meta
 
-
-def test_stdlib_leaves_out_tests_and_tables(library):
-    """Tests, generated tables and their like are left out, help topics and sources are in, and
-    about a 13th is for validation: decided by name, so the same on every machine."""
-    names = [name for name, _ in library]
+def test_stdlib_leaves_out_tests_and_tables():
+    """Tests and tables are left out, help topics and sources are in, and about a 13th is for
+    validation: decided by name, so the same on every machine."""
+    names = [name for name, _ in stdlib.documents()]
     assert {"argparse.py", "json/decoder.py", "help topic assignment"} <= set(names)
-    assert not [n for n in names if n.startswith(("encodings/", "test/", "pydoc_data/", "_sysconf"))
-                or "/test" in n or "site-packages" in n]
     assert not {"html/entities.py", "locale.py", "_compat_pickle.py"} & set(names)
+    assert not [n for n in names if "/test" in n or "site-packages" in n
+                or n.startswith(("encodings/", "test/", "pydoc_data/", "_sysconf"))]
     assert 0.04 < sum(map(stdlib.is_val, names)) / len(names) < 0.12
     assert stdlib.is_val("ftplib.py") and not stdlib.is_val("argparse.py")
 
-
-def test_bpe_round_trips_anything(small_stdlib):
-    """Byte-level: random bytes, half characters, every script and every control character come
-    back as they were."""
-    data, meta = small_stdlib
-    enc = load_tokenizer(data.dir, meta)
-    rng = random.Random(0)
-    for _ in range(300):
-        raw = rng.randbytes(rng.randint(0, 200))
-        assert enc.decode_bytes(enc.encode_ordinary(raw.decode("latin-1"))).decode() \
-            == raw.decode("latin-1")
-        ids = [enc.encode_single_token(bytes([byte])) for byte in raw]
-        assert enc.decode_bytes(ids) == raw
-        chars = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)]))
-                        for _ in range(50))
-        assert enc.decode(enc.encode_ordinary(chars)) == chars
-
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data/text
-
 
 @pytest.fixture
 def big_encoding(monkeypatch):
@@ -388,95 +309,102 @@ def big_encoding(monkeypatch):
     monkeypatch.setattr(text, "named_encoding", lambda name: enc)
     return enc
 
-
 def read_split(data, split, enc):
     return enc.decode_bytes(getattr(data, split).tolist()).decode().split("<|endoftext|>")[1:]
 
+def prepare_text(tmp_path, enc, *patterns):
+    """(train, val, data): runs the script on files in tmp_path; the documents of both splits."""
+    text.prepare([str(tmp_path / pattern) for pattern in patterns], tmp_path / "out")
+    data = load_dataset(tmp_path / "out", check_hash=True)
+    return read_split(data, "train", enc), read_split(data, "val", enc), data
 
-def test_text_end_to_end(tmp_path, big_encoding):
-    """Files, a folder and a glob of all three kinds, non-ASCII text and a BOM among them: every
-    document is in exactly one split, whole, and ids above 65535 survive."""
+def test_text_end_to_end(tmp_path, big_encoding, capsys):
+    """Files, a folder and a glob of all three kinds, non-ASCII text, a BOM and capitals in names
+    among them: every document is in exactly one split, whole; ids above 65535 survive; what is
+    left out is counted."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
-    (tmp_path / "in" / "a.txt").write_bytes("\ufeffhello world, ärger\n".encode())
+    (tmp_path / "in" / "A.TXT").write_bytes("\ufeffhello world, ärger\n".encode())
     (tmp_path / "in" / "deep" / "b.md").write_text("# hello\n<|endoftext|x>\n", encoding="utf-8")
     (tmp_path / "in" / "deep" / "c.csv").write_text("1,2")
-    lines = [json.dumps({"text": f"line {i} hello", "id": i}) for i in range(58)]
+    lines = [json.dumps({"text": f"line {i} hello", "id": i}) for i in range(78)]
     (tmp_path / "d.jsonl").write_text("\n\n".join(lines) + '\n{"text": ""}\n')
-    inputs = [str(tmp_path / "in"), str(tmp_path / "*.jsonl"), str(tmp_path / "d.jsonl")]
-    text.prepare(inputs, tmp_path / "out")
-    data = load_dataset(tmp_path / "out", check_hash=True)
+    train, val, data = prepare_text(tmp_path, big_encoding, "in", "*.jsonl", "d.jsonl")
     assert data.train.dtype == np.uint32 and data.train.max() >= 70_000
     assert load_tokenizer(data.dir, data.meta).encode("hello") == [70_000]
-    train, val = (read_split(data, split, big_encoding) for split in ("train", "val"))
-    want = [f"line {i} hello" for i in range(58)] \
-        + ["hello world, ärger\n", "# hello\n<|endoftext|x>\n"]
-    assert sorted(train + val) == sorted(want)
-    assert len(val) == 3 and val[0] == "line 0 hello"
+    want = [f"line {i} hello" for i in range(78)] + ["hello world, ärger\n",
+                                                     "# hello\n<|endoftext|x>\n"]
+    assert sorted(train + val) == sorted(want) and 3 <= len(val) <= 5
+    assert "reading 3 files\n1 files are left out" in capsys.readouterr().out
 
+UNEVEN = ["x"] + [" hello" * 500] * 19
 
-def test_one_book_is_enough(tmp_path, big_encoding):
-    """A single .txt has no second document for validation, so it is cut at line ends; nothing of
-    it is lost or doubled."""
-    book = "".join(f"{i} hello world é\n" for i in range(2000))
-    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
-    text.prepare([str(tmp_path / "book.txt")], tmp_path / "out")
-    data = load_dataset(tmp_path / "out")
-    train, val = (read_split(data, split, big_encoding) for split in ("train", "val"))
-    assert all(part.endswith("\n") for part in train + val) and len(val) == 2
-    assert sorted("".join(train + val).splitlines()) == sorted(book.splitlines())
-    assert 0.03 < len(data.val) / len(data.train) < 0.1
+@pytest.mark.parametrize("files", [
+    {"book.txt": "".join(f"{i} hello world é\n" for i in range(2000))},
+    {"line.txt": "hello " * 5000},
+    {"one.jsonl": json.dumps({"text": "hello world\n" * 3000}) + "\n"},
+    {"20.jsonl": "\n".join(json.dumps({"text": part}) for part in UNEVEN)},
+    {f"{i:02}.txt": part for i, part in enumerate(UNEVEN)},
+    {"a.txt": "short", "b.txt": "hello\n" * 9000, "c.txt": "hello\n" * 90},
+])
+def test_val_is_a_share_of_the_text(tmp_path, big_encoding, files):
+    """However the text is spread over documents, val has about a 20th of its tokens; nothing is
+    lost or doubled. Long documents are cut, at line ends where there are any."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    train, val, data = prepare_text(tmp_path, big_encoding, "*.*")
+    assert 0.04 < len(data.val) / len(data.train) < 0.09
+    if "book.txt" in files:
+        assert all(part.endswith("\n") for part in train + val)
+        assert sorted("".join(train + val).splitlines()) == sorted(files["book.txt"].splitlines())
+    assert "".join(train + val).count("h") == "".join(files.values()).count("h")
 
+def test_boundaries(tmp_path, big_encoding, capsys):
+    """A line <|endoftext|> alone begins a document, CRLF too; within a line it is text."""
+    stories = [f"story {i} <|endoftext |>\n" for i in range(60)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(stories[:40]) + "<|endoftext|>")
+    (tmp_path / "b.txt").write_text("<|endoftext|>\r\n" + "<|endoftext|> \r\n".join(stories[40:]))
+    train, val, _ = prepare_text(tmp_path, big_encoding, "*.txt")
+    assert sorted(train + val) == sorted(stories)
+    out = capsys.readouterr().out
+    assert out.count("<|endoftext|>") == 1
+    assert "58 lines of <|endoftext|> are taken as boundaries between documents" in out
 
 def test_text_streams(tmp_path, big_encoding, monkeypatch):
-    """A document longer than a piece, without a line end and with characters across the borders,
-    comes out as one document; 600 k of spaces, which overflow tiktoken's stack in one go, too."""
-    monkeypatch.setattr(text, "PIECE", 100_001)
-    long = "é" * 300_000
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in ("first", long, " " * 600_000)))
-    (tmp_path / "b.txt").write_text("€uro" * 60_000 + "\n" * 100_000, encoding="utf-8")
-    text.prepare([str(tmp_path)], tmp_path / "out")
-    data = load_dataset(tmp_path / "out")
-    docs = read_split(data, "train", big_encoding)
-    assert docs == [long, " " * 600_000, "€uro" * 60_000 + "\n" * 100_000]
-
+    """A document longer than a piece, without a line end and with characters across the borders;
+    600 k of spaces, which overflow tiktoken's stack in one go. Nothing is lost between pieces."""
+    monkeypatch.setattr(text, "PIECE", 10_001)
+    long = ["first\n", "é" * 300_000, " " * 600_000, "€uro" * 60_000 + "\n" * 100_000]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in long[:3]))
+    (tmp_path / "b.txt").write_text(long[3], encoding="utf-8")
+    train, val, _ = prepare_text(tmp_path, big_encoding, "*.*")
+    assert sorted("".join(train + val)) == sorted("".join(long))
 
 @pytest.mark.parametrize("name,raw,message", [
-    ("a.txt", b"fine\n" * 100 + b"caf\xe9 au lait\n", r"a.txt is not UTF-8 at byte 503 \(0xe9"),
-    ("a.txt", b"cut off: \xe2\x82", r"a.txt is not UTF-8 at byte 9 \(0xe2"),
+    ("a.txt", b"fine\n" * 100 + b"caf\xe9 au lait\n", "a.txt is not UTF-8 in .*caf.xe9 au"),
+    ("a.txt", b"cut off: \xe2\x82", "a.txt is not UTF-8 in .*xe2"),
     ("a.txt", b"", "there is no text in the 1 file"),
     ("a.txt", b"x", "no tokens for .*train.bin"),
     ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', 'a.jsonl:3 is not a JSON object with a "text"'),
     ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "a.jsonl:2 is not .*txt"),
-    ("a.jsonl", b'{"text": 5}', "a.jsonl:1 is not"),
-    ("a.jsonl", b'["text"]', "a.jsonl:1 is not"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not"),
     ("a.jsonl", b'{"text": "\xff"}', "a.jsonl:1 is not"),
-    ("a.csv", b"1,2", "a.csv is none of .txt, .md, .jsonl"),
+    ("a.csv", b"1,2", "no .txt, .md, .jsonl file matches"),
+    ("empty.d/a.csv", b"1,2", "no .txt, .md, .jsonl file matches"),
 ])
 def test_bad_text_is_named(tmp_path, big_encoding, name, raw, message):
     """What the user can mend is said in one sentence with its place, and nothing is left behind."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message) as e:
-        text.prepare([str(tmp_path / name)], tmp_path / "out")
+        text.prepare([str(tmp_path / name.partition("/")[0])], tmp_path / "out")
     assert "\n" not in str(e.value) and not list((tmp_path).glob("out/*"))
 
-
-def test_no_file_matches(tmp_path):
-    """Missing file, empty folder, glob without hits."""
-    for pattern in ("nothing.txt", "*.md", "."):
-        with pytest.raises(ValueError, match="no .txt, .md, .jsonl file matches"):
-            text.find_files([str(tmp_path / pattern)])
-
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command lines
 
-
 @pytest.mark.parametrize("command,message", [
-    ("stdlib/prepare.py --vocab=9", "error: data/stdlib/prepare.py takes no arguments, got --vocab=9"),
+    ("stdlib/prepare.py --vocab=9", "error: data/stdlib/prepare.py takes no arguments, got --v"),
     ("text/prepare.py nothing.txt", "error: no .txt, .md, .jsonl file matches 'nothing.txt'"),
-    ("text/prepare.py README.txt --encoding=x", "error: no .txt"),
     ("fineweb/prepare.py --shards=0", "error: --shards=0 should be from 1 to 103"),
 ])
 def test_command_line_errors_are_one_sentence(tmp_path, command, message):
@@ -486,109 +414,63 @@ def test_command_line_errors_are_one_sentence(tmp_path, command, message):
                          capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith(message) and run.stderr.count("\n") == 1
 
-
-def test_ctrl_c():
-    """Exit code 130, no traceback; write_dataset has taken its temporary files away."""
-    def prepare():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as e:
-        configurator.run(prepare)
-    assert e.value.code == 130
-
-
-# -----------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data/fineweb
-
 
 def shard(ids, magic=20240520, version=1, n=None):
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids) if n is None else n
     return header.tobytes() + np.asarray(ids, "<u2").tobytes()
 
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files with Range; breaks off after server.cut bytes while cuts remain."""
+    """Serves server.files; the first server.cuts answers break off in the middle."""
+    log_message = print
 
     def do_GET(self):
-        server, raw = self.server, self.server.files.get(self.path.lstrip("/"))
-        given = self.headers["Range"] if server.ranges else None
-        server.log.append((self.path, self.headers["Range"]))
-        start = int(given.removeprefix("bytes=").rstrip("-")) if given else 0
-        if raw is None or start >= len(raw):
-            self.send_response(404 if raw is None else 416)
-            self.send_header("Content-Range", f"bytes */{len(raw or b'')}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.send_response(206 if given else 200)
-        self.send_header("Content-Length", str(len(raw) - start))
+        server, raw = self.server, self.server.files.get(self.path[1:], b"")
+        server.log.append(self.path[1:])
+        self.send_response(200 if raw else 404)
+        self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
-        if server.cuts:
-            server.cuts -= 1
-            return self.wfile.write(raw[start: start + server.cut])  # then the connection closes
-        self.wfile.write(raw[start:])
-
-    def log_message(self, *args):
-        pass
-
+        self.wfile.write(raw[:3000] if server.cuts else raw)
+        server.cuts = max(0, server.cuts - 1)
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(fineweb, "WAIT", 0)
+    monkeypatch.setattr(fineweb, "WAITS", (0, 0, 0))
     monkeypatch.setattr(fineweb, "named_encoding", lambda name: byte_encoding())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.ranges, server.cuts, server.cut, server.log = True, 0, 3000, []
     rng = np.random.default_rng(0)
     server.ids = {f"fineweb_{name}.bin": rng.integers(0, 50257, 4000)
                   for name in ("val_000000", "train_000001", "train_000002")}
     server.files = {name: shard(ids) for name, ids in server.ids.items()}
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.url, server.cuts, server.log = f"http://127.0.0.1:{server.server_address[1]}", 0, []
     threading.Thread(target=functools.partial(server.serve_forever, 0.01), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
-
-def check_fineweb(out, server):
-    data = load_dataset(out, check_hash=True)
-    ids = server.ids
-    assert (data.val == ids["fineweb_val_000000.bin"]).all()
-    assert (data.train == np.concatenate([ids["fineweb_train_000001.bin"],
-                                          ids["fineweb_train_000002.bin"]])).all()
-    assert data.meta["vocab_size"] == 50257 and data.meta["eot"] == 50256
-    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "tokenizer.json", "train.bin",
-                                                     "val.bin"]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_fineweb(tmp_path, server, ranges):
-    """Shards become train.bin and val.bin; a connection that breaks in the middle is taken up
-    where it broke, or from the start on a server without ranges."""
-    server.ranges, server.cuts = ranges, 2 if ranges else 1
-    fineweb.prepare(tmp_path, 2, server.url)
-    check_fineweb(tmp_path, server)
-    asked = [r for path, r in server.log if "val" in path]
-    assert asked == ([None, "bytes=3000-", "bytes=6000-"] if ranges else [None, "bytes=3000-"])
-
-
-def test_fineweb_goes_on_in_the_next_run(tmp_path, server):
-    """A server that stays broken ends the run in one sentence; the next run fetches only what is
-    missing, also where the last one was killed just before its rename."""
-    server.cuts, server.cut = 100, 0
-    folder = tmp_path / "shards"
-    folder.mkdir()
+def test_fineweb(tmp_path, server):
+    """Shards become train.bin and val.bin; one that breaks off is fetched again. A server that
+    stays broken ends the run in one sentence; the next run fetches only what is missing."""
     val, train1, train2 = server.files
-    (folder / f"{val}.part").write_bytes(server.files[val][:5000])
-    (folder / f"{train1}.part").write_bytes(server.files[train1])
-    (folder / f"{train2}.part").write_bytes(b"x" * 10_000)  # longer than the file
-    with pytest.raises(ValueError, match="broke off.*go on from byte 5,000") as e:
+    server.cuts = 1
+    taken = server.files.pop(train2)
+    with pytest.raises(ValueError, match="train_000002.bin cannot be fetched .*404.*new run") as e:
         fineweb.prepare(tmp_path, 2, server.url)
     assert "\n" not in str(e.value) and not (tmp_path / "meta.json").exists()
-    server.cuts, server.log[:] = 0, []
+    assert server.log == [val, val, train1, train2, train2, train2]
+    server.files[train2], server.log[:] = taken, []
+    (tmp_path / "shards" / f"{val}.0.partial").write_bytes(b"of a run that was killed")
     fineweb.prepare(tmp_path, 2, server.url)
-    check_fineweb(tmp_path, server)
-    assert [r for _, r in server.log] == ["bytes=5000-", "bytes=9024-", "bytes=10000-", None]
-
+    assert server.log == [train2]
+    data = load_dataset(tmp_path, check_hash=True)
+    assert (data.val == server.ids[val]).all()
+    assert (data.train == np.concatenate([server.ids[train1], server.ids[train2]])).all()
+    assert data.meta["vocab_size"] == 50257 and data.meta["eot"] == 50256
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "tokenizer.json",
+                                                          "train.bin", "val.bin"]
 
 @pytest.mark.parametrize("raw,message", [
     (shard([1, 2], magic=20240801), "begins with .20240801, 1., not with magic 20240520"),
@@ -603,14 +485,3 @@ def test_fineweb_refuses_what_is_no_shard(tmp_path, server, raw, message):
     with pytest.raises(ValueError, match=message):
         fineweb.prepare(tmp_path, 1, server.url)
     assert [p.name for p in tmp_path.rglob("*.*")] == ["fineweb_val_000000.bin"]
-
-
-def test_fineweb_errors(tmp_path, server):
-    """A missing file is not tried again; a number of shards that there is not is refused."""
-    del server.files["fineweb_val_000000.bin"]
-    with pytest.raises(ValueError, match="val_000000.bin cannot be fetched: 404"):
-        fineweb.prepare(tmp_path, 1, server.url)
-    assert len(server.log) == 1
-    for n in (0, 104):
-        with pytest.raises(ValueError, match=f"--shards={n} should be from 1 to 103"):
-            fineweb.prepare(tmp_path, n, server.url)
