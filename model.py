@@ -369,11 +369,7 @@ def load_model(checkpoint, device='cpu'):
     are spliced in. Raises ValueError, one sentence, for a checkpoint of another version or program
     and for an unusable device.
     """
-    try:
-        torch.ones((), device=device).item()
-    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or "
-                         "mps") from None
+    device = resolve_device(device)
     try:
         model = GPT(GPTConfig(**checkpoint['model_args']))
         model.load_state_dict(checkpoint['model'])
@@ -387,3 +383,19 @@ def load_model(checkpoint, device='cpu'):
             sae.posthoc = True
             sae.alpha.fill_(1.0)
     return model.to(device).eval()
+
+def resolve_device(device, local_rank=0):
+    """
+    'auto' as what there is, 'cuda' as this rank's own GPU. Raises ValueError, one sentence, for
+    what is not usable here.
+    """
+    if device == 'auto':
+        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = 'cuda' if torch.cuda.is_available() else device
+    name = f'cuda:{local_rank}' if device == 'cuda' else device
+    try:
+        torch.ones((), device=name).item()
+    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
+        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or "
+                         "mps") from None
+    return name

@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import configure, stop_if, writable
 from data.dataset import data_dir, eval_batches, get_batch, load_dataset
 from features import evaluate, save_npz, snapshot
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
 from sae import blend_alpha, k_at
 
 # --------------------------------------------------------------------------------------------------
@@ -102,21 +102,6 @@ local_rank = int(os.environ.get('LOCAL_RANK', 0))
 world_size = int(os.environ.get('WORLD_SIZE', 1))
 master = rank == 0
 
-def resolve(device):
-    """'auto' and 'cuda' are this rank's own GPU; local_rank is 0 without torchrun."""
-    if device == 'auto' and torch.cuda.is_available():
-        device = 'cuda'
-    elif device == 'auto':
-        device = 'mps' if torch.backends.mps.is_available() and not ddp else 'cpu'
-    return f'cuda:{local_rank}' if device == 'cuda' else device
-
-def usable(device):
-    try:
-        torch.zeros((), device=device)
-        return device.partition(':')[0] in ('cpu', 'cuda', 'mps')
-    except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        return False
-
 def problems(c):
     """What is out of range or contradictory in the config c, as a list of sentences."""
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
@@ -141,8 +126,10 @@ def problems(c):
     if c['gradient_accumulation_steps'] % world_size:
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
                      f"multiple of the {world_size} ranks")
-    if not usable(resolve(c['device'])):
-        found.append(f"device={c['device']!r} is not usable here: expected auto, cpu, cuda or mps")
+    try:
+        resolve_device(c['device'], local_rank)
+    except ValueError as e:
+        found.append(str(e))
     if c['wandb_log'] and find_spec('wandb') is None:
         found.append("wandb_log=True needs wandb: pip install wandb")
     sound = c['init_from'] != 'scratch' and c['sae_layers'] and c['sae_recon']
@@ -161,7 +148,7 @@ globals().update(config)
 
 # --------------------------------------------------------------------------------------------------
 # ranks and devices
-device = resolve(device)
+device = resolve_device(device, local_rank)
 device_type = device.partition(':')[0]
 cuda = device_type == 'cuda'
 if cuda:
