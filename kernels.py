@@ -32,8 +32,7 @@ except ImportError:  # no Triton (CPU wheels, macOS): keep the kernels' names, n
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda fn: fn
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret   # TRITON_INTERPRET=1, for tests
-MAX_K = 512    # the final sort of _select is held in registers
-MAX_C = 4096   # _pair_sums holds three rows of C in registers, 4 tiles of up to 1024
+MAX_K, MAX_C = 512, 4096   # held in registers: _select's final sort, three rows in _pair_sums
 
 # Launch shapes: the fastest in sweeps of one at a time, in bf16 at GPT-2's size, on one H200.
 # Only PAIR_PART touches results: how sums round.
@@ -248,8 +247,8 @@ def _gather(coef, index, W, bias, dtype):
     (N, K), C = coef.shape, W.shape[1]
     out = torch.empty(N, C, dtype=dtype, device=W.device)
     BLOCK = min(256, triton.next_power_of_2(C))   # one warp: 32 lanes times 16 bytes of bf16
-    _gather_sum[(N, triton.cdiv(C, BLOCK))](
-        coef, index, W, bias, out, C=C, K=K, R=16, BLOCK=BLOCK, num_warps=1)
+    grid = N, triton.cdiv(C, BLOCK)
+    _gather_sum[grid](coef, index, W, bias, out, C=C, K=K, R=16, BLOCK=BLOCK, num_warps=1)
     return out
 
 # ---------------------------------------------------------------------------- weight gradients
@@ -263,9 +262,9 @@ def _pairs(order, i, end, R: tl.constexpr):
 
 @jit
 def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first,
-               dvalues, sum_enc, sum_dec, sum_b,
-               F: tl.constexpr, RUNS: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-               PART: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+               dvalues, sum_enc, sum_dec, sum_b, F: tl.constexpr, RUNS: tl.constexpr,
+               C: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, R: tl.constexpr,
+               BLOCK: tl.constexpr, TILES: tl.constexpr):
     """
     All that one feature f sends back, over a run of pairs (token n, slot k) where it is active:
 
@@ -382,9 +381,8 @@ def _sort_pairs(values, indices, F, chunks):
     """
     The active (token, slot) pairs in order of run = chunk * F + feature, where tokens are cut into
     equal chunks: order (N K,) int32, where pair n K + k is slot k of token n, and starts
-    (chunks F + 1,) int32: a run has order[starts[run] : starts[run + 1]], in order of token, as the
-    sort is stable. Pairs whose value is 0 come last.
-    Radix sort takes two passes over int16 and four over int32, hence the shift.
+    (chunks F + 1,) int32: a run has order[starts[run] : starts[run + 1]], by token, as the sort is
+    stable. Pairs of value 0 come last. int16 takes half of int32's radix passes: hence the shift.
     """
     (N, _), runs = values.shape, chunks * F
     shift, dtype = (32768, torch.int16) if runs < 65536 else (0, torch.int32)
@@ -516,8 +514,8 @@ def _autoencode_backward(
     more = (starts.diff() - 1).div_(PAIR_PART, rounding_mode="trunc")   # 0 for an empty run
     ends = more.cumsum(0, dtype=torch.int32)
     first = ends - more
-    owner = torch.searchsorted(ends, torch.arange(n_parts, device=h.device, dtype=torch.int32),
-                               right=True, out_int32=True)
+    numbers = torch.arange(n_parts, device=h.device, dtype=torch.int32)
+    owner = torch.searchsorted(ends, numbers, right=True, out_int32=True)
 
     def new(n):   # fp32: of W_enc, W_dec, b_enc
         return [torch.empty(shape, device=h.device) for shape in ((n, C), (n, C), (n,))]
@@ -567,8 +565,7 @@ def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     tokens each feature is active. Differentiable in y and values, for all five tensors. A slot
     beyond a token's positive activations has value 0, names a feature that is not active, and gets
     no gradient. NaN in a row of h gives NaN in that row of y.
-    Under autocast pass h in its dtype; the parameters may stay fp32.
-    Raises ValueError where `fits` is False: ask it first.
+    Under autocast pass h in its dtype; the parameters may stay fp32. ValueError where not `fits`.
     """
     if not fits(len(h), *W_enc.shape, k, h.dtype, h.device):
         raise ValueError(f"no kernel takes {tuple(h.shape)} {h.dtype} on {h.device} with k={k} of "

@@ -12,7 +12,7 @@ import kernels
 
 @pytest.mark.skipif(bench.GPU, reason="trains the models of config/*_gpt.py: minutes")
 def test_every_number(tmp_path, capsys):
-    """Layer, head and step: each field is there and positive; the file and what is printed agree."""
+    """Layer, head, step: each field is there and positive; the file and what is printed agree."""
     out = tmp_path / 'bench.json'
     bench.main(['--steps=4', '--rounds=1', f'--out={out}'])
     result, text = json.loads(out.read_text()), capsys.readouterr().out
