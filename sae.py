@@ -156,8 +156,9 @@ class SAE(nn.Module):
         h = norm(x) if self.site.own else x
         if self.recon: # while alpha is 0 it must not pull on the model
             h = torch.where(self.alpha > 0, h, h.detach())
-        if self.can_use_kernels(h):
-            y, values, indices, fired = self.fast_path(h)
+        fast = self.fast_path(h)
+        if fast is not None:
+            y, values, indices, fired = fast
         else:
             values, indices = self.encode(h)                                # (B, T, K)
             fired = count_fired(values, indices, self.n_features)           # (F,)
@@ -178,17 +179,22 @@ class SAE(nn.Module):
         l0 = (values != 0).sum() / values[..., 0].numel()
         return new_x.type_as(x), SAEOut(values, indices, fired, l0, fvu.detach(), loss)
 
-    def can_use_kernels(self, h):
-        """The fast path computes the same; it knows neither steering nor K annealing."""
-        return (self.site.own and self.select is topk and self.steer is None
-                and self.k_max == self.k_final and kernels.available(h.device))
-
     def fast_path(self, h):
+        """
+        The same y, values, indices and fired from kernels.py; None where its kernels do not run,
+        or do not know what is asked for: steering, K annealing, another selection.
+        """
+        plain = not self.site.own or self.select is not topk or self.steer is not None
+        if plain or self.k_max != self.k_final:
+            return None
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
+        rows, F_, K = h.flatten(0, -2), self.n_features, self.k_max               # (N, C)
+        if not kernels.fits(len(rows), F_, self.n_embd, K, h.dtype, h.device):
+            return None
         y, values, indices, fired = kernels.topk_autoencode(
-            h.flatten(0, -2), self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k_max)
-        shape = (*h.shape[:-1], self.k_max)
+            rows, self.W_enc, self.b_enc, self.W_dec, self.b_dec, K)
+        shape = (*h.shape[:-1], K)
         return y.view_as(h), values.view(shape), indices.long().view(shape), fired
 
     @torch.no_grad()
