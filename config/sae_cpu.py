@@ -15,9 +15,9 @@ sae_k = 16
 
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 2
-max_iters = 480          # small batches and many steps: so short a run learns most that way
+max_iters = 480          # at so few tokens small batches and many steps learn more
 warmup_iters = 20
-sae_skip_lr = 1.0        # a slow skip makes the features carry more; so short a run has no time for it
+sae_skip_lr = 1.0        # a slow skip makes the features carry more; this run is too short for it
 
 eval_interval = 120
 save_interval = 120

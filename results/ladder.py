@@ -27,7 +27,7 @@ SIZES = {
                  eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
                 sae_ratio=11, sae_k=16, sae_skip_lr=1.0, gradient_accumulation_steps=2,
-                eval_tokens=32_768, compile=False, device='cpu'),
+                warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_layers=(3,),
                   eval_tokens=524_288),
     'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, sae_layers=(6,),
@@ -87,9 +87,10 @@ def make(c, slots, row, seed):
     target, out_dir = os.path.join(c['results'], name + '.json'), os.path.join(c['out'], name)
     if os.path.exists(target):
         return None
+    evals = 4 if size == 'cpu' else 10
     options = dict(
         gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20),
-        eval_interval=max(1, steps // 10), save_interval=10 ** 9, probe_tokens=0)
+        eval_interval=max(1, steps // evals), save_interval=10 ** 9, probe_tokens=0)
     options |= SIZES[size] | rows(size)[row]
     options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir)
     if 'sae_posthoc' in options:
