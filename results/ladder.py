@@ -147,21 +147,25 @@ def summary(row, size, log):
 
 COLUMNS = (   # heading, key of the JSONs, factor, decimals
     ('loss', 'val_loss', 1, 3),
-    ('zeroed', 'val_loss_zeroed', 1, 2),      # the SAE's output zeroed
-    ('mean', 'val_loss_mean', 1, 2),          # or replaced by its mean
-    ('live%', 'live_share_min', 100, 1),      # features that fire; of several layers the lowest
-    ('busy%', 'busiest_share', 100, 0),       # of all firing, by the busiest 1 % of features
+    ('zeroed', 'val_loss_zeroed', 1, 2),
+    ('mean', 'val_loss_mean', 1, 2),
+    ('live%', 'live_share_min', 100, 1),   # of several layers the lowest
+    ('busy%', 'busiest_share', 100, 0),
     ('L0', 'l0', 1, 0),
     ('FVU', 'fvu', 1, 1),
     ('Mpar', 'params_non_embedding', 1e-6, 1),
-    ('MF/t', 'flops_per_token', 1e-6, 0),     # MFLOP a token
+    ('MF/t', 'flops_per_token', 1e-6, 0),
 )
 
 def print_table(results):
     """
     A part for each size and number of tokens, means over seeds; rows that are not known any more
-    come last. n: seeds; -dense: minus dense of the same seed, +- its standard deviation.
+    come last.
     """
+    print("n: seeds. -dense: loss minus that of dense with the same seed, +-: its deviation.\n"
+          "zeroed, mean: loss with the SAEs' output zeroed, or replaced by its mean.\n"
+          "live%: features that fire. busy%: of all firing, by the busiest 1 % of features.\n"
+          "Mpar: million parameters, embedding apart. MF/t: MFLOP a token.")
     for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
         part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
         dense = {r['seed']: r['val_loss'] for r in part if r['row'] == 'dense'}
@@ -208,13 +212,12 @@ def load(folder):
     """All results in a folder. Raises ValueError, one sentence, for a file that is none."""
     results = []
     for path in sorted(glob.glob(os.path.join(folder, '*.json'))):
-        with open(path, encoding='utf-8') as f:
-            text = f.read()
         try:
-            result = json.loads(text)
+            with open(path, encoding='utf-8') as f:
+                result = json.load(f)
         except ValueError:
-            result = {}
-        if type(result) is not dict or not NEEDED <= set(result):
+            result = None
+        if type(result) is not dict or not NEEDED <= set(result) or result['size'] not in SIZES:
             raise ValueError(f"{path} is torn, or no result of this script: delete it, and its run "
                              "will be made again")
         results.append(result)
