@@ -162,9 +162,9 @@ def print_table(results):
     A part for each size and number of tokens, means over seeds; rows that are not known any more
     come last.
     """
-    print("n: seeds. -dense: loss minus that of dense with the same seed, +-: its deviation.\n"
+    print("n: seeds. -dense: minus dense of the same seed, +-: its standard deviation.\n"
           "zeroed, mean: loss with the SAEs' output zeroed, or replaced by its mean.\n"
-          "live%: features that fire. busy%: of all firing, by the busiest 1 % of features.\n"
+          "live%: features that fire. busy%: of all firing, by their busiest 1 %.\n"
           "Mpar: million parameters, embedding apart. MF/t: MFLOP a token.")
     for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
         part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
