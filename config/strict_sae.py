@@ -1,6 +1,6 @@
-# Nothing but features passes: no token skip, and K=64 to make up for some of it. Give it after another config:
+# Nothing but features passes: no token skip, and K=64 to make up for some of it. Give it after
+# another config:
 # $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py config/strict_sae.py
-# 8 layers, C=512, Wikipedia: +0.058 nats over dense at 65 M tokens (one seed), 0.000 +- 0.003 at 196 M (three).
 out_dir = 'out-strict-sae'
 
 sae_token_skip = False

@@ -1,60 +1,102 @@
 """
-results/ladder.py: runs what it says, keeps what the table and the README need, and does not run again what is there.
+results/ladder.py: runs what it says, keeps what the table and the README need, and does not run
+again what is there. Its options' errors are in test_configurator.py.
 
-    python -m pytest tests/test_ladder.py      (ten seconds; its other options are in test_configurator.py)
+    python -m pytest tests/test_ladder.py      (ten seconds)
 """
 import json
-import math
-import os
 import sys
 
 import pytest
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'results'))
-import ladder # noqa: E402
+from conftest import ROOT
+from model import GPTConfig
 
-FIELDS = ('row size seed tokens val_loss val_loss_zeroed val_loss_mean live_share l0 fvu tok_s params params_non_embedding '
-          'flops_per_token torch gpu commit config curve').split()
+sys.path.insert(0, str(ROOT / 'results'))
+import ladder  # noqa: E402
+
+FIELDS = {
+    'row', 'size', 'seed', 'tokens', 'val_loss', 'val_loss_zeroed', 'val_loss_mean', 'live_share',
+    'live_share_min', 'busiest_share', 'l0', 'fvu', 'tok_s', 'params', 'params_non_embedding',
+    'flops_per_token', 'torch', 'gpu', 'commit', 'config', 'curve'}
 
 def test_tiny_ladder(tiny_data, tmp_path, capsys):
-    """A dense run and its post-hoc twin, which waits for the dense one's checkpoint: JSONs, table, differences by hand."""
-    results = tmp_path / 'results'
-    argv = ['--size=tiny', '--rows=posthoc,dense', '--seeds=3', '--steps=4', f'--dataset={tiny_data}', f'--results={results}',
-            f'--out={tmp_path / "out"}', '--gpus=0']
+    """A dense run and its post-hoc twin, which needs its checkpoint: JSONs and table."""
+    results, out = tmp_path / 'results', tmp_path / 'out'
+    argv = ['--size=tiny', '--rows=posthoc,dense', '--seeds=3', '--steps=4', '--gpus=0',
+            f'--dataset={tiny_data}', f'--results={results}', f'--out={out}']
     ladder.main(argv)
     text = capsys.readouterr().out
-    dense, posthoc = (json.loads((results / f'tiny-4-{row}-s3.json').read_text()) for row in ('dense', 'posthoc'))
+    dense = json.loads((results / 'tiny-4-dense-s3.json').read_text())
+    posthoc = json.loads((results / 'tiny-4-posthoc-s3.json').read_text())
     for r in (dense, posthoc):
-        assert set(FIELDS) <= set(r) and r['config']['seed'] == r['seed'] == 3 and r['tokens'] == 4 * 128
+        assert FIELDS <= set(r)
+        assert r['config']['seed'] == r['seed'] == 3
+        assert r['tokens'] == 4 * 128
         assert r['curve'][-1] == [r['tokens'], r['val_loss']] and len(r['curve']) == 5
-    assert dense['val_loss_zeroed'] is None and posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == posthoc['config']['sae_k']
-    assert posthoc['params_non_embedding'] - dense['params_non_embedding'] == 2 * 512 * 32 + 512 + 32
-    cells = [line.split(' | ') for line in text.splitlines() if line.startswith('| posthoc')][0]
-    assert cells[2] == f"{posthoc['val_loss']:.3f}" and cells[3] == f"{posthoc['val_loss'] - dense['val_loss']:+.3f}"
-    begun = os.stat(results / 'tiny-4-dense-s3.json').st_mtime_ns
-    ladder.main(argv)
+    assert dense['val_loss_zeroed'] is None
+    assert posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == posthoc['config']['sae_k']
+    more = posthoc['params_non_embedding'] - dense['params_non_embedding']
+    assert more == 2 * 512 * 32 + 512 + 32
+    row = [line.split() for line in text.splitlines() if line.startswith('posthoc')][0]
+    difference = posthoc['val_loss'] - dense['val_loss']
+    assert row[1:4] == ['1', f'{difference:+.3f}', f"{posthoc['val_loss']:.3f}"]
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+    ladder.main(argv)   # both are there
     again = capsys.readouterr().out
-    assert 'done in' not in again and os.stat(results / 'tiny-4-dense-s3.json').st_mtime_ns == begun
-    assert again.strip() in text
+    assert 'done' not in again and again.strip() in text
+    (results / 'tiny-4-dense-s3.json').unlink()
+    ladder.main(argv)   # its checkpoint is there: it is resumed, and its last step is its only one
+    assert json.loads((results / 'tiny-4-dense-s3.json').read_text())['curve'] == dense['curve']
+
+def test_failed_run(tmp_path):
+    """A run that fails is named, with the file that says why, and leaves no JSON."""
+    (tmp_path / 'dense.json').write_text(json.dumps(RUNS[0]))
+    with pytest.raises(SystemExit, match='tiny-4-default-s1.txt'):
+        ladder.main(['--size=tiny', '--rows=default', '--steps=4', f'--dataset={tmp_path}/none',
+                     '--gpus=0', f'--results={tmp_path}', f'--out={tmp_path}/out'])
+    assert 'none' in (tmp_path / 'out/tiny-4-default-s1.txt').read_text()
+    assert not list(tmp_path.glob('tiny*.json'))
+
+def test_log_of_a_resumed_run(tmp_path):
+    """The last line of a step counts; torn lines are skipped."""
+    versions = dict(torch='2', gpu=None, commit='abc')
+    start = dict(event='start', config=dict(seed=7), versions=versions, params=3,
+                 params_non_embedding=2, flops_per_token=1)
+    evals = [dict(event='eval', step=step, tokens=10 * step, val_loss=loss)
+             for step, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (1, 6.0), (2, 5.0))]
+    log = [dict(event='log', step=step, tok_s=100 * step) for step in (1, 2)]
+    lines = [json.dumps(r) for r in [start, *evals[:3], start, *log, *evals[3:]]]
+    lines.insert(4, '{"event": "ev')
+    (tmp_path / 'log.jsonl').write_text('\n'.join(lines) + '\n')
+    r = ladder.summary('dense', 'tiny', tmp_path / 'log.jsonl')
+    assert r['curve'] == [[0, 9.0], [10, 6.0], [20, 5.0]]
+    assert r['val_loss'] == 5.0 and r['tok_s'] == 150
 
 @pytest.mark.parametrize('size', list(ladder.SIZES))
 def test_every_row_is_a_config(size):
-    """Every row of every size is a model that can be built, and differs from the others."""
-    from model import GPTConfig
-    seen = set()
-    for name, (overrides, _) in ladder.rows(size).items():
-        command = ladder.command(size, overrides, 1, 100, 'wiki', 'out')
-        assert (key := tuple(command[2:])) not in seen or name.partition(' v1')[0] in DOUBLES, name
-        seen.add(key)
-        c = GPTConfig(**{k: v for k, v in (ladder.SIZES[size] | overrides).items() if k in GPTConfig.__dataclass_fields__})
-        assert not c.problems(), (name, c.problems())
+    """Every row of every size is a model that can be built."""
+    for name, changes in ladder.rows(size).items():
+        options = ladder.SIZES[size] | changes
+        config = {k: v for k, v in options.items() if k in GPTConfig.__dataclass_fields__}
+        assert not GPTConfig(**config).problems(), name
 
-DOUBLES = {f'{mode}@{i}' for mode in ('default', 'strict') for i in range(12)} # one of them is the row itself
+RUNS = [dict(row=row, size='tiny', seed=seed, tokens=20, val_loss=loss, config=dict(max_iters=4),
+             curve=[[0, 5.0], [10, 4.0], [20, loss]])
+        for row, seed, loss in (('dense', 1, 3.0), ('dense', 2, 3.2), ('default', 1, 3.5),
+                                ('default', 2, 3.6), ('default of old', 1, 3.1))]
+
+def test_table_of_old_rows(capsys):
+    """Differences are paired by seed; rows that are not known any more come last."""
+    ladder.print_table(RUNS)
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0].split() == ['default', '2', '+0.450', '0.071', '3.550']
+    assert rows[1].split() == ['default', 'of', 'old', '1', '+0.100', '3.100']
 
 def test_plot(tmp_path):
     """The plot is drawn from JSONs alone."""
     pytest.importorskip('matplotlib')
-    runs = [dict(row=row, size='tiny', tokens=20, val_loss=loss, curve=[[0, 5.0], [10, 4.0], [20, loss]])
-            for row, loss in (('dense', 3.0), ('dense', 3.2), ('default', 3.1), ('default K=8', math.pi))]
-    ladder.plot(runs, tmp_path / 'plot.png', ['dense', 'naive', 'default'])
-    assert (tmp_path / 'plot.png').read_bytes()[:4] == b'\x89PNG'
+    c = dict(size='tiny', steps=4, plot=tmp_path / 'plot.png')
+    ladder.plot(RUNS, c, ['dense', 'naive', 'default'])
+    assert c['plot'].read_bytes()[:4] == b'\x89PNG'
