@@ -1,12 +1,13 @@
 """
-A GPT with SAE layers inside, in the style of nanoGPT's model.py: the whole model in this one file, the sparse
-layer in sae.py. What differs from GPT-2:
+A GPT with SAE layers inside, in the style of nanoGPT's model.py: the whole model in this one file,
+the sparse layer in sae.py. What differs from GPT-2:
 - RoPE instead of learned positions, QK-norm, RMSNorm without parameters, ReLU^2 MLP, no biases
 - the token embedding is normalised, and tied to the output head
 - blocks named in `sae_layers` pass what `sae_site` says through K of F features (see sae.py)
 With sae_layers = () it is a plain dense GPT, the twin that every SAE model is compared with.
 
-Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers, F features, K active.
+Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers, F
+features, K active.
 """
 import math
 import os
@@ -19,67 +20,70 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from sae import SAE, SAEOut, SITES, norm
+from sae import SAE, SITES, SAEOut, norm
 
 @dataclass
 class GPTConfig:
+    """What a model is. These are the defaults of train.py too; the files in config/ change them."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
-    n_head: int = 6               # heads of 128 channels: attention takes 7 ms of a 57 ms step, with heads of 64 8.7
+    n_head: int = 6               # heads of 128 channels: faster than heads of 64
     n_embd: int = 768
     mlp_ratio: int = 4
     dropout: float = 0.0
-    sae_layers: tuple = ()        # block indices, as in transformer.h[i]; () is the dense GPT
+    sae_layers: tuple = (6,)      # block indices, as in transformer.h[i]; () is the dense GPT
     sae_site: str = 'resid'       # resid, mlp, attn, hidden, stream
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
     sae_k: int = 32               # K, active features a token
     sae_k_start: int = 0          # K annealing begins here; 0 = off
-    sae_tied_init: bool = False
     sae_token_skip: bool = True   # add W_skip norm(wte[token]) to what the SAE writes
-    sae_recon: float = 0.0        # weight of the reconstruction loss while alpha is 0 (sites resid, mlp, attn)
-    sae_auxk: float = 0.0         # weight of the AuxK loss
+    sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
     sae_nudge: float = 0.02       # added to b_enc of each silent feature, each step; 0 = off
-    sae_silent_tokens: int = 262_144 # a feature is silent when it has not fired over so many tokens, or in the last step if that is longer
+    sae_silent_steps: int = 4     # a feature is silent when it has not fired for so many steps
+
+    @property
+    def n_features(self):
+        return getattr(self, SITES[self.sae_site].ratio, 1) * self.n_embd
 
     def problems(self):
         """Everything that is wrong with this config, as a list of sentences; [] if it is sound."""
         found = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < (0 if field.name == 'sae_k_start' else 1):
-                found.append(f"{field.name}={value} must be at least 1")
+            low = 0 if field.name == 'sae_k_start' else 1
+            if field.type is int and value < low:
+                found.append(f"{field.name}={value} must be at least {low}")
             if field.type is float and not 0 <= value < math.inf:
                 found.append(f"{field.name}={value} must be 0 or more, and finite")
-        sound = not found # what follows computes with these
         if self.dropout >= 1:
             found.append(f"dropout={self.dropout} must be below 1")
-        if sound and (self.n_embd % self.n_head or self.n_embd // self.n_head % 2):
-            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head size (RoPE turns pairs)")
-        layers = list(self.sae_layers)
-        if sound and (any(type(i) is not int or not 0 <= i < self.n_layer for i in layers) or len(set(layers)) < len(layers)):
-            found.append(f"sae_layers={layers} must be different block indices in 0..{self.n_layer - 1}")
         if self.sae_site not in SITES:
             found.append(f"sae_site={self.sae_site!r} must be one of {', '.join(SITES)}")
-        elif sound and layers and not 1 <= max(self.sae_k, self.sae_k_start) <= self.n_features:
+        if found: # what follows computes with these
+            return found
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head "
+                         "size (RoPE turns pairs)")
+        layers = list(self.sae_layers)
+        wrong = [i for i in layers if type(i) is not int or not 0 <= i < self.n_layer]
+        if wrong or len(set(layers)) < len(layers):
+            found.append(f"sae_layers={layers} must be different block indices in "
+                         f"0..{self.n_layer - 1}")
+        if layers and max(self.sae_k, self.sae_k_start) > self.n_features:
             found.append(f"sae_k={self.sae_k} (sae_k_start={self.sae_k_start}) must not exceed the "
                          f"{self.n_features} features of site {self.sae_site}")
-        elif sound and 0 < self.sae_k_start < self.sae_k:
-            found.append(f"sae_k_start={self.sae_k_start} must be 0 (off) or at least sae_k={self.sae_k}")
-        if self.sae_auxk and self.sae_site in ('hidden', 'stream'):
-            found.append(f"sae_auxk={self.sae_auxk} needs a site with a decoder of its own (resid, mlp, attn), "
-                         f"not {self.sae_site}; sae_nudge works at all of them")
+        elif 0 < self.sae_k_start < self.sae_k:
+            found.append(f"sae_k_start={self.sae_k_start} must be 0 (off) or at least "
+                         f"sae_k={self.sae_k}")
         return found
-
-    @property
-    def n_features(self):
-        return {'hidden': self.mlp_ratio, 'stream': 1}.get(self.sae_site, self.sae_ratio) * self.n_embd
 
 class KVCache:
     """Keys and values of the tokens so far, so that sampling computes each token once."""
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        c, D = config, config.n_embd // config.n_head
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, D)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)   # (L, 2, B, H, T, D)
         self.pos = 0
 
@@ -91,8 +95,8 @@ class KVCache:
         return self.kv[layer, :, :, :, :end].unbind(0)
 
 def rotate(x, cos, sin):
-    """RoPE (arXiv 2104.09864): turns the pair of channels (i, i + D/2) by its position's angle. x (B, T, H, D)"""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # a cat of the two halves instead: 1 ms of 57 slower, in 124M
+    """RoPE (arXiv 2104.09864): turns channels (i, i + D/2) of x (B, T, H, D) by their angles."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # the other channel of each pair
     return (x * cos + swapped * sin).type_as(x)
 
 class Attention(nn.Module):
@@ -110,7 +114,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -122,8 +127,12 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x):
-        x = kernels.mlp(x, self.c_fc.weight, self.c_proj.weight) # c_proj(relu(c_fc(x))^2)
+    def forward(self, x, sparse=None):
+        """x (B, T, C) -> (B, T, C). sparse: at site hidden, what is done to the hidden layer."""
+        if sparse is None:
+            x = kernels.mlp(x, self.c_fc.weight, self.c_proj.weight) # c_proj(relu(c_fc(x))^2)
+        else:
+            x = self.c_proj(sparse(self.c_fc(x).relu().square()))
         return F.dropout(x, self.dropout, self.training)
 
 class Block(nn.Module):
@@ -131,31 +140,23 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attn = Attention(config, layer)
-        self.site, self.sae = None, None
-        if layer in config.sae_layers:
-            self.site = config.sae_site
-            self.sae = SAE(config.n_embd, config.n_features, config.sae_k, config.sae_site, config.sae_k_start,
-                           config.sae_tied_init, config.sae_token_skip, config.sae_recon, config.sae_auxk,
-                           config.sae_nudge, config.sae_silent_tokens)
-        self.mlp = None if self.site == 'hidden' else MLP(config) # at site hidden the SAE is the MLP
+        self.sae = SAE(config) if layer in config.sae_layers else None
+        self.mlp = MLP(config)
 
-    def forward(self, x, tok, rope, cache=None):
-        out = None
-        h = self.attn(norm(x), rope, cache)
-        if self.site == 'attn':
-            h, out = self.sae(h, tok)
-        x = x + h
-        if self.site == 'hidden':
-            h, out = self.sae(norm(x))
-            h = F.dropout(h, self.attn.dropout, self.training) # as in MLP
-        else:
-            h = self.mlp(norm(x))
-        if self.site == 'mlp':
-            h, out = self.sae(h, tok)
-        x = x + h
-        if self.site in ('resid', 'stream'):
+    def forward(self, x, tok, rope, outs, cache=None):
+        """x, tok (B, T, C) -> (B, T, C). The block's SAE, if any, appends its SAEOut to outs."""
+        hook = None if self.sae is None else self.sae.site.hook
+
+        def sparse(x):
             x, out = self.sae(x, tok)
-        return x, out
+            outs.append(out)
+            return x
+
+        h = self.attn(norm(x), rope, cache)
+        x = x + (sparse(h) if hook == 'attn' else h)
+        h = self.mlp(norm(x), sparse if hook == 'hidden' else None)
+        x = x + (sparse(h) if hook == 'mlp' else h)
+        return sparse(x) if hook == 'block' else x
 
 class GPT(nn.Module):
 
@@ -165,20 +166,24 @@ class GPT(nn.Module):
         if config.problems():
             raise ValueError("; ".join(config.problems()))
         self.config = config
-        padded = math.ceil(config.vocab_size / 64) * 64 # matmuls like multiples of 64; the extra logits never count
+        C, D = config.n_embd, config.n_embd // config.n_head
+        padded = math.ceil(config.vocab_size / 64) * 64 # matmuls like multiples of 64
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(padded, config.n_embd), # also the output head (tied)
+            wte=nn.Embedding(padded, C), # also the output head (tied); padded logits never count
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
-        D = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D)) # (T, D/2)
-        self.register_buffer('cos', torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1), persistent=False)  # (T, 1, D)
-        self.register_buffer('sin', torch.cat((angles.sin(), -angles.sin()), -1).unsqueeze(1), persistent=False) # (T, 1, D)
+        frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)                 # (D/2,)
+        angles = torch.outer(torch.arange(config.block_size), frequencies)    # (T, D/2)
+        angles = angles.unsqueeze(1)                                          # (T, 1, D/2)
+        cos = torch.cat((angles.cos(), angles.cos()), -1)                     # (T, 1, D)
+        sin = torch.cat((angles.sin(), -angles.sin()), -1)                    # (T, 1, D)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        wte             normal, std 0.02 (as the head it gives first logits of std 0.02 sqrt(C); as input it is normalised)
+        wte             normal, std 0.02 (as the input it is normalised)
         c_attn, c_fc    normal, std 1/sqrt(C)
         c_proj          zeros: every block starts as the identity
         SAE             see SAE.reset_parameters
@@ -193,15 +198,19 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
-        loss: mean cross-entropy in nats, without the SAEs' auxiliary losses (SAEOut.loss). With targets logits is None,
-        without them loss is.
-        SAEOut: its fields stacked over SAE layers along a new first axis, in the order of sae_layers; None if dense.
-        cache: a KVCache; idx then continues what it holds, and logits are the last position's only, (B, 1, V).
+
+        loss     mean cross-entropy in nats, without the SAEs' reconstruction loss (SAEOut.loss);
+                 with targets logits is None, without them loss is
+        SAEOut   its fields stacked over SAE layers along a new first axis, in the order of
+                 sae_layers; None if dense
+        cache    a KVCache: idx continues what it holds, and logits are the last position's only
+
+        Raises ValueError for more tokens than block_size, or several that continue a cache.
         """
         B, T = idx.size()
         pos = 0 if cache is None else cache.pos
         if pos + T > self.config.block_size:
-            raise ValueError(f"{pos + T} tokens do not fit the model's block_size of {self.config.block_size}")
+            raise ValueError(f"{pos + T} tokens do not fit block_size={self.config.block_size}")
         if pos and T > 1:
             raise ValueError("a filled KVCache takes one token at a time")
         tok = norm(self.transformer.wte(idx)).to(self.stream_dtype(idx.device)) # (B, T, C)
@@ -209,9 +218,7 @@ class GPT(nn.Module):
         rope = self.cos[pos:pos + T], self.sin[pos:pos + T]         # (T, 1, D) each
         outs = []
         for block in self.transformer.h:
-            x, out = block(x, tok, rope, cache)
-            if out is not None:
-                outs.append(out)
+            x = block(x, tok, rope, outs, cache)
         if cache is not None:
             cache.pos += T
             x = x[:, -1:]
@@ -219,17 +226,28 @@ class GPT(nn.Module):
         x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, wte)[..., :V], None, out                 # (B, T, V)
-        return None, kernels.linear_cross_entropy(x.flatten(0, 1), wte, targets.flatten(), V), out
+        loss = kernels.linear_cross_entropy(x.flatten(0, 1), wte, targets.flatten(), V)
+        return None, loss, out
 
     def saes(self):
         """{block index: its SAE}, in order."""
         return {i: block.sae for i, block in enumerate(self.transformer.h) if block.sae is not None}
 
+    def writes(self, layer):
+        """What each feature of the SAE in that block writes, in rows (F, C)."""
+        sae = self.transformer.h[layer].sae
+        if sae.site.own:
+            return sae.W_dec
+        if sae.site.name == 'hidden':
+            return self.transformer.h[layer].mlp.c_proj.weight.T
+        return torch.eye(sae.n_features, device=sae.alpha.device) # stream: a feature is a channel
+
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """
-        Continue idx (B, T) by max_new_tokens; yields each new token (B, 1). temperature 0 takes the likeliest token,
-        top_k keeps the k likeliest. A full cache restarts from the last half of the context.
+        Continue idx (B, T) by max_new_tokens; yields each new token (B, 1). temperature 0 takes the
+        likeliest token, top_k keeps the k likeliest. A full cache restarts from the last half of
+        the context.
         """
         cache, new = None, idx[:, -self.config.block_size:]
         for _ in range(max_new_tokens):
@@ -249,7 +267,7 @@ class GPT(nn.Module):
             yield new
 
     def stream_dtype(self, device):
-        """Under autocast the residual stream is bf16 too, not only the matmuls: half the bytes to move between them."""
+        """Under autocast the residual stream is bf16 too: half the bytes to move."""
         on = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if on else self.transformer.wte.weight.dtype
 
@@ -259,38 +277,44 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward: 6 a matmul weight, 12 L C T for attention (PaLM, arXiv 2204.02311, appendix B). Of an SAE
-        only the encoder's forward is dense (2 F C); decoding and the four gradients touch K rows (10 K C).
+        Forward and backward: 6 a matmul weight, 12 L C T for attention (PaLM, arXiv 2204.02311,
+        appendix B). Of an SAE only the encoder's forward is dense (2 F C); decoding and the four
+        gradients touch K rows (10 K C).
         """
         c = self.config
         matmul = self.transformer.wte.weight.numel()
         matmul += sum(p.numel() for n, p in self.named_parameters() if '.c_' in n or 'W_skip' in n)
-        sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in self.saes().values() if s.site != 'stream')
+        own = [s for s in self.saes().values() if s.site.own]
+        sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in own)
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
     def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor, sae_skip_lr=1.0):
         """
-        Parameter groups by what happens to them: the GPT's matrices decay (at site hidden the SAE's two are the MLP's);
-        the SAE's parameters do not (decay would silence rare features, which get few gradients), and have their own
-        learning rate; so has the token skip, relative to theirs.
+        Parameter groups: the GPT's matrices decay; the SAE's parameters do not (decay would silence
+        rare features, which get few gradients), and have their own learning rate; so has the token
+        skip, relative to theirs.
         """
         groups = dict(matrices=[], sae=[], skip=[])
-        for n, p in self.named_parameters():
-            own = '.sae.' in n and not (self.config.sae_site == 'hidden' and p.dim() > 1)
-            groups['matrices' if not own else 'skip' if n.endswith('W_skip') else 'sae'].append(p)
+        for name, p in self.named_parameters():
+            kind = 'skip' if name.endswith('W_skip') else 'sae' if '.sae.' in name else 'matrices'
+            groups[kind].append(p)
         factor = dict(matrices=1.0, sae=sae_lr_factor, skip=sae_lr_factor * sae_skip_lr)
-        return [dict(params=params, weight_decay=weight_decay if name == 'matrices' else 0.0, lr=learning_rate * factor[name],
-                     lr_factor=factor[name], name=name) for name, params in groups.items() if params]
+        decay = dict(matrices=weight_decay, sae=0.0, skip=0.0)
+        return [dict(params=params, name=kind, weight_decay=decay[kind],
+                     lr=learning_rate * factor[kind], lr_factor=factor[kind])
+                for kind, params in groups.items() if params]
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checkpoints: ckpt.pt is the newest whole one, ckpt_prev.pt the one before
 
 def save_checkpoint(out_dir, checkpoint):
     """
-    Write whole or not at all: a temporary file, synced, then renamed. At every moment ckpt.pt is there, old or new, and
-    ckpt_prev.pt goes only after the new one is in place: it may be the only good one. Raises OSError, e.g. for a full disk.
+    Write whole or not at all: a temporary file, synced, then renamed. At every moment ckpt.pt is
+    there, old or new, and ckpt_prev.pt goes only after the new one is in place: it may be the only
+    good one. Raises OSError, e.g. for a full disk.
     """
-    path, prev, tmp, old = (os.path.join(out_dir, n) for n in ('ckpt.pt', 'ckpt_prev.pt', 'ckpt.tmp', 'ckpt.old'))
+    names = ('ckpt.pt', 'ckpt_prev.pt', 'ckpt.tmp', 'ckpt.old')
+    path, prev, tmp, old = (os.path.join(out_dir, name) for name in names)
     try:
         with open(tmp, 'wb') as f:
             torch.save(checkpoint, f)
@@ -299,13 +323,15 @@ def save_checkpoint(out_dir, checkpoint):
     except (OSError, RuntimeError) as e: # on a full disk torch raises RuntimeError: unexpected pos
         if os.path.exists(tmp):
             os.remove(tmp)
-        raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? ({str(e).splitlines()[0]})") from None
+        reason = str(e).splitlines()[0]
+        raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? "
+                      f"({reason})") from None
     if os.path.exists(old): # from a save that was killed
         os.remove(old)
     if os.path.exists(path):
         try:
             os.link(path, old)
-        except OSError: # a file system without hard links: ckpt.pt is missing for a moment, but then it is ckpt_prev.pt
+        except OSError: # no hard links here: for a moment there is ckpt_prev.pt only
             os.replace(path, prev)
     os.replace(tmp, path)
     try:
@@ -316,8 +342,9 @@ def save_checkpoint(out_dir, checkpoint):
 
 def load_checkpoint(out_dir, map_location='cpu'):
     """
-    The newest checkpoint in out_dir that is whole, as a dict; falls back to the one before, and says so.
-    Raises ValueError with one sentence if there is none. Only tensors and plain values are ever unpickled.
+    The newest checkpoint in out_dir that is whole, as a dict; falls back to the one before, and
+    says so. Raises ValueError with one sentence if there is none. Only tensors and plain values are
+    ever unpickled.
     """
     problems = []
     for name in ('ckpt.pt', 'ckpt_prev.pt'):
@@ -327,36 +354,43 @@ def load_checkpoint(out_dir, map_location='cpu'):
             continue
         try:
             with zipfile.ZipFile(path) as z:
-                if (bad := z.testzip()) is not None: # every record's CRC: torch.load alone misses a flipped bit
+                bad = z.testzip() # every record's CRC: torch.load alone misses a flipped bit
+                if bad is not None:
                     raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            if type(checkpoint) is not dict or not {'model', 'model_args'} <= set(checkpoint) or type(checkpoint.get('step')) is not int:
+            known = {'model', 'model_args', 'step'}
+            if type(checkpoint) is not dict or not known <= set(checkpoint):
                 raise ValueError("another program's file")
-        except Exception as e: # damage shows up as almost any exception: unpickling, zip, end of file
-            problems.append(f"{path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''})")
+        except Exception as e: # damage shows up as almost any: unpickling, zip, end of file
+            reason = (str(e).splitlines() or [''])[0][:80]
+            problems.append(f"{path} cannot be read ({type(e).__name__}: {reason})")
             continue
         if problems:
             print(f"warning: {'; '.join(problems)}: using {path} instead")
         return checkpoint
-    raise ValueError(f"no checkpoint in {out_dir}: {'; '.join(problems)}. Train first, or give another --out_dir.")
+    raise ValueError(f"no checkpoint in {out_dir}: {'; '.join(problems)}. Train first, or give "
+                     "another --out_dir.")
 
 def load_model(checkpoint, device='cpu'):
     """
-    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc, watching only, are spliced in.
-    Raises ValueError, one sentence, for a checkpoint of another version or program and for an unusable device.
+    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc, watching only,
+    are spliced in. Raises ValueError, one sentence, for a checkpoint of another version or program
+    and for an unusable device.
     """
     try:
         torch.ones((), device=device).item()
     except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps") from None
+        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or "
+                         "mps") from None
     try:
         model = GPT(GPTConfig(**checkpoint['model_args']))
         model.load_state_dict(checkpoint['model'])
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"the checkpoint does not fit this version of model.py ({str(e).strip().splitlines()[-1].strip()}): "
-                         "use the version that wrote it, or train again") from None
+        reason = str(e).strip().splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint does not fit this version of model.py ({reason}): use "
+                         "the version that wrote it, or train again") from None
     if checkpoint.get('config', {}).get('sae_posthoc'): # saved with alpha 0
-        print("note: the SAEs were trained post hoc, watching only; here they are spliced in (alpha 1)", file=sys.stderr)
+        print("note: the SAEs were trained post hoc; here they are spliced in", file=sys.stderr)
         for sae in model.saes().values():
             sae.posthoc = True
             sae.alpha.fill_(1.0)
