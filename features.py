@@ -7,6 +7,7 @@ What features do, in numbers. Nothing here prints; inspect_features.py, sample.p
   scan         one pass over val; its index in out_dir answers all questions about features
   numbers      of one feature; of a regular expression; of a probe
 
+Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs (in
 the scan) or snapshots (in the timeline), V vocabulary, P places where a feature fires.
 """
@@ -28,15 +29,10 @@ from torch.nn.functional import cross_entropy, normalize
 from data.dataset import eval_batches, load_dataset, load_meta, load_tokenizer, token_bytes
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 2       # of the index: one of another version is made again
-TOP, RANDOM = 16, 8            # contexts kept of a feature
-BINS, INTERVALS = 32, 8        # of its activations, from 0 to a power of two
-SIDE = 16         # tokens of a context on either side of its peak
-SETTLED = 0.7     # cosine of its token counts to the last ones from which a feature is settled
-
-def untracked(items, description='', total=None):
-    """Stands for rich.progress.track where nobody watches."""
-    return items
+VERSION = 2                 # of index.npz and timeline.npz: another one is made again
+TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
+BINS, INTERVALS = 32, 8     # of its activations, from 0 to a power of two
+SETTLED = 0.7               # cosine of its token counts to the last ones: it is settled
 
 # --------------------------------------------------------------------------------------------------
 # statistics of features over a set of tokens
@@ -62,8 +58,7 @@ def token_entropy(keys, counts, n_features, vocab_size):
     return torch.where(total > 0, entropy.clamp_min(0), torch.nan)
 
 def top_tokens(keys, counts, n_features, vocab_size, n=8):
-    """The n most frequent tokens of each feature (F, n), -1 where there are fewer, and their
-    counts (F, n)."""
+    """The n most frequent tokens of each feature (F, n), -1 for none, and their counts (F, n)."""
     order = torch.argsort(counts, descending=True, stable=True)
     order = order[torch.argsort(keys[order] // vocab_size, stable=True)] # by feature, then count
     f, tokens = keys[order] // vocab_size, keys[order] % vocab_size
@@ -79,10 +74,10 @@ def top_tokens(keys, counts, n_features, vocab_size, n=8):
 def token_statistics(values, indices, tokens, n_features, vocab_size):
     """{count (F,), entropy (F,), top_tokens (F, 8), top_counts (F, 8)}; arguments on the CPU."""
     keys, counts = count_pairs(values, indices, tokens, vocab_size)
+    pairs = keys, counts, n_features, vocab_size
+    top, top_counts = top_tokens(*pairs)
     count = torch.zeros(n_features, dtype=torch.long).index_add_(0, keys // vocab_size, counts)
-    top, top_counts = top_tokens(keys, counts, n_features, vocab_size)
-    entropy = token_entropy(keys, counts, n_features, vocab_size)
-    return dict(count=count.int().numpy(), entropy=entropy.float().numpy(),
+    return dict(count=count.int().numpy(), entropy=token_entropy(*pairs).float().numpy(),
                 top_tokens=top.int().numpy(), top_counts=top_counts.int().numpy())
 
 # --------------------------------------------------------------------------------------------------
@@ -98,14 +93,13 @@ def snapshot(model, batches):
         indices.append(out.indices.cpu())
     tokens = torch.cat(tokens)                                              # (B, T)
     values, indices = torch.cat(values, dim=1), torch.cat(indices, dim=1)   # (S, B, T, K)
+    F, V = model.config.n_features, model.config.vocab_size
     arrays = dict(probed=tokens.numel(), layers=list(model.saes()))
-    for s, (layer, sae) in enumerate(model.saes().items()):
-        found = token_statistics(values[s], indices[s], tokens, sae.n_features,
-                                 model.config.vocab_size)
-        total = torch.zeros(sae.n_features)
-        total.index_add_(0, indices[s].flatten(), values[s].flatten())
+    for s, layer in enumerate(model.saes()):
+        found = token_statistics(values[s], indices[s], tokens, F, V)
+        total = torch.zeros(F).index_add_(0, indices[s].flatten(), values[s].flatten())
         found['mean'] = total.numpy() / np.maximum(found['count'], 1)
-        if sae.site.name != 'stream':
+        if model.config.sae_site != 'stream':
             found['W_dec'] = model.writes(layer).detach().half().cpu().numpy()
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
     return arrays
@@ -130,7 +124,7 @@ def of_layer(arrays, layer):
     start = f'L{layer}.'
     return {name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)}
 
-def open_timeline(out_dir, track=untracked):
+def open_timeline(out_dir, track):
     """
     {block: its SAE in all snapshots}, whose attributes are layer, steps (S,), tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
@@ -164,18 +158,18 @@ def read_snapshot(file, last):
             both = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]   # (F, 8, 8)
             a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
             dot = np.einsum('fij,fi,fj->f', both, a, b)
-            arrays[f'L{layer}.same'] = dot / lengths(a, b)
+            arrays[f'L{layer}.same'] = cosine(dot, a, b)
             arrays[f'L{layer}.cos'] = np.ones(len(a))
             if arrays.pop(f'L{layer}.W_dec', None) is not None:              # site stream has none
                 a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
-                arrays[f'L{layer}.cos'] = (a * b).sum(1) / lengths(a, b)
+                arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
     except (TypeError, LookupError, ValueError):
         raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
     return arrays
 
-def lengths(a, b):
-    """Of rows (F, n), |a| |b|, for cosines."""
-    return np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def cosine(dot, a, b):
+    """Of the rows of a and b (F, n), whose products are dot (F,)."""
+    return dot / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def settled_at(timeline):
     """
@@ -201,6 +195,7 @@ def feature_timeline(timeline, f):
 # a run, and the one way in which a text is read
 
 class Run(NamedTuple):
+    """A run of train.py, opened."""
     out_dir: str
     checkpoint: dict
     model: GPT
@@ -209,13 +204,19 @@ class Run(NamedTuple):
     tokenizer: object # a tiktoken Encoding
     names: list       # (V,) bytes: what each token stands for
 
-def open_run(out_dir, dataset='', device='auto'):
-    """The Run in out_dir. dataset '' is that of training. Raises ValueError, one sentence."""
+def open_run(out_dir, dataset='', device='auto', for_features=True):
+    """
+    The Run in out_dir. dataset '' is that of training. Raises ValueError, one sentence; also for a
+    dense model, if it is for_features.
+    """
     checkpoint = load_checkpoint(out_dir)
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device
     model = load_model(checkpoint, device)
+    if for_features and not model.saes():
+        raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
+                         "at or to steer; train one with --sae_layers")
     dataset = dataset or checkpoint['dataset']
     folder, meta, _ = load_meta(dataset)
     V = model.config.vocab_size
@@ -225,11 +226,22 @@ def open_run(out_dir, dataset='', device='auto'):
     tokenizer = load_tokenizer(folder, meta)
     return Run(out_dir, checkpoint, model, dataset, meta, tokenizer, token_bytes(tokenizer, V))
 
-def need_saes(run, why):
-    """Raises ValueError for a dense model."""
-    if not run.model.saes():
-        raise ValueError(f"the model in {run.out_dir} is dense: it has no {why}; "
-                         "train one with --sae_layers")
+def parse_feature(text, layers, n_features, layer=-1):
+    """
+    'L6.F2386' -> (6, 2386); '2386' is of `layer`, and of the first where that is -1. Raises
+    ValueError, one sentence.
+    """
+    match = re.fullmatch(r'(?:L?([0-9]{1,9})\.)?F?([0-9]{1,9})', text.strip(), re.I)
+    if not match:
+        raise ValueError(f"{text!r} names no feature: write L6.F2386, or 2386 with --layer=6")
+    layer, f = int(match[1] or (min(layers) if layer == -1 else layer)), int(match[2])
+    if layer not in layers:
+        blocks = ', '.join(map(str, layers))
+        raise ValueError(f"{text}: block {layer} has no SAE; block {blocks} has one")
+    if f >= n_features:
+        raise ValueError(f"{text} is out of range: block {layer} has features 0 to "
+                         f"{n_features - 1}")
+    return layer, f
 
 def read_file(key, path):
     """The text of the file that --key=path names. Raises ValueError, one sentence."""
@@ -340,59 +352,60 @@ def caption(raw):
 # --------------------------------------------------------------------------------------------------
 # the scan: one pass of the model over val, and the index that it leaves in out_dir
 
-def scan_val(run, wanted, key, track=untracked):
+def scan_val(run, wanted, key, track):
     """
     Reads about `wanted` tokens of val, in windows of block_size, and writes out_dir/index.npz:
       tokens    (N,)         those
       features  (S, N, K)    the features active on each; F where a slot is not active
-      values    (S, N, K)    their activations, fp16
-      order     (S, N * K)   the slots n * K + k sorted by feature: where each one fires
+      values    (S, N, K)    their activations
       the statistics of each SAE (S, F, ...), and meta as JSON, with key, the checkpoint
     """
     model, config, saes = run.model, run.model.config, run.model.saes()
     device, T, V, F = device_of(model), config.block_size, config.vocab_size, config.n_features
-    K = next(iter(saes.values())).k_max
+    site = next(iter(saes.values())).site
     B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
     batches = [x for x, _ in eval_batches(load_dataset(run.dataset).val, T, B, wanted)]
-    largest = torch.zeros(len(saes), F + 1, device=device)
     features, values, fvu = [], [], []
     for x in track(batches, "scanning"):
         _, out = forward(model, x)
         acts = out.values.float().flatten(1, 2)                              # (S, B * T, K)
         active = torch.where(acts != 0, out.indices.flatten(1, 2), F)        # (S, B * T, K)
-        largest.scatter_reduce_(1, active.flatten(1), acts.abs().flatten(1), 'amax')
         features.append(active.cpu().numpy().astype(np.uint16 if F < 2**16 else np.uint32))
-        values.append(acts.clamp(-65504, 65504).half().cpu().numpy())
+        values.append(acts.cpu().numpy())
         fvu.append(out.fvu.float().cpu().numpy())
     tokens = torch.cat([x.flatten() for x in batches]).numpy()               # (N,)
     features, values = np.concatenate(features, axis=1), np.concatenate(values, axis=1)
-    order = [np.argsort(x.reshape(-1), kind='stable').astype(np.uint32) for x in features]
     wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
-    found = [scan_statistics(x, tokens, model.writes(layer).detach().float(), wte)
-             for layer, x in zip(saes, features)]
+    found = []
+    for s, layer in enumerate(saes):
+        writes = model.writes(layer).detach().float()                        # (F, C)
+        found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
-    arrays |= dict(max=largest[:, :F].cpu().numpy(), fvu=np.mean(fvu, axis=0))
-    site = next(iter(saes.values())).site
+    arrays |= dict(tokens=tokens, features=features, values=values, fvu=np.mean(fvu, axis=0))
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
-                site=site.name, place=site.place, F=F, K=K, T=T, N=len(tokens), eot=eot,
-                wanted=wanted, dataset=str(run.dataset), names=names)
-    arrays |= dict(tokens=tokens, features=features, values=values, order=np.stack(order))
+                site=site.name, place=site.place, F=F, K=features.shape[2], T=T, N=len(tokens),
+                eot=eot, wanted=wanted, dataset=str(run.dataset), names=names)
     save_npz(Path(run.out_dir) / 'index.npz', arrays | dict(meta=json.dumps(meta)), np.savez)
 
-def scan_statistics(features, tokens, writes, wte):
+def scan_statistics(values, features, tokens, writes, wte):
     """
-    Of one SAE: features (N, K), F where a slot is not active; tokens (N,); writes (F, C); wte
-    (V, C). Adds to token_statistics the rank by entropy (F,), 0 for a dead feature; the next tokens
-    that a feature promotes (up), suppresses (down), and the features that write most like it
-    (near), each with its values.
+    Of one SAE: values and features (N, K), F where a slot is not active; tokens (N,); writes
+    (F, C); wte (V, C). Adds to token_statistics
+      order (N * K,)   the slots n * K + k sorted by feature: where each one fires
+      max, rank (F,)   the largest activation; the place by entropy, of equals the densest first
+      up, down, near   the next tokens that a feature promotes and suppresses, and the features
+                       that write most like it, each with its values
     """
     F, V = len(writes), len(wte)
     indices = torch.from_numpy(features.astype(np.int64))
     found = token_statistics(indices < F, indices, torch.from_numpy(tokens), F, V)
-    order = np.lexsort((-found['count'], found['entropy']))                  # nan comes last
-    found['rank'] = np.where(found['count'] > 0, order.argsort() + 1, 0).astype(np.int32)
+    size = torch.from_numpy(values).abs().flatten()
+    found['max'] = torch.zeros(F + 1).scatter_reduce(0, indices.flatten(), size, 'amax')[:F].numpy()
+    found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
+    by_entropy = np.lexsort((-found['count'], found['entropy']))             # nan comes last
+    found['rank'] = np.where(found['count'] > 0, by_entropy.argsort() + 1, 0)
     unit = normalize(writes, dim=-1)
     parts = dict(up=[], down=[], near=[])
     for rows in torch.arange(F, device=writes.device).split(1024):
@@ -429,32 +442,26 @@ def read_index(out_dir):
         index[layer] = scan
     return index
 
-def open_index(out_dir, dataset, device, scan_tokens, say, track=untracked):
+def open_index(out_dir, dataset, device, scan_tokens, say, track):
     """
     read_index, after a scan where there is none that fits. dataset '' and scan_tokens 0 take what
     the index has. say(sentence) is told what is done. Raises ValueError, one sentence.
     """
-    index, key, why = read_index(out_dir), [], ''
-    with contextlib.suppress(OSError, zipfile.BadZipFile):                   # empty if not whole
+    index, key = read_index(out_dir), []
+    with contextlib.suppress(OSError, zipfile.BadZipFile):
         with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
             key = [item.CRC for item in z.infolist()]        # the content, without reading it
-    scan = next(iter(index.values()), None)
-    if scan is None:
-        there = (Path(out_dir) / 'index.npz').exists()
-        why = "the index is damaged or of another version" if there else "there is no index yet"
-    elif key and scan.key != key:
-        why = f"the index is of another checkpoint, of step {scan.step:,}"
-    elif scan_tokens not in (0, scan.wanted) or dataset not in ('', scan.dataset):
-        why = f"the index is of {scan.wanted:,} tokens of {scan.dataset}"
-    elif not key:
-        say(f"note: no checkpoint in {out_dir} that can be read; "
-            f"its index is of step {scan.step:,}")
-    if not why:
-        return index
+    why = "there is no index of this version that is whole"
+    for scan in list(index.values())[:1]:
+        why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
+        if (key in (scan.key, []) and scan_tokens in (scan.wanted, 0)
+                and dataset in (scan.dataset, '')):
+            if not key:
+                say(f"note: no checkpoint in {out_dir} that can be read; {why}")
+            return index
     run = open_run(out_dir, dataset, device)
-    need_saes(run, "SAE to look into")
-    gpu = device_of(run.model).type == 'cuda'
     say(f"{why}: scanning")
+    gpu = device_of(run.model).type == 'cuda'
     scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
     return read_index(out_dir)
 
@@ -481,7 +488,7 @@ def fires_on(scan, f):
 def firings(scan, f):
     """Where a feature fires: positions (P,), ascending, and activations (P,)."""
     slots = scan.order[scan.first[f]:scan.first[f] + scan.count[f]]
-    return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots].astype(np.float32)
+    return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots]
 
 def feature_numbers(scan, f, seed):
     """
@@ -503,36 +510,44 @@ def feature_numbers(scan, f, seed):
     intervals = []
     for j in reversed(range(INTERVALS)):
         inside = bins * INTERVALS // BINS == j                               # (P,)
+        some = where[drawn[inside[drawn]]]                   # the last: random has the first
         if inside.any():
-            some = drawn[inside[drawn]][-1:]                 # the random contexts are the first
-            examples = [context(scan, where, acts, at) for at in where[some].tolist()]
+            example = context(scan, where, acts, int(some[-1])) if len(some) else None
             intervals.append((j * R / INTERVALS, (j + 1) * R / INTERVALS, float(inside.mean()),
-                              examples[0] if examples else None))
+                              example))
     both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
     share = both / np.maximum(1, scan.count + count - both)                  # (F,)
     share[f] = -1
     joint = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
-    near = list(zip(scan.near[f].tolist(), scan.near_value[f].tolist()))
+    pairs = {name: list(zip(getattr(scan, name)[f].tolist(),
+                            getattr(scan, f'{name}_value')[f].tolist()))
+             for name in ('up', 'down', 'near')}
+    if scan.site == 'stream':
+        pairs['near'] = []                                   # channels are orthogonal
     return dict(
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
-        entropy=float(scan.entropy[f]) if count else None,
-        hist=np.bincount(bins, minlength=BINS).tolist(), fires_on=fires_on(scan, f),
-        up=list(zip(scan.up[f].tolist(), scan.up_value[f].tolist())),
-        down=list(zip(scan.down[f].tolist(), scan.down_value[f].tolist())),
-        near=near if scan.site != 'stream' else [],          # whose channels are orthogonal
-        joint=list(zip(joint.tolist(), share[joint].tolist())), intervals=intervals,
+        entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f), **pairs,
+        hist=np.bincount(bins, minlength=BINS).tolist(), intervals=intervals,
+        joint=list(zip(joint.tolist(), share[joint].tolist())),
         top=contexts(scan, where, acts, where[strongest_first], TOP),
         random=contexts(scan, where, acts, where[drawn], RANDOM))
 
 def contexts(scan, where, acts, peaks, n):
-    """The contexts of the first peak in each of the first n windows that peaks visit, folded."""
-    first = {}
+    """
+    The contexts of the first peak in each of the first n windows that peaks visit. Those with the
+    same text around the peak are one, counted in `times`.
+    """
+    windows, found = set(), {}
     for peak in map(int, peaks):
-        first.setdefault(peak // scan.T, peak)
-        if len(first) == n:
+        if peak // scan.T not in windows:
+            c = context(scan, where, acts, peak)
+            text = tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5])
+            found.setdefault(text, c)['times'] += 1
+            windows.add(peak // scan.T)
+        if len(windows) == n:
             break
-    return fold([context(scan, where, acts, peak) for peak in first.values()])
+    return list(found.values())
 
 def context(scan, where, acts, peak):
     """The text around a peak, no further than its window. where, acts: the feature's firings."""
@@ -542,18 +557,7 @@ def context(scan, where, acts, peak):
     inside = slice(*np.searchsorted(where, (begin, end)))
     around[where[inside] - begin] = acts[inside]
     return dict(tokens=scan.tokens[begin:end].tolist(), acts=around.tolist(), peak=peak - begin,
-                where=peak, times=1)
-
-def fold(contexts):
-    """Contexts with the same text around the peak as one, counted in `times`."""
-    seen = {}
-    for c in contexts:
-        text = tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5])
-        if text in seen:
-            seen[text]['times'] += 1
-        else:
-            seen[text] = c
-    return list(seen.values())
+                where=peak, times=0)
 
 def removal_effect(model, scan, f, n, seed):
     """
@@ -627,7 +631,7 @@ def read_labels(path):
     return labels, texts
 
 def pooled_codes(run, texts):
-    """{block: X (n, F)}: for each text, each feature's strongest activation on any of its tokens."""
+    """{block: X (n, F)}: for each text each feature's strongest activation on any token."""
     X = {layer: np.zeros((len(texts), sae.n_features), np.float32)
          for layer, sae in run.model.saes().items()}
     skip = 0 if run.meta['eot'] is None else 1               # not what end-of-text sets off

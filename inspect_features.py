@@ -37,9 +37,9 @@ from rich.text import Text
 
 import configurator
 from features import (BINS, SETTLED, accuracy, caption, choose_features, encode, feature_numbers,
-                      feature_timeline, find, fires_on, need_saes, open_index, open_run,
-                      open_timeline, overview_numbers, pooled_codes, prompt_text, read,
-                      read_labels, removal_effect, safe, settled_at, split, strongest)
+                      feature_timeline, find, fires_on, open_index, open_run, open_timeline,
+                      overview_numbers, parse_feature, pooled_codes, prompt_text, read, read_labels,
+                      removal_effect, safe, settled_at, split, strongest)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -94,7 +94,9 @@ def show(console, parts):
     """Prints what a view yields, without the spaces with which rich fills its tables."""
     with console.capture() as capture:
         for part in parts:
-            console.print(part, crop=False)
+            wrap = dict(no_wrap=getattr(part, 'no_wrap', None),
+                        overflow=getattr(part, 'overflow', None)) # of a Text, which rich forgets
+            console.print(part, crop=False, **wrap)
     print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +140,8 @@ def plain_table(*columns):
     table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
                   show_header=any(columns))
     for column in columns[:-1]:
-        table.add_column(column, justify='right', no_wrap=True)
+        side = 'left' if column in ('feature', 'token', 'label') else 'right'
+        table.add_column(column, justify=side, no_wrap=True)
     table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
     return table
 
@@ -224,30 +227,17 @@ def chosen(options, by_layer):
 
 def chosen_features(options, index):
     """--feature as [(scan, feature)]. Raises ValueError, one sentence."""
-    first, features = chosen(options, index)[0], []
-    for text in options.feature.split(','):
-        match = re.fullmatch(r'(?:L?(\d+)\.)?F?(\d+)', text.strip(), re.I)
-        if not match:
-            raise ValueError(f"feature={text!r} names no feature: write 2386 (with --layer=6) "
-                             "or L6.F2386")
-        layer, f = int(match[1] or first.layer), int(match[2])
-        if layer not in index:
-            raise ValueError(f"feature={text!r}: block {layer} has no SAE; "
-                             f"block {', '.join(map(str, index))} has one")
-        if f >= first.F:
-            raise ValueError(f"feature={text!r} is out of range: block {layer} has features 0 to "
-                             f"{first.F - 1}")
-        features.append((index[layer], f))
-    return features
+    n_features = chosen(options, index)[0].F
+    found = [parse_feature(text, index, n_features, options.layer)
+             for text in options.feature.split(',')]
+    return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
     return open_index(options.out_dir, options.dataset, options.device, options.scan_tokens, say,
                       tracked)
 
 def run_of(options):
-    run = open_run(options.out_dir, options.dataset, options.device)
-    need_saes(run, "SAE to look into")
-    return run
+    return open_run(options.out_dir, options.dataset, options.device)
 
 def all_numbers(options, features):
     """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
@@ -315,12 +305,14 @@ def overview_of(scan, options, console):
         yield heading('In between', "evenly spaced by rank; their strongest contexts")
         places = np.linspace(0, len(known) - 1, options.rows + 2)[1:-1]
         for f in known[places.astype(int)]:
-            yield from feature_table((), [(scan, f)])
+            yield Text.assemble('  ', (name(scan, f), 'bold'), '  ', captions(scan, f),
+                                no_wrap=True, overflow='ellipsis')
             for c in feature_numbers(scan, f, options.seed)['top'][:3]:
                 yield one_line(scan, c, scan.max[f], console.width)
     some = ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
     yield heading('Dead', f"never fired in {scan.N:,} tokens")
-    yield f"  {some} ... {d['dead']:,} in all" if d['dead'] > options.rows else f"  {some or 'none'}"
+    more = f" ... {d['dead']:,} in all" if d['dead'] > options.rows else ''
+    yield f"  {some or 'none'}{more}"
     if len(known):
         yield heading('Next')
         yield command(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
@@ -486,7 +478,6 @@ def prompt_view(options, console):
         yield Text('activation, its bar of the largest in the scan, and what the feature fires '
                    'on\n', 'dim')
         table = plain_table('token', '', '', 'feature', 'fires on')
-        table.columns[0].justify = 'left'
         for token, features in rows:
             word = Text(caption(scan.names[token]))
             for f, act in features[scan.layer]:
@@ -549,24 +540,21 @@ def probe_view(options, console):
 # --------------------------------------------------------------------------------------------------
 # HTML and export
 
-def page_of_all(options, console):
-    scans = chosen(options, index_of(options))
-    yield write_html(options, [(scan, f) for scan in scans
-                               for f in np.flatnonzero(scan.count).tolist()])
-
-def page_of_features(options, console):
-    yield write_html(options, chosen_features(options, index_of(options)))
-
-def page_of_prompt(options, console):
-    index, rows = index_of(options), prompt_rows(options)
-    features = {(scan.layer, f) for _, by_layer in rows for scan in chosen(options, index)
-                for f, _ in by_layer[scan.layer]}
-    yield write_html(options, [(index[layer], f) for layer, f in sorted(features)], rows)
-
-def write_html(options, features, rows=None):
-    """One static file: assets/viewer.html with its data put in. Returns a sentence."""
-    index = index_of(options)
+def page(options, console):
+    """One static file: assets/viewer.html with its data put in."""
+    index, rows = index_of(options), None
     scan = next(iter(index.values()))
+    if options.feature:
+        features = chosen_features(options, index)
+    elif options.prompt or options.prompt_file:
+        rows = prompt_rows(options)
+        layers = [scan.layer for scan in chosen(options, index)]
+        features = {(layer, f) for _, by_layer in rows for layer in layers
+                    for f, _ in by_layer[layer]}
+        features = [(index[layer], f) for layer, f in sorted(features)]
+    else:
+        features = [(scan, f) for scan in chosen(options, index)
+                    for f in np.flatnonzero(scan.count).tolist()]
     word = functools.cache(lambda token: safe(scan.names[token]))
     data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
                 dataset=scan.dataset, shown_from=SHOWN_FROM,
@@ -587,13 +575,13 @@ def write_html(options, features, rows=None):
     path.with_name(f'{path.name}.tmp').write_text(
         TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
     os.replace(f'{path}.tmp', path)
-    return f'{len(features):,} features -> {path}, {path.stat().st_size / 1e6:.1f} MB'
+    yield f'{len(features):,} features -> {path}, {path.stat().st_size / 1e6:.1f} MB'
 
 def for_page(scan, context):
-    """[text, [text, activation, is it the peak], text, ...], where, times: silent tokens are one."""
+    """[text, (text, activation, is it the peak), text, ...], where, times."""
     parts = ['']
     for text, act, peak in pieces(scan, context):
-        if act or peak:                      # a peak can be too weak for fp16
+        if act:
             parts += [(text, act, peak), '']
         else:
             parts[-1] += text
@@ -644,11 +632,11 @@ VIEWS = { # the options that choose it, in alphabetical order: the view
     '': overview,
     'export': export,
     'feature': feature_view,
-    'feature html': page_of_features,
+    'feature html': page,
     'feature timeline': feature_timeline_view,
     'find': find_view,
-    'html': page_of_all,
-    'html prompt': page_of_prompt,
+    'html': page,
+    'html prompt': page,
     'probe': probe_view,
     'prompt': prompt_view,
     'timeline': timeline_view,

@@ -13,7 +13,6 @@ What differs from nanoGPT's sample.py: a KV cache, --show_features, --steer, no 
 Given several times, the edits apply in their order. At site stream the feature is a channel.
 """
 import itertools
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, need_saes, open_run,
+from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
                       prompt_text, read, safe, strongest)
 
 DEFAULTS = dict(
@@ -70,22 +69,16 @@ def parse_steering(specs, model):
     """
     saes, choices = model.saes(), []
     for spec in specs:
-        match = re.fullmatch(r'(L([0-9]{1,9})\.F([0-9]{1,9}))=(.+)', spec.strip())
-        if not match:
+        name, _, strengths = spec.strip().partition('=')
+        if not strengths:
             raise ValueError(f"--steer={spec!r} is malformed: expected L6.F2386=8 (add), =x2 "
                              "(scale), =off (ablate) or =0,2,4,8 (a sweep)")
-        name, i, f = match[1], int(match[2]), int(match[3])
-        if i not in saes:
-            blocks = ', '.join(map(str, saes))
-            raise ValueError(f"{name}: only these blocks have an SAE: {blocks}")
-        if f >= saes[i].n_features:
-            raise ValueError(f"{name}: the features of block {i} are 0..{saes[i].n_features - 1}")
+        i, f = parse_feature(name, saes, model.config.n_features)
         if saes[i].alpha == 0:
             raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on "
                              "the text yet: train on, then steer")
-        strengths = [text.strip() for text in match[4].split(',')]
-        choices.append([(f"{name}={text}", (i, f, *parse_strength(text, spec)))
-                        for text in strengths])
+        choices.append([(f"L{i}.F{f}={text.strip()}", (i, f, *parse_strength(text.strip(), spec)))
+                        for text in strengths.split(',')])
     if sum(len(choice) > 1 for choice in choices) > 1:
         raise ValueError("more than one --steer is a sweep: give a list of strengths to one only")
     sweep = []
@@ -171,10 +164,7 @@ def print_columns(left, right):
     table.add_column(width=39, overflow='fold')
     table.add_column(width=37, overflow='fold')
     table.add_row(left, right)
-    console = Console(width=80, markup=False, emoji=False, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
+    Console(width=80, markup=False, emoji=False, highlight=False).print(table)
 
 def print_features(model, tokens, names, n):
     """For each token and SAE layer the n features with the largest activations, in size."""
@@ -203,10 +193,9 @@ def print_table(scores, features, n):
 def write_samples(options):
     """Does what the options ask for."""
     given = prompt_text(options.prompt, options.prompt_file)
-    run = open_run(options.out_dir, options.dataset, options.device)
+    for_features = bool(options.steer or options.show_features)
+    run = open_run(options.out_dir, options.dataset, options.device, for_features)
     model, saes = run.model, run.model.saes()
-    if options.steer or options.show_features:
-        need_saes(run, "features for --steer or --show_features")
     own = run.meta['train_sha256'] == run.checkpoint['data_sha256']
     if run.meta['tokenizer'].endswith('.json') and not own:
         print(f"warning: {run.dataset} is not the data that this model was trained on: if its "
