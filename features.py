@@ -139,8 +139,9 @@ def open_timeline(out_dir, track):
     arrays = load_npz(path)
     if str(arrays.get('key')) != key:
         last = load_npz(files[-1])
-        snapshots = [read_snapshot(file, last) for file in track(files, "reading snapshots")]
-        arrays = {name: np.stack([s[name] for s in snapshots]) for name in snapshots[0]}
+        snapshots = [read_snapshot(file, last)               # the last first: all must be like it
+                     for file in track(files[::-1], "reading snapshots")]
+        arrays = {name: np.stack([s[name] for s in snapshots[::-1]]) for name in snapshots[0]}
         save_npz(path, arrays | dict(key=key))
     return {layer: SimpleNamespace(layer=layer, steps=arrays['step'], tokens=arrays['tokens'],
                                    probed=int(arrays['probed'][0]), **of_layer(arrays, layer))

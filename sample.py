@@ -196,7 +196,7 @@ def write_samples(options):
     for_features = bool(options.steer or options.show_features)
     run = open_run(options.out_dir, options.dataset, options.device, for_features)
     model, saes = run.model, run.model.saes()
-    own = run.meta['train_sha256'] == run.checkpoint['data_sha256']
+    own = run.meta['train_sha256'] == run.checkpoint.get('data_sha256')
     if run.meta['tokenizer'].endswith('.json') and not own:
         print(f"warning: {run.dataset} is not the data that this model was trained on: if its "
               "tokenizer is another too, the text is garbled", file=sys.stderr)
