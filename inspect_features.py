@@ -61,13 +61,13 @@ DEFAULTS = dict(
     device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     seed=1337,           # of everything drawn at random
 )
+COUNTS = ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed')
 SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 
 def problems(config):
     """What is wrong with the options, as a list of sentences."""
-    counts = ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed')
-    found = [f"{key}={config[key]} must not be negative" for key in counts if config[key] < 0]
+    found = [f"{key}={config[key]} must not be negative" for key in COUNTS if config[key] < 0]
     try:
         re.compile(config['find'])
     except re.error as e:
@@ -105,12 +105,15 @@ def show(console, parts):
 BARS = ' ▁▂▃▄▅▆▇█'
 SHADES = [f'black on color({shade})' for shade in (230, 223, 222, 216, 215, 209, 208, 202)]
 
-def heading(text, note=''):
-    return Text.assemble('\n', (text, 'bold'), '  ', (note, 'dim'))
+bold = functools.partial(Text, style='bold')
+dim = functools.partial(Text, style='dim')
 
-def command(text):
-    """A line to be copied: never wrapped."""
-    return Text(text, no_wrap=True, overflow='ignore')
+def heading(text, note=''):
+    return Text.assemble('\n', bold(text), '  ', dim(note))
+
+def line(*parts, overflow='ellipsis'):
+    """Never wrapped: cut, or with overflow='ignore', to be copied, as long as it is."""
+    return Text.assemble(*parts, no_wrap=True, overflow=overflow)
 
 def spark(numbers, top=None):
     """Numbers of 0 or more as a row of bars, up to top or the largest; above 0 is always seen."""
@@ -145,12 +148,12 @@ def plain_table(*columns):
     table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
     return table
 
-def feature_table(columns, rows):
+def feature_table(title, note, columns, rows):
     """rows: (scan, feature, *cells). Nothing for no rows."""
     table = plain_table('feature', *columns, 'fires on')
     for scan, f, *cells in rows:
-        table.add_row(Text(name(scan, f), 'bold'), *cells, captions(scan, f))
-    return [table] if table.rows else []
+        table.add_row(bold(name(scan, f)), *cells, captions(scan, f))
+    return [heading(title, note), table] if rows else []
 
 RANKED = ('rank', 'entropy', 'density')
 
@@ -192,28 +195,25 @@ def shaded(scan, context, largest):
 def paragraph(console, scan, context, largest):
     """A context wrapped at its own line breaks and at spaces; without colour with bars below."""
     text, _ = shaded(scan, context, largest)
-    breaks = [match.end() for match in re.finditer('⏎+»?', text.plain)]
-    for part in text.divide(breaks):
-        for line in part.wrap(console, console.width - 2):
-            bars = [' '] * len(line.plain)
-            for begin, end, shade in line.spans:
+    for part in text.divide([match.end() for match in re.finditer('⏎+»?', text.plain)]):
+        for row in part.wrap(console, console.width - 2):
+            bars = [' '] * len(row.plain)
+            for begin, end, shade in row.spans:
                 bars[begin:end] = BARS[SHADES.index(shade) + 1] * (end - begin)
-            bars = ''.join(bar * cell_len(char) for bar, char in zip(bars, line.plain)).rstrip()
-            line.pad_left(2)
-            yield line
+            bars = ''.join(bar * cell_len(char) for bar, char in zip(bars, row.plain)).rstrip()
+            yield Text.assemble('  ', row)
             if bars and console.color_system is None:
                 yield '  ' + bars
 
 def one_line(scan, context, largest, width):
     """A context cut to one line, the peak at the same column in all: to be read downwards."""
     text, begin = shaded(scan, context, largest)
-    column, start = width * 2 // 5, 0
-    while cell_len(text.plain[start:begin]) > column:
-        start += 1
-    line = text[start:]
-    line.pad_left(column - cell_len(text.plain[start:begin]))
-    line.truncate(width, overflow='ellipsis')
-    return line
+    column = width * 2 // 5
+    while cell_len(text.plain[:begin]) > column:
+        text, begin = text[1:], begin - 1
+    text.pad_left(column - cell_len(text.plain[:begin]))
+    text.truncate(width, overflow='ellipsis')
+    return text
 
 # --------------------------------------------------------------------------------------------------
 # what the options choose
@@ -221,8 +221,8 @@ def one_line(scan, context, largest, width):
 def chosen(options, by_layer):
     """Of {block: SAE} those that --layer leaves. Raises ValueError, one sentence."""
     if options.layer not in (-1, *by_layer):
-        raise ValueError(f"layer={options.layer} has no SAE; "
-                         f"block {', '.join(map(str, by_layer))} has one")
+        blocks = ', '.join(map(str, by_layer))
+        raise ValueError(f"layer={options.layer} has no SAE; block {blocks} has one")
     return [sae for layer, sae in by_layer.items() if options.layer in (-1, layer)]
 
 def chosen_features(options, index):
@@ -244,13 +244,11 @@ def all_numbers(options, features):
     timelines = open_timeline(options.out_dir, tracked)
     model = run_of(options).model if options.effect else None
     for scan, f in features:
-        numbers = feature_numbers(scan, f, options.seed)
+        d = feature_numbers(scan, f, options.seed)
         timeline = timelines.get(scan.layer)
-        numbers['timeline'] = feature_timeline(timeline, f) if timeline else None
-        numbers['effect'] = None
-        if model:
-            numbers['effect'] = removal_effect(model, scan, f, options.effect, options.seed)
-        yield scan, numbers
+        d['timeline'] = timeline and feature_timeline(timeline, f)
+        d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
+        yield scan, d
 
 def prompt_rows(options):
     """[(token, {block: its strongest features})] of --prompt or --prompt_file."""
@@ -273,52 +271,47 @@ def overview(options, console):
 
 def overview_of(scan, options, console):
     d, live = overview_numbers(scan), scan.count > 0
-    yield Text(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}", 'bold')
-    yield Text(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned",
-               'dim')
+    yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
+    yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
     yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
            f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
-    yield Text("  L0: features active a token; FVU: share of variance not kept", 'dim')
+    yield dim("  L0: features active a token; FVU: share of variance not kept")
     if d['live']:
         low, median, high = map(percent, np.percentile(scan.count[live] / scan.N, (10, 50, 90)))
         bits = scan.entropy[live]
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-        yield Text(f"    median {median}, the middle 80 % from {low} to {high};\n"
-                   f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing",
-                   'dim')
+        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
+        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-        yield Text(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}", 'dim')
+        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
     by_rank = np.argsort(scan.rank, kind='stable')
     known = by_rank[scan.count[by_rank] >= SHOWN_FROM]
     _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
     words = known[np.sort(firsts)]           # one a token: many features may fire on line breaks
     densest = np.argsort(-scan.count, kind='stable')[:d['live']]
-    of = f"of {len(known):,} that fire {SHOWN_FROM} times or more"
-    for title, note, features in (('Most word-like', f'lowest entropy {of}; one a token', words),
-                                  ('Most abstract', f'highest token entropy {of}', known[::-1]),
+    of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
+    for title, note, features in (('Most word-like', f'lowest {of}; one a token', words),
+                                  ('Most abstract', f'highest token {of}', known[::-1]),
                                   ('Densest', 'fire on the most positions', densest)):
-        if len(features) and options.rows:
-            yield heading(title, note)
-            yield from feature_table(RANKED, [(scan, f, *ranked(scan, f))
-                                              for f in features[:options.rows]])
+        yield from feature_table(title, note, RANKED, [(scan, f, *ranked(scan, f))
+                                                       for f in features[:options.rows]])
     if len(known) > 3 * options.rows:
         yield heading('In between', "evenly spaced by rank; their strongest contexts")
         places = np.linspace(0, len(known) - 1, options.rows + 2)[1:-1]
         for f in known[places.astype(int)]:
-            yield Text.assemble('  ', (name(scan, f), 'bold'), '  ', captions(scan, f),
-                                no_wrap=True, overflow='ellipsis')
+            yield line('  ', bold(name(scan, f)), '  ', captions(scan, f))
             for c in feature_numbers(scan, f, options.seed)['top'][:3]:
                 yield one_line(scan, c, scan.max[f], console.width)
     some = ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
-    yield heading('Dead', f"never fired in {scan.N:,} tokens")
     more = f" ... {d['dead']:,} in all" if d['dead'] > options.rows else ''
+    yield heading('Dead', f"never fired in {scan.N:,} tokens")
     yield f"  {some or 'none'}{more}"
     if len(known):
+        feature = f"--feature={name(scan, known[len(known) // 2])}"
         yield heading('Next')
-        yield command(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                      f"--feature={name(scan, known[len(known) // 2])}")
-        yield Text('  or end with --prompt="text", --find="regex", --timeline=true, '
-                   '--html=page.html', 'dim')
+        yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
+                   f"{feature}", overflow='ignore')
+        yield dim('  or --prompt="text", --find="regex", --timeline=true, --html=page.html')
 
 def feature_view(options, console):
     index = index_of(options)
@@ -328,16 +321,16 @@ def feature_view(options, console):
 
 def panels(scan, d, index, options, console):
     """All panels of one feature; d: its numbers."""
-    f, count, live = d['f'], d['count'], np.flatnonzero(scan.count)
-    which = name(scan, f)
+    f, count, which = d['f'], d['count'], name(scan, d['f'])
+    live = np.flatnonzero(scan.count)
     peak = lambda c: number(c['acts'][c['peak']])
     if count:
-        yield Text.assemble((which, 'bold'), f" · alive · fires on {percent(d['density'])} of "
+        yield Text.assemble(bold(which), f" · alive · fires on {percent(d['density'])} of "
                             f"{scan.N:,} tokens · max {number(d['max'])} · "
                             f"mean {number(d['mean'])}")
     else:
-        yield Text.assemble((which, 'bold'), f" is dead: it never fired in {scan.N:,} tokens")
-    yield Text(f"step {scan.step:,} · {scan.place} {scan.layer}", 'dim')
+        yield Text.assemble(bold(which), f" is dead: it never fired in {scan.N:,} tokens")
+    yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if count:
         used = int(np.flatnonzero(d['hist'])[-1]) + 1
         signed = ', by magnitude' if scan.site == 'stream' else ''
@@ -356,34 +349,32 @@ def panels(scan, d, index, options, console):
         how = 'bars' if console.color_system is None else 'shaded'
         yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
         for n, c in enumerate(d['top'][:options.examples], 1):
-            yield Text(f"Layer {scan.layer} - Feature {f} - Example {n} - Rank {d['rank']} - "
-                       f"Token Entropy {d['entropy']:.4f}", 'bold')
+            yield bold(f"Layer {scan.layer} - Feature {f} - Example {n} - Rank {d['rank']} - "
+                       f"Token Entropy {d['entropy']:.4f}")
             yield from paragraph(console, scan, c, d['max'])
             more = f", the same text {c['times']} times" if c['times'] > 1 else ''
-            yield Text(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}", 'dim')
+            yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
         if not d['top']:
             yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
-        if d['random'] and options.examples:
-            yield heading('Random contexts', 'drawn from all positions where it fires')
-            table = plain_table('', '')
-            for c in d['random'][:options.examples]:
-                table.add_row(peak(c), one_line(scan, c, d['max'], console.width - 14))
-            yield table
+        yield heading('Random contexts', 'drawn from all positions where it fires')
+        table = plain_table('', '')
+        for c in d['random'][:options.examples]:
+            table.add_row(peak(c), one_line(scan, c, d['max'], console.width - 14))
+        yield table
         yield heading('By strength', 'intervals of activation, shares of the firings, an example')
         table = plain_table('', '', '')
         for low, high, share, c in d['intervals']:
-            line = one_line(scan, c, d['max'], console.width - 30) if c else '(no peak is taken)'
-            table.add_row(f'{low:.4g} to {high:.4g}', percent(share), line)
+            text = one_line(scan, c, d['max'], console.width - 30) if c else '(no peak is taken)'
+            table.add_row(f'{low:.4g} to {high:.4g}', percent(share), text)
         yield table
-    for others, title, note in (
-            (d['near'], 'Nearest', 'cosine of what they write'),
-            (d['joint'] if count else [], 'Fires with', 'positions with both / with either')):
-        if others:
-            yield heading(title, note)
-            yield from feature_table(('',), [(scan, g, f'{x:.3f}') for g, x in others])
-    if scan.site == 'stream' and len(index) > 1:
-        yield heading('Across layers', f'channel {f} of the stream, after each block with an SAE')
-        yield from feature_table((*RANKED, 'max'), [
+    yield from feature_table('Nearest', 'cosine of what they write', ('',),
+                             [(scan, g, f'{x:.3f}') for g, x in d['near']])
+    if count:
+        yield from feature_table('Fires with', 'positions with both / with either', ('',),
+                                 [(scan, g, f'{x:.3f}') for g, x in d['joint']])
+    if scan.site == 'stream':
+        yield from feature_table('Across layers', f'channel {f} of the stream, after each block '
+                                 'with an SAE', (*RANKED, 'max'), [
             (other, f, *ranked(other, f), number(other.max[f])) for other in index.values()])
     if e := d['effect']:
         yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the positions "
@@ -398,13 +389,12 @@ def panels(scan, d, index, options, console):
         yield from sparklines(d['timeline'])
     yield heading('Next')
     if len(live):
-        before = live[np.searchsorted(live, f) - 1]
-        after = live[np.searchsorted(live, f, 'right') % len(live)]
-        yield (f"  previous: --feature={name(scan, before)}   "
-               f"next: --feature={name(scan, after)}")
+        before = name(scan, live[np.searchsorted(live, f) - 1])
+        after = name(scan, live[np.searchsorted(live, f, 'right') % len(live)])
+        yield f"  previous: --feature={before}   next: --feature={after}"
     if count:
-        yield command(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
-                      f"--steer={which}={number(d['max'])} --compare=true")
+        yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
+                   f"--steer={which}={number(d['max'])} --compare=true", overflow='ignore')
 
 def sparklines(t):
     """A feature over training; t from feature_timeline."""
@@ -434,10 +424,9 @@ def timeline_view(options, console):
     for t in chosen(options, timelines_of(options)):
         n, live, settled = len(t.steps), t.count > 0, settled_at(t)
         top = math.ceil(t.entropy[live].max(initial=1))
-        yield Text(f'SAE of block {t.layer} over training: {n} snapshots of {t.probed:,} tokens '
-                   'each', 'bold')
-        yield Text('settled: fires on about its final tokens from then on '
-                   f'(cosine of their counts {SETTLED} or more)\n', 'dim')
+        yield bold(f'SAE of block {t.layer} over training: {n} snapshots of {t.probed:,} tokens')
+        yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
+                  f'{SETTLED} or more)\n')
         table = plain_table('step', 'tokens', 'live', 'settled', 'median',
                             f'token entropy, 0 to {top} bits')
         for i in range(n):
@@ -449,15 +438,14 @@ def timeline_view(options, console):
         yield table
         when = np.bincount(settled[live[-1]], minlength=n + 1)
         yield (f'\n  settling       |{spark(when[:n])}| features a snapshot; {when[n]:,} of '
-               f'{live[-1].sum():,} never')
-        yield ''
+               f'{live[-1].sum():,} never\n')
 
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
     for scan, f in chosen_features(options, index_of(options)):
         t = feature_timeline(timelines[scan.layer], f)
-        yield Text(f'{name(scan, f)} over training, on {timelines[scan.layer].probed:,} tokens at '
-                   'each snapshot', 'bold')
+        yield bold(f'{name(scan, f)} over training, on {timelines[scan.layer].probed:,} tokens at '
+                   'each snapshot')
         yield from sparklines(t)
         yield ''
         table = plain_table('step', 'density', 'entropy', 'direction', 'tokens', 'fires on')
@@ -473,17 +461,15 @@ def feature_timeline_view(options, console):
 def prompt_view(options, console):
     index, rows = index_of(options), prompt_rows(options)
     for scan in chosen(options, index):
-        yield Text(f'SAE of block {scan.layer}: the {options.top} strongest features of each '
-                   'token', 'bold')
-        yield Text('activation, its bar of the largest in the scan, and what the feature fires '
-                   'on\n', 'dim')
+        yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
+        yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
         table = plain_table('token', '', '', 'feature', 'fires on')
         for token, features in rows:
             word = Text(caption(scan.names[token]))
             for f, act in features[scan.layer]:
                 eighths = level(act, max(abs(act), scan.max[f]))
                 word.stylize(SHADES[eighths - 1])
-                table.add_row(word, BARS[eighths], number(act), Text(name(scan, f), 'bold'),
+                table.add_row(word, BARS[eighths], number(act), bold(name(scan, f)),
                               captions(scan, f))
                 word = Text()
             if not features[scan.layer]:
@@ -497,13 +483,12 @@ def find_view(options, console):
         precision, recall, n, n_tokens = find(scan, re.compile(options.find))
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
         best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-        yield Text(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} "
-                   "tokens", 'bold')
-        yield Text('precision: share of its firings in a match; recall: of matches on which it '
-                   'fires', 'dim')
-        yield from feature_table(('fires', 'precision', 'recall', 'F1'), [
-            (scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-             f'{f1[f]:.3f}') for f in best])
+        yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
+        yield from feature_table(
+            'Features', 'precision: share of firings in a match; recall: of matches on which it '
+            'fires', ('fires', 'precision', 'recall', 'F1'),
+            [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
+              f'{f1[f]:.3f}') for f in best])
         if not best:
             yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
         yield ''
@@ -517,24 +502,21 @@ def probe_view(options, console):
         X = codes[scan.layer]
         alone, best = choose_features(X[train], y[train], min(5, scan.F))
         percents = lambda X: f'{100 * accuracy(X, y, train, test):.1f} %'
-        yield Text(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels, '
-                   f'{len(train):,} to train on, {len(test):,} held out', 'bold')
-        yield Text("each text is its features' strongest activations; logistic regression on k of "
-                   "them; accuracy on the held-out texts, of which one is "
-                   f"{percent(1 / len(test))}\n", 'dim')
+        yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels, '
+                   f'{len(train):,} to train on, {len(test):,} held out')
+        yield dim("each text is its features' strongest activations; logistic regression on k of "
+                  f"them; accuracy on the held-out texts, of which one is {percent(1 / len(test))}")
         for k in sorted({1, min(2, scan.F), min(5, scan.F)}):
             features = ' '.join(f'F{f}' for f in best[:k])
             yield f'  k = {k:<7}{percents(X[:, best[:k]]):>8}   {features}'
         majority = 100 * (y[test] == np.bincount(y[train]).argmax()).mean()
         yield f'  all {scan.F:<7,}{percents(X):>8}   dense probe on the same activations'
         yield f'  majority   {majority:>6.1f} %'
-        if len(alone) and options.rows:
-            yield heading('Single features', 'accuracy of each alone; the label on which it is '
-                                             'strongest')
-            means = np.stack([X[train][y[train] == k].mean(0) for k in range(len(kinds))])
-            yield from feature_table(('alone', 'label'), [
-                (scan, f, percents(X[:, [f]]), caption(kinds[means[:, f].argmax()].encode()))
-                for f in alone[:options.rows]])
+        means = np.stack([X[train][y[train] == k].mean(0) for k in range(len(kinds))])
+        rows = [(scan, f, percents(X[:, [f]]), caption(kinds[means[:, f].argmax()].encode()))
+                for f in alone[:options.rows]]
+        yield from feature_table('Single features', 'accuracy of each alone; the label on which '
+                                 'it is strongest', ('alone', 'label'), rows)
         yield ''
 
 # --------------------------------------------------------------------------------------------------
@@ -555,20 +537,20 @@ def page(options, console):
     else:
         features = [(scan, f) for scan in chosen(options, index)
                     for f in np.flatnonzero(scan.count).tolist()]
-    word = functools.cache(lambda token: safe(scan.names[token]))
+    words = [safe(raw) for raw in scan.names]
     data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
                 dataset=scan.dataset, shown_from=SHOWN_FROM,
                 layers={layer: overview_numbers(scan) for layer, scan in index.items()},
-                prompt=rows and [(word(token), by_layer) for token, by_layer in rows])
+                prompt=rows and [(words[token], by_layer) for token, by_layer in rows])
     data['features'] = []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
         for kind in ('fires_on', 'up', 'down'):
-            d[kind] = [(word(token), x) for token, x in d[kind]]
+            d[kind] = [(words[token], x) for token, x in d[kind]]
         for kind in ('top', 'random'):
             d[kind] = [for_page(scan, c) for c in d[kind][:options.examples]]
         d['intervals'] = [(*interval, c and for_page(scan, c)) for *interval, c in d['intervals']]
         if d['timeline']:
-            d['timeline']['tokens'] = [word(token) for token in d['timeline']['tokens'][-1]]
+            d['timeline']['tokens'] = [words[token] for token in d['timeline']['tokens'][-1]]
         data['features'].append(d)
     text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c') # no tag ends the script
     path = Path(options.html)
