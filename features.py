@@ -37,48 +37,29 @@ SETTLED = 0.7               # cosine of its token counts to the last ones: it is
 # --------------------------------------------------------------------------------------------------
 # statistics of features over a set of tokens
 
-def count_pairs(values, indices, tokens, vocab_size):
-    """
-    How often feature f is active on token v. values, indices (..., K), tokens (...) ->
-    keys f * vocab_size + v (P,), sorted, and counts (P,). Only pairs that occur are stored.
-    """
-    keys = indices.long() * vocab_size + tokens.long().unsqueeze(-1)
-    return torch.unique(keys[values != 0], return_counts=True)
-
-def token_entropy(keys, counts, n_features, vocab_size):
-    """
-    Token entropy of each feature, in bits: Shannon entropy of the distribution of token types over
-    the positions where it is active. Low: a detector of one word; high: an abstract feature.
-    (F,) fp64; nan for one that never fires.
-    """
-    f, counts = keys // vocab_size, counts.double()
-    total = torch.zeros(n_features, dtype=torch.double).index_add_(0, f, counts)
-    p = counts / total[f]
-    entropy = torch.zeros_like(total).index_add_(0, f, -p * p.log2())
-    return torch.where(total > 0, entropy.clamp_min(0), torch.nan)
-
-def top_tokens(keys, counts, n_features, vocab_size, n=8):
-    """The n most frequent tokens of each feature (F, n), -1 for none, and their counts (F, n)."""
-    order = torch.argsort(counts, descending=True, stable=True)
-    order = order[torch.argsort(keys[order] // vocab_size, stable=True)] # by feature, then count
-    f, tokens = keys[order] // vocab_size, keys[order] % vocab_size
-    first = torch.searchsorted(f, torch.arange(n_features))
-    place = torch.arange(len(f)) - first[f]                 # rank of the pair within its feature
-    kept = place < n
-    top = torch.full((n_features, n), -1)
-    top_counts = torch.zeros_like(top)
-    top[f[kept], place[kept]] = tokens[kept]
-    top_counts[f[kept], place[kept]] = counts[order][kept]
-    return top, top_counts
-
 def token_statistics(values, indices, tokens, n_features, vocab_size):
-    """{count (F,), entropy (F,), top_tokens (F, 8), top_counts (F, 8)}; arguments on the CPU."""
-    keys, counts = count_pairs(values, indices, tokens, vocab_size)
-    pairs = keys, counts, n_features, vocab_size
-    top, top_counts = top_tokens(*pairs)
-    count = torch.zeros(n_features, dtype=torch.long).index_add_(0, keys // vocab_size, counts)
-    return dict(count=count.int().numpy(), entropy=token_entropy(*pairs).float().numpy(),
-                top_tokens=top.int().numpy(), top_counts=top_counts.int().numpy())
+    """
+    values, indices (..., K) and tokens (...), arrays or tensors on the CPU -> a dict of arrays
+      count (F,)        on how many of the tokens each feature is active
+      entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
+                        over these. Low: a detector of one word; high: an abstract feature; nan: dead
+      top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
+    """
+    values, indices, tokens = map(np.asarray, (values, indices, tokens))
+    keys = indices.astype(np.int64) * vocab_size + tokens[..., None]
+    keys, counts = np.unique(keys[values != 0], return_counts=True)          # (P,), (P,)
+    f, token = keys // vocab_size, keys % vocab_size
+    count = np.bincount(f, counts, n_features)
+    p = counts / count[f]
+    entropy = np.bincount(f, p * np.log2(1 / p), n_features)
+    order = np.lexsort((-counts, f))                         # by feature, then by falling count
+    place = np.arange(len(f)) - np.searchsorted(f, f)        # of a pair within its feature
+    first, place = order[place < 8], place[place < 8]
+    top = np.full((n_features, 8), -1, np.int32)
+    top_counts = np.zeros_like(top)
+    top[f[first], place], top_counts[f[first], place] = token[first], counts[first]
+    return dict(count=count.astype(np.int32), top_tokens=top, top_counts=top_counts,
+                entropy=np.where(count > 0, entropy, np.nan).astype(np.float32))
 
 # --------------------------------------------------------------------------------------------------
 # snapshots of training, and the timeline read from them
@@ -400,11 +381,11 @@ def scan_statistics(values, features, tokens, writes, wte):
                        that write most like it, each with its values
     """
     F, V = len(writes), len(wte)
-    indices = torch.from_numpy(features.astype(np.int64))
-    found = token_statistics(indices < F, indices, torch.from_numpy(tokens), F, V)
-    size = torch.from_numpy(values).abs().flatten()
-    found['max'] = torch.zeros(F + 1).scatter_reduce(0, indices.flatten(), size, 'amax')[:F].numpy()
-    found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
+    found = token_statistics(features < F, features, tokens, F, V)
+    order = np.argsort(features.reshape(-1), kind='stable')
+    found['order'] = order.astype(np.uint32)
+    found['max'] = np.zeros(F, np.float32)
+    np.maximum.at(found['max'], features[features < F], np.abs(values[features < F]))
     by_entropy = np.lexsort((-found['count'], found['entropy']))             # nan comes last
     found['rank'] = np.where(found['count'] > 0, by_entropy.argsort() + 1, 0)
     unit = normalize(writes, dim=-1)

@@ -100,7 +100,7 @@ def truth(out, index):
 
 def test_token_entropy_and_top_tokens_by_brute_force():
     g = torch.Generator().manual_seed(0)
-    F, V, N, K = 12, 7, 200, 3
+    F, V, N, K = 12, 11, 200, 3
     values = torch.rand(N, K, generator=g) * (torch.rand(N, K, generator=g) > 0.3)
     indices = torch.stack([torch.randperm(F - 1, generator=g)[:K] for _ in range(N)]) # 11 is dead
     tokens = torch.randint(V, (N,), generator=g)
@@ -109,27 +109,25 @@ def test_token_entropy_and_top_tokens_by_brute_force():
     for n in range(N):
         for j in range(K):
             seen[indices[n, j]][int(tokens[n])] += int(values[n, j] != 0)
-    keys, counts = features.count_pairs(values.view(4, 50, K), indices.view(4, 50, K),
-                                        tokens.view(4, 50), V)
-    entropy = features.token_entropy(keys, counts, F, V)
-    top, top_counts = features.top_tokens(keys, counts, F, V, n=5)
+    found = features.token_statistics(values.view(4, 50, K), indices.view(4, 50, K),
+                                      tokens.view(4, 50), F, V)
     for f in range(F):
         best = sorted((+seen[f]).items(), key=lambda item: (-item[1], item[0]))
-        p = [c / sum(seen[f].values()) for _, c in best]
-        if p:
-            want = -sum(x * math.log2(x) for x in p)
-            assert float(entropy[f]) == pytest.approx(want, abs=1e-12)
+        n = sum(seen[f].values())
+        assert found['count'][f] == n
+        if n:
+            want = -sum(c / n * math.log2(c / n) for _, c in best)
+            assert found['entropy'][f] == pytest.approx(want, abs=1e-6)
         else:
-            assert f == 11 and entropy[f].isnan()
-        pad = 5 - len(best[:5])
-        assert top[f].tolist() == [v for v, _ in best[:5]] + [-1] * pad
-        assert top_counts[f].tolist() == [c for _, c in best[:5]] + [0] * pad
+            assert f == 11 and np.isnan(found['entropy'][f])
+        pad = 8 - len(best[:8])
+        assert found['top_tokens'][f].tolist() == [v for v, _ in best[:8]] + [-1] * pad
+        assert found['top_counts'][f].tolist() == [c for _, c in best[:8]] + [0] * pad
 
 def test_entropy_of_one_token_is_zero():
     """A detector of one word: 0 bits, and not -0 or nan; of two words equally often: 1 bit."""
-    values, indices = torch.ones(4, 1), torch.tensor([[0], [0], [1], [1]])
-    pairs = features.count_pairs(values, indices, torch.tensor([5, 5, 5, 6]), 10)
-    entropy = features.token_entropy(*pairs, 2, 10)
+    values, indices = np.ones((4, 1)), np.array([[0], [0], [1], [1]])
+    entropy = features.token_statistics(values, indices, np.array([5, 5, 5, 6]), 2, 10)['entropy']
     assert entropy.tolist() == [0, 1] and math.copysign(1, entropy[0]) == 1
 
 @torch.no_grad()
