@@ -35,19 +35,35 @@ BINS, INTERVALS = 32, 8     # of its activations, from 0 to a power of two
 SETTLED = 0.7               # cosine of its token counts to the last ones: it is settled
 
 # --------------------------------------------------------------------------------------------------
-# statistics of features over a set of tokens
+# codes, and statistics of features over a set of tokens
 
-def token_statistics(values, indices, tokens, n_features, vocab_size):
+def codes(model, batches):
     """
-    values, indices (..., K) and tokens (...), arrays or tensors on the CPU -> a dict of arrays
+    Over batches, which yields x (B, T) -> arrays: tokens (N,); the features active on each
+    (S, N, K), F where a slot is not active; their activations (S, N, K); FVU (S,).
+    """
+    tokens, features, values, fvu = [], [], [], []
+    for x in batches:
+        _, out = forward(model, x)
+        F = out.fired.shape[-1]
+        active = torch.where(out.values != 0, out.indices, F)                # (S, B, T, K)
+        tokens.append(x.flatten().cpu().numpy())
+        features.append(active.flatten(1, 2).cpu().numpy().astype(np.uint16 if F < 2**16 else int))
+        values.append(out.values.float().flatten(1, 2).cpu().numpy())
+        fvu.append(out.fvu.float().cpu().numpy())
+    return (np.concatenate(tokens), np.concatenate(features, axis=1),
+            np.concatenate(values, axis=1), np.mean(fvu, axis=0))
+
+def token_statistics(features, tokens, n_features, vocab_size):
+    """
+    features (N, K), n_features where a slot is not active, on tokens (N,) -> a dict of
       count (F,)        on how many of the tokens each feature is active
       entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
                         over these. Low: a detector of one word; high: an abstract feature; nan: dead
       top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
     """
-    values, indices, tokens = map(np.asarray, (values, indices, tokens))
-    keys = indices.astype(np.int64) * vocab_size + tokens[..., None]
-    keys, counts = np.unique(keys[values != 0], return_counts=True)          # (P,), (P,)
+    keys = features.astype(np.int64) * vocab_size + tokens[:, None]
+    keys, counts = np.unique(keys[features < n_features], return_counts=True) # (P,), (P,)
     f, token = keys // vocab_size, keys % vocab_size
     count = np.bincount(f, counts, n_features)
     p = counts / count[f]
@@ -66,20 +82,13 @@ def token_statistics(values, indices, tokens, n_features, vocab_size):
 
 def snapshot(model, batches):
     """{name: array}: what each feature of a GPT does on batches, which yields tokens x (B, T)."""
-    tokens, values, indices = [], [], []
-    for x in batches:
-        _, _, out = model(x)
-        tokens.append(x.cpu())
-        values.append(out.values.float().cpu())
-        indices.append(out.indices.cpu())
-    tokens = torch.cat(tokens)                                              # (B, T)
-    values, indices = torch.cat(values, dim=1), torch.cat(indices, dim=1)   # (S, B, T, K)
+    tokens, features, values, _ = codes(model, batches)
     F, V = model.config.n_features, model.config.vocab_size
-    arrays = dict(probed=tokens.numel(), layers=list(model.saes()))
+    arrays = dict(probed=tokens.size, layers=list(model.saes()))
     for s, layer in enumerate(model.saes()):
-        found = token_statistics(values[s], indices[s], tokens, F, V)
-        total = torch.zeros(F).index_add_(0, indices[s].flatten(), values[s].flatten())
-        found['mean'] = total.numpy() / np.maximum(found['count'], 1)
+        found = token_statistics(features[s], tokens, F, V)
+        total = np.bincount(features[s].reshape(-1), values[s].reshape(-1), F + 1)[:F]
+        found['mean'] = (total / np.maximum(found['count'], 1)).astype(np.float32)
         if model.config.sae_site != 'stream':
             found['W_dec'] = model.writes(layer).detach().half().cpu().numpy()
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
@@ -347,23 +356,14 @@ def scan_val(run, wanted, key, track):
     site = next(iter(saes.values())).site
     B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
     batches = [x for x, _ in eval_batches(load_dataset(run.dataset).val, T, B, wanted)]
-    features, values, fvu = [], [], []
-    for x in track(batches, "scanning"):
-        _, out = forward(model, x)
-        acts = out.values.float().flatten(1, 2)                              # (S, B * T, K)
-        active = torch.where(acts != 0, out.indices.flatten(1, 2), F)        # (S, B * T, K)
-        features.append(active.cpu().numpy().astype(np.uint16 if F < 2**16 else np.uint32))
-        values.append(acts.cpu().numpy())
-        fvu.append(out.fvu.float().cpu().numpy())
-    tokens = torch.cat([x.flatten() for x in batches]).numpy()               # (N,)
-    features, values = np.concatenate(features, axis=1), np.concatenate(values, axis=1)
+    tokens, features, values, fvu = codes(model, track(batches, "scanning"))
     wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
     found = []
     for s, layer in enumerate(saes):
         writes = model.writes(layer).detach().float()                        # (F, C)
         found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
-    arrays |= dict(tokens=tokens, features=features, values=values, fvu=np.mean(fvu, axis=0))
+    arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
@@ -381,7 +381,7 @@ def scan_statistics(values, features, tokens, writes, wte):
                        that write most like it, each with its values
     """
     F, V = len(writes), len(wte)
-    found = token_statistics(features < F, features, tokens, F, V)
+    found = token_statistics(features, tokens, F, V)
     order = np.argsort(features.reshape(-1), kind='stable')
     found['order'] = order.astype(np.uint32)
     found['max'] = np.zeros(F, np.float32)

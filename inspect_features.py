@@ -542,7 +542,7 @@ def page(options, console):
                 dataset=scan.dataset, shown_from=SHOWN_FROM,
                 layers={layer: overview_numbers(scan) for layer, scan in index.items()},
                 prompt=rows and [(words[token], by_layer) for token, by_layer in rows])
-    data['features'] = []
+    dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
         for kind in ('fires_on', 'up', 'down'):
             d[kind] = [(words[token], x) for token, x in d[kind]]
@@ -551,8 +551,9 @@ def page(options, console):
         d['intervals'] = [(*interval, c and for_page(scan, c)) for *interval, c in d['intervals']]
         if d['timeline']:
             d['timeline']['tokens'] = [words[token] for token in d['timeline']['tokens'][-1]]
-        data['features'].append(d)
-    text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c') # no tag ends the script
+        pages.append(dump(d))                # of thousands of features only their texts are kept
+    text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
+    text = text.replace('<', '\\u003c')      # no tag in it can end the script
     path = Path(options.html)
     path.with_name(f'{path.name}.tmp').write_text(
         TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
