@@ -5,7 +5,7 @@ What features do, in numbers. Nothing here prints; inspect_features.py, sample.p
   snapshot     what training keeps of them at each eval, and the timeline read from that
   run          an opened checkpoint, and the one way in which a text is read
   scan         one pass over val; its index in out_dir answers all questions about features
-  numbers      of one feature; of a regular expression; of a probe
+  numbers      of one feature; of a regular expression
 
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs (in
@@ -340,6 +340,20 @@ def caption(raw):
     text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)'
     return text if len(text) <= 16 else text[:15] + '…'
 
+# bytes that end within a character of UTF-8: its first byte, with fewer after it than belong to it
+UNFINISHED = re.compile(rb'([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z')
+
+def pieces(scan, context):
+    """(text, activation, is it the peak) of each token; those that share a character are one."""
+    out = []
+    for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
+        raw, peak = scan.names[token], at == context['peak']
+        if out and UNFINISHED.search(out[-1][0]):
+            before, other, was_peak = out.pop()
+            raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
+        out.append((raw, act, peak))
+    return [(safe(raw), act, peak) for raw, act, peak in out]
+
 # --------------------------------------------------------------------------------------------------
 # the scan: one pass of the model over val, and the index that it leaves in out_dir
 
@@ -591,78 +605,3 @@ def find(scan, pattern):
                 n += 1
     hits = np.bincount(scan.features[inside].reshape(-1), minlength=scan.F + 1)[:scan.F]
     return hits / np.maximum(1, scan.count), recalled[:scan.F] / max(1, n), n, int(inside.sum())
-
-# --------------------------------------------------------------------------------------------------
-# the probe: do a few features tell labels apart?
-
-def read_labels(path):
-    """Labels (n,), texts (n,) of a probe file. Raises ValueError, one sentence."""
-    labels, texts = [], []
-    for n, line in enumerate(read_file('probe', path).split('\n'), 1):
-        label, _, text = line.partition('\t')
-        if text.strip():
-            labels.append(label)
-            texts.append(text)
-        elif line.strip():
-            raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
-    if len(counts) < 2 or min(counts.values()) < 4:
-        found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
-        raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, "
-                         "and of each 4 texts or more, to train on some and test on the others")
-    return labels, texts
-
-def pooled_codes(run, texts):
-    """{block: X (n, F)}: for each text each feature's strongest activation on any token."""
-    X = {layer: np.zeros((len(texts), sae.n_features), np.float32)
-         for layer, sae in run.model.saes().items()}
-    skip = 0 if run.meta['eot'] is None else 1               # not what end-of-text sets off
-    for n, text in enumerate(texts):
-        _, values, indices = read(run.model, encode(run, text))
-        for s, layer in enumerate(X):
-            acts, features = values[s, skip:].flatten().numpy(), indices[s, skip:].flatten().numpy()
-            order = np.abs(acts).argsort()                   # the strongest last, and so it stays
-            X[layer][n, features[order]] = acts[order]
-    return X
-
-def split(y, seed):
-    """Indices of train and test texts: 70 % and 30 % of each class, drawn at random."""
-    order = np.random.default_rng(seed).permutation(len(y))
-    order = order[np.argsort(y[order], kind='stable')]       # class by class
-    train = np.concatenate([np.arange(n) < 0.7 * n for n in np.bincount(y)])
-    return order[train], order[~train]
-
-def choose_features(X, y, k):
-    """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, the best alone
-    first; and the best k together, by orthogonal matching pursuit on one-hot labels.
-    """
-    X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
-    Y = Y - Y.mean(0)
-    power = np.maximum(np.square(X).sum(0), 1e-6)                            # (F,)
-    score = np.square(X.T @ Y).sum(1) / power                # what each column alone explains
-    alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
-    chosen = []
-    for _ in range(k):
-        score[chosen] = -1
-        chosen.append(int(score.argmax()))
-        rest = Y - X[:, chosen] @ np.linalg.lstsq(X[:, chosen], Y, rcond=None)[0]
-        score = np.square(X.T @ rest).sum(1) / power
-    return alone, chosen
-
-def accuracy(X, y, train, test):
-    """Held-out accuracy of multinomial logistic regression (L2 0.01, standardised inputs)."""
-    X = (X - X[train].mean(0)) / np.maximum(X[train].std(0), 1e-3)
-    X, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy(y)
-    w = torch.zeros(X.size(1), int(y.max()) + 1, requires_grad=True)
-    b = torch.zeros(w.size(1), requires_grad=True)
-    optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn='strong_wolfe')
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(X[train] @ w + b, y[train]) + 0.01 * w.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(((X[test] @ w + b).argmax(1) == y[test]).float().mean())

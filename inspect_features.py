@@ -29,17 +29,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 import configurator
-from features import (BINS, SETTLED, accuracy, caption, choose_features, encode, feature_numbers,
-                      feature_timeline, find, fires_on, open_index, open_run, open_timeline,
-                      overview_numbers, parse_feature, pooled_codes, prompt_text, read, read_labels,
-                      removal_effect, safe, settled_at, split, strongest)
+from features import (BINS, SETTLED, caption, encode, feature_numbers, feature_timeline, find,
+                      fires_on, open_index, open_run, open_timeline, overview_numbers,
+                      parse_feature, pieces, prompt_text, read, removal_effect, safe, settled_at,
+                      strongest)
+from probe import accuracy, choose_features, pooled_codes, read_labels, split
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -61,13 +62,13 @@ DEFAULTS = dict(
     device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     seed=1337,           # of everything drawn at random
 )
-COUNTS = ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed')
 SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 
 def problems(config):
     """What is wrong with the options, as a list of sentences."""
-    found = [f"{key}={config[key]} must not be negative" for key in COUNTS if config[key] < 0]
+    counts = ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed')
+    found = [f"{key}={config[key]} must not be negative" for key in counts if config[key] < 0]
     try:
         re.compile(config['find'])
     except re.error as e:
@@ -138,7 +139,7 @@ def captions(scan, f):
              if share >= 0.005 or token == tokens[0][0]]
     return '  '.join(words) or 'dead'
 
-def plain_table(*columns):
+def table_of(columns, rows):
     """Columns are right-aligned, but for the last one, which is cut where the line ends."""
     table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
                   show_header=any(columns))
@@ -146,13 +147,14 @@ def plain_table(*columns):
         side = 'left' if column in ('feature', 'token', 'label') else 'right'
         table.add_column(column, justify=side, no_wrap=True)
     table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 def feature_table(title, note, columns, rows):
     """rows: (scan, feature, *cells). Nothing for no rows."""
-    table = plain_table('feature', *columns, 'fires on')
-    for scan, f, *cells in rows:
-        table.add_row(bold(name(scan, f)), *cells, captions(scan, f))
+    rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
+    table = table_of(('feature', *columns, 'fires on'), rows)
     return [heading(title, note), table] if rows else []
 
 RANKED = ('rank', 'entropy', 'density')
@@ -162,20 +164,6 @@ def ranked(scan, f):
     if not scan.count[f]:
         return '-', '-', percent(0)
     return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
-
-# bytes that end within a character of UTF-8: its first byte, with fewer after it than belong to it
-UNFINISHED = re.compile(rb'([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z')
-
-def pieces(scan, context):
-    """(text, activation, is it the peak) of each token; those that share a character are one."""
-    out = []
-    for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
-        raw, peak = scan.names[token], at == context['peak']
-        if out and UNFINISHED.search(out[-1][0]):
-            before, other, was_peak = out.pop()
-            raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
-        out.append((raw, act, peak))
-    return [(safe(raw), act, peak) for raw, act, peak in out]
 
 def level(act, largest):
     """The eighth of the largest activation, 0 for none."""
@@ -307,10 +295,10 @@ def overview_of(scan, options, console):
     yield heading('Dead', f"never fired in {scan.N:,} tokens")
     yield f"  {some or 'none'}{more}"
     if len(known):
-        feature = f"--feature={name(scan, known[len(known) // 2])}"
+        which = name(scan, known[len(known) // 2])
         yield heading('Next')
         yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"{feature}", overflow='ignore')
+                   f"--feature={which}", overflow='ignore')
         yield dim('  or --prompt="text", --find="regex", --timeline=true, --html=page.html')
 
 def feature_view(options, console):
@@ -340,11 +328,9 @@ def panels(scan, d, index, options, console):
                                   f"{len(live):,} live features")
         yield '  ' + captions(scan, f)
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
-    table = Table(box=None, padding=(0, 0, 0, 2), show_header=False)
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
-        table.add_row(caption(scan.names[down]), f'{low:+.4f}', '|', caption(scan.names[up]),
-                      f'{high:+.4f}')
-    yield table
+        down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
+        yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
     if count:
         how = 'bars' if console.color_system is None else 'shaded'
         yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
@@ -357,16 +343,13 @@ def panels(scan, d, index, options, console):
         if not d['top']:
             yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
         yield heading('Random contexts', 'drawn from all positions where it fires')
-        table = plain_table('', '')
-        for c in d['random'][:options.examples]:
-            table.add_row(peak(c), one_line(scan, c, d['max'], console.width - 14))
-        yield table
+        yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], console.width - 14))
+                                  for c in d['random'][:options.examples]])
         yield heading('By strength', 'intervals of activation, shares of the firings, an example')
-        table = plain_table('', '', '')
-        for low, high, share, c in d['intervals']:
-            text = one_line(scan, c, d['max'], console.width - 30) if c else '(no peak is taken)'
-            table.add_row(f'{low:.4g} to {high:.4g}', percent(share), text)
-        yield table
+        yield table_of(('', '', ''), [
+            (f'{low:.4g} to {high:.4g}', percent(share),
+             one_line(scan, c, d['max'], console.width - 30) if c else '(no peak is taken)')
+            for low, high, share, c in d['intervals']])
     yield from feature_table('Nearest', 'cosine of what they write', ('',),
                              [(scan, g, f'{x:.3f}') for g, x in d['near']])
     if count:
@@ -427,15 +410,15 @@ def timeline_view(options, console):
         yield bold(f'SAE of block {t.layer} over training: {n} snapshots of {t.probed:,} tokens')
         yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
                   f'{SETTLED} or more)\n')
-        table = plain_table('step', 'tokens', 'live', 'settled', 'median',
-                            f'token entropy, 0 to {top} bits')
+        rows = []
         for i in range(n):
             bits = t.entropy[i][live[i]]
             median = np.median(bits) if len(bits) else 0
-            table.add_row(f'{t.steps[i]:,}', f'{t.tokens[i]:,}', percent(live[i].mean()),
-                          f'{(settled <= i).sum():,}', f'{median:.2f}',
-                          f'|{spark(np.histogram(bits, 24, (0, top))[0])}|')
-        yield table
+            rows.append((f'{t.steps[i]:,}', f'{t.tokens[i]:,}', percent(live[i].mean()),
+                         f'{(settled <= i).sum():,}', f'{median:.2f}',
+                         f'|{spark(np.histogram(bits, 24, (0, top))[0])}|'))
+        yield table_of(('step', 'tokens', 'live', 'settled', 'median',
+                        f'token entropy, 0 to {top} bits'), rows)
         when = np.bincount(settled[live[-1]], minlength=n + 1)
         yield (f'\n  settling       |{spark(when[:n])}| features a snapshot; {when[n]:,} of '
                f'{live[-1].sum():,} never\n')
@@ -448,14 +431,13 @@ def feature_timeline_view(options, console):
                    'each snapshot')
         yield from sparklines(t)
         yield ''
-        table = plain_table('step', 'density', 'entropy', 'direction', 'tokens', 'fires on')
+        rows = []
         for i, step in enumerate(t['steps']):
             entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
             tokens = '  '.join(caption(scan.names[token]) for token in t['tokens'][i])
-            table.add_row(('* ' if i == t['settled'] else '') + f'{step:,}',
-                          percent(t['density'][i]), entropy, f"{t['cos'][i]:.4f}",
-                          f"{t['same'][i]:.4f}", tokens)
-        yield table
+            rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(t['density'][i]),
+                         entropy, f"{t['cos'][i]:.4f}", f"{t['same'][i]:.4f}", tokens))
+        yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
         yield ''
 
 def prompt_view(options, console):
@@ -463,18 +445,17 @@ def prompt_view(options, console):
     for scan in chosen(options, index):
         yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
         yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
-        table = plain_table('token', '', '', 'feature', 'fires on')
+        cells = []
         for token, features in rows:
-            word = Text(caption(scan.names[token]))
+            word = caption(scan.names[token])
             for f, act in features[scan.layer]:
                 eighths = level(act, max(abs(act), scan.max[f]))
-                word.stylize(SHADES[eighths - 1])
-                table.add_row(word, BARS[eighths], number(act), bold(name(scan, f)),
-                              captions(scan, f))
-                word = Text()
+                cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
+                              captions(scan, f)))
+                word = ''
             if not features[scan.layer]:
-                table.add_row(word, '', '', '', 'no feature fires')
-        yield table
+                cells.append((word, '', '', '', 'no feature fires'))
+        yield table_of(('token', '', '', 'feature', 'fires on'), cells)
         yield ''
 
 def find_view(options, console):

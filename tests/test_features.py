@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import features
+import probe
 from data.dataset import eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 
@@ -384,15 +385,15 @@ def test_probe_finds_the_features_that_matter(out):
     X = rng.random((120, 50)).astype(np.float32)
     X[:, 7] += 3 * (y == 0)
     X[:, 11] += 3 * (y == 1)
-    alone, chosen = features.choose_features(X, y, 2)
+    alone, chosen = probe.choose_features(X, y, 2)
     assert set(chosen) == {7, 11} == set(alone[:2].tolist())
-    train, test = features.split(y, 0)
+    train, test = probe.split(y, 0)
     assert not set(train) & set(test) and len(train) + len(test) == 120 and len(test) == 36
-    assert features.accuracy(X[:, chosen], y, train, test) == 1.0
-    assert features.accuracy(X[:, [20]], y, train, test) < 0.6
+    assert probe.accuracy(X[:, chosen], y, train, test) == 1.0
+    assert probe.accuracy(X[:, [20]], y, train, test) < 0.6
     run = features.open_run(out, device='cpu')
     texts = ['ab', 'cc c', 'a' * 25]
-    X = features.pooled_codes(run, texts)[2]
+    X = probe.pooled_codes(run, texts)[2]
     for row, text in zip(X, texts):
         with torch.no_grad():
             seen = run.model(torch.tensor([[EOT] + run.tokenizer.encode_ordinary(text)]))[2]

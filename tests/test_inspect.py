@@ -62,7 +62,7 @@ def test_feature_view(out, index, capsys):
     assert f"mean {effect['mean']:+.4f} nats" in text
     squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█]', '', text)
     for c in features.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:
-        pieces = view.pieces(scan, c) # each context is whole, but for line breaks and bars
+        pieces = features.pieces(scan, c) # each context is whole, but for line breaks and bars
         shown = ''.join(f'«{text}»' if peak else text for text, _, peak in pieces)
         assert squeeze(shown) in squeeze(text)
         assert [peak for _, _, peak in pieces].count(True) == 1
@@ -73,7 +73,7 @@ def test_tokens_that_share_a_character_are_one_piece():
     names = [b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2', b'\xe6', b'z', b'\xe6']
     scan = SimpleNamespace(names=names)
     context = dict(tokens=list(range(9)), acts=[0, 1, -4, 2, 0, 0, 0, 0, 0], peak=2)
-    assert view.pieces(scan, context) == [
+    assert features.pieces(scan, context) == [
         ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
     console = view.Console(width=80, color_system=None)
@@ -292,7 +292,7 @@ def test_html_has_the_same_numbers(index, page):
             assert d[name] == pytest.approx(want[name], rel=1e-5)
         for kind in ('top', 'random'): # as many as --examples
             for (parts, where, times), c in zip(d[kind], want[kind][:5], strict=True):
-                pieces = view.pieces(scan, c)
+                pieces = features.pieces(scan, c)
                 texts = [part if isinstance(part, str) else part[0] for part in parts]
                 assert (where, times) == (c['where'], c['times']) and all(map(harmless, texts))
                 assert ''.join(texts) == ''.join(text for text, _, _ in pieces)
