@@ -36,11 +36,11 @@ from rich.table import Table
 from rich.text import Text
 
 import configurator
-from features import (BINS, SETTLED, caption, encode, feature_numbers, feature_timeline, find,
-                      fires_on, open_index, open_run, open_timeline, overview_numbers,
-                      parse_feature, pieces, prompt_text, read, removal_effect, safe, settled_at,
-                      strongest)
-from probe import accuracy, choose_features, pooled_codes, read_labels, split
+from features import (SETTLED, caption, feature_timeline, open_run, open_timeline, parse_feature,
+                      pieces, prompt_rows, prompt_text, safe, settled_at, write_safetensors)
+from scanning import (BINS, accuracy, choose_features, feature_numbers, find, fires_on,
+                      open_index, overview_numbers, pooled_codes, read_labels, removal_effect,
+                      split)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -238,16 +238,9 @@ def all_numbers(options, features):
         d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
 
-def prompt_rows(options):
-    """[(token, {block: its strongest features})] of --prompt or --prompt_file."""
+def rows_of_prompt(options):
     text = prompt_text(options.prompt, options.prompt_file)
-    run = run_of(options)
-    tokens = encode(run, text)
-    _, values, indices = read(run.model, tokens)
-    layers = list(run.model.saes())
-    return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
-                     for s, layer in enumerate(layers)})
-            for t, token in enumerate(tokens)]
+    return prompt_rows(run_of(options), text, options.top)
 
 # --------------------------------------------------------------------------------------------------
 # the views
@@ -312,12 +305,11 @@ def panels(scan, d, index, options, console):
     f, count, which = d['f'], d['count'], name(scan, d['f'])
     live = np.flatnonzero(scan.count)
     peak = lambda c: number(c['acts'][c['peak']])
+    about = f" is dead: it never fired in {scan.N:,} tokens"
     if count:
-        yield Text.assemble(bold(which), f" · alive · fires on {percent(d['density'])} of "
-                            f"{scan.N:,} tokens · max {number(d['max'])} · "
-                            f"mean {number(d['mean'])}")
-    else:
-        yield Text.assemble(bold(which), f" is dead: it never fired in {scan.N:,} tokens")
+        about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
+                 f"max {number(d['max'])} · mean {number(d['mean'])}")
+    yield Text.assemble(bold(which), about)
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if count:
         used = int(np.flatnonzero(d['hist'])[-1]) + 1
@@ -441,18 +433,19 @@ def feature_timeline_view(options, console):
         yield ''
 
 def prompt_view(options, console):
-    index, rows = index_of(options), prompt_rows(options)
+    index, rows = index_of(options), rows_of_prompt(options)
     for scan in chosen(options, index):
         yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
         yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
         cells = []
         for token, features in rows:
-            word = caption(scan.names[token])
+            word = Text(caption(scan.names[token]))
             for f, act in features[scan.layer]:
                 eighths = level(act, max(abs(act), scan.max[f]))
+                word.stylize(SHADES[eighths - 1])
                 cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
                               captions(scan, f)))
-                word = ''
+                word = Text()
             if not features[scan.layer]:
                 cells.append((word, '', '', '', 'no feature fires'))
         yield table_of(('token', '', '', 'feature', 'fires on'), cells)
@@ -510,7 +503,7 @@ def page(options, console):
     if options.feature:
         features = chosen_features(options, index)
     elif options.prompt or options.prompt_file:
-        rows = prompt_rows(options)
+        rows = rows_of_prompt(options)
         layers = [scan.layer for scan in chosen(options, index)]
         features = {(layer, f) for _, by_layer in rows for layer in layers
                     for f, _ in by_layer[layer]}
@@ -577,18 +570,6 @@ def export(options, console):
         weights = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
         write_safetensors(folder / 'sae_weights.safetensors', weights)
         yield f'SAE of block {layer} -> {folder}'
-
-def write_safetensors(path, tensors):
-    """The length of the header, the header in JSON, the raw little-endian data."""
-    header, data = {}, b''
-    for key, x in tensors.items():
-        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
-        header[key] = dict(dtype='F32', shape=x.shape, data_offsets=[len(data),
-                                                                     len(data) + len(raw)])
-        data += raw
-    header = json.dumps(header).encode()
-    header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
 
 # --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import features
-import probe
+import scanning
 from data.dataset import eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 
@@ -65,7 +65,7 @@ def untracked(items, description):
     return items
 
 def open_index(out, n_tokens=0):
-    return features.open_index(str(out), '', 'cpu', n_tokens, lambda text: None, untracked)
+    return scanning.open_index(str(out), '', 'cpu', n_tokens, lambda text: None, untracked)
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -167,7 +167,7 @@ def check_scan(index, windows, fires):
         scan, entropies = index[layer], {}
         assert (scan.N, scan.T) == (windows.size, T)
         for f, where in fires[layer].items():
-            d = features.feature_numbers(scan, f, 0)
+            d = scanning.feature_numbers(scan, f, 0)
             assert scan.count[f] == d['count'] == len(where) == d['density'] * scan.N
             if not where:
                 assert math.isnan(scan.entropy[f]) and scan.rank[f] == 0
@@ -185,7 +185,7 @@ def check_scan(index, windows, fires):
             assert counts == sorted(types.values(), reverse=True)[:8]
             assert counts == [types[token] for token, _ in d['fires_on']]
             assert a.max() < d['R'] <= 2 * a.max() * (1 + 1e-5) and math.log2(d['R']) % 1 == 0
-            hist = np.histogram(a, features.BINS, (0, d['R']))[0]
+            hist = np.histogram(a, scanning.BINS, (0, d['R']))[0]
             assert np.abs(hist - d['hist']).sum() <= 2 # rounding may move one across an edge
             assert sum(d['hist']) == len(where)
             check_contexts(d, scan, windows, where)
@@ -198,9 +198,9 @@ def check_contexts(d, scan, windows, where):
     for (w, t), a in eligible.items():
         best[w] = max(best.get(w, 0), abs(a))
     tops = [abs(c['acts'][c['peak']]) for c in d['top']]
-    want = sorted(best.values(), reverse=True)[:features.TOP]
+    want = sorted(best.values(), reverse=True)[:scanning.TOP]
     assert sum(c['times'] for c in d['top']) == len(want)
-    assert sum(c['times'] for c in d['random']) == min(features.RANDOM, len(best))
+    assert sum(c['times'] for c in d['random']) == min(scanning.RANDOM, len(best))
     if len(tops) == len(want): # none is folded
         assert tops == pytest.approx(want, rel=1e-4)
     for some in (d['top'], d['random']):
@@ -208,7 +208,7 @@ def check_contexts(d, scan, windows, where):
         texts = [tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5]) for c in some]
         assert len(set(texts)) == len(texts)
     shares, drawn = {low: share for low, _, share, _ in d['intervals']}, []
-    for j in range(features.INTERVALS):
+    for j in range(scanning.INTERVALS):
         low, high = j * d['R'] / 8, (j + 1) * d['R'] / 8
         n = sum(low <= abs(a) < high for _, _, a in where)
         assert shares.get(low, 0) == pytest.approx(n / len(where), abs=1.01 / len(where))
@@ -222,7 +222,7 @@ def check_contexts(d, scan, windows, where):
     for c in d['top'] + d['random'] + drawn: # the text and the activations around each peak
         w, t = divmod(c['where'], T)
         assert (w, t) in eligible
-        around = range(max(0, t - features.SIDE), min(T, t + features.SIDE + 1))
+        around = range(max(0, t - scanning.SIDE), min(T, t + scanning.SIDE + 1))
         assert c['tokens'] == [int(windows[w, i]) for i in around] and c['peak'] == t - around[0]
         want = [code.get((w, i), 0) for i in around]
         assert c['acts'] == pytest.approx(want, rel=1e-3, abs=1e-5)
@@ -250,7 +250,7 @@ def test_random_contexts_are_a_fair_draw():
         count=one * 40, entropy=one, rank=one, **{name: none for name in names})
     seen, draws = np.zeros(40), []
     for seed in [*range(300), 0]:
-        found = features.feature_numbers(scan, 0, seed)['random']
+        found = scanning.feature_numbers(scan, 0, seed)['random']
         draws.append([c['where'] // 8 for c in found])
         seen[draws[-1]] += 1
     assert draws[0] == draws[-1] != draws[1] and {len(draw) for draw in draws} == {8}
@@ -262,7 +262,7 @@ def test_equal_texts_are_folded():
     tokens[9] = 7
     scan = SimpleNamespace(T=4, tokens=tokens)
     where = np.array([2, 6, 10])
-    found = features.contexts(scan, where, np.ones(3), where, 9)
+    found = scanning.contexts(scan, where, np.ones(3), where, 9)
     assert [(c['where'], c['times']) for c in found] == [(2, 2), (10, 1)]
 
 def test_logits_and_neighbours(index, truth):
@@ -273,7 +273,7 @@ def test_logits_and_neighbours(index, truth):
         places = {f: {x[:2] for x in where} for f, where in fires[layer].items()}
         for f in range(len(W)):
             others = [g for g in range(len(W)) if g != f]
-            d = features.feature_numbers(index[layer], f, 0)
+            d = scanning.feature_numbers(index[layer], f, 0)
             logits = dict(enumerate(wte @ W[f]))
             norms = np.linalg.norm(W, axis=1)
             cosines = {g: W[g] @ W[f] / norms[g] / norms[f] for g in others}
@@ -301,15 +301,15 @@ def test_removal_effect(index, truth):
             change += [float(losses[1][t] - losses[0][t]) for v, t, _ in fires[layer][f]
                        if v == w and t < T - 1]
     d = np.array(change)
-    got = features.removal_effect(model, index[layer], f, 10**6, 0)
+    got = scanning.removal_effect(model, index[layer], f, 10**6, 0)
     want = dict(mean=d.mean(), std=d.std(), worse=(d > 0).mean(), n=len(d))
     assert got == pytest.approx(want, abs=2e-5)
     assert abs(d.mean()) > 1e-3 # there was something to measure
-    few = [features.removal_effect(model, index[layer], f, 8, seed) for seed in range(40)]
+    few = [scanning.removal_effect(model, index[layer], f, 8, seed) for seed in range(40)]
     assert {x['n'] for x in few} == {8} and few[0] != few[1] # at random places, not the first
     means = np.array([x['mean'] for x in few])
     assert abs(means.mean() - d.mean()) < 4 * d.std() / math.sqrt(40 * 8)
-    assert features.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
+    assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
 @pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<', '^.',
@@ -327,7 +327,7 @@ def test_find(index, truth, regex):
                     for m in re.finditer(regex, text) if m.group()]
     inside = set().union(*matches)
     for layer in fires:
-        precision, recall, n, n_tokens = features.find(index[layer], re.compile(regex))
+        precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
         assert (n, n_tokens) == (len(matches), len(inside))
         for f, where in fires[layer].items():
             on = {(w, t) for w, t, _ in where}
@@ -385,15 +385,15 @@ def test_probe_finds_the_features_that_matter(out):
     X = rng.random((120, 50)).astype(np.float32)
     X[:, 7] += 3 * (y == 0)
     X[:, 11] += 3 * (y == 1)
-    alone, chosen = probe.choose_features(X, y, 2)
+    alone, chosen = scanning.choose_features(X, y, 2)
     assert set(chosen) == {7, 11} == set(alone[:2].tolist())
-    train, test = probe.split(y, 0)
+    train, test = scanning.split(y, 0)
     assert not set(train) & set(test) and len(train) + len(test) == 120 and len(test) == 36
-    assert probe.accuracy(X[:, chosen], y, train, test) == 1.0
-    assert probe.accuracy(X[:, [20]], y, train, test) < 0.6
+    assert scanning.accuracy(X[:, chosen], y, train, test) == 1.0
+    assert scanning.accuracy(X[:, [20]], y, train, test) < 0.6
     run = features.open_run(out, device='cpu')
     texts = ['ab', 'cc c', 'a' * 25]
-    X = probe.pooled_codes(run, texts)[2]
+    X = scanning.pooled_codes(run, texts)[2]
     for row, text in zip(X, texts):
         with torch.no_grad():
             seen = run.model(torch.tensor([[EOT] + run.tokenizer.encode_ordinary(text)]))[2]
@@ -474,7 +474,7 @@ def test_index_follows_the_checkpoint(tmp_path):
 
     def opened(n_tokens=0):
         said.clear()
-        index = features.open_index(str(out), '', 'cpu', n_tokens, said.append, untracked)
+        index = scanning.open_index(str(out), '', 'cpu', n_tokens, said.append, untracked)
         return ''.join(said), index[1]
 
     before, path = (out / 'ckpt.pt').read_bytes(), out / 'index.npz'

@@ -19,6 +19,7 @@ from rich.cells import cell_len
 import features
 import inspect_features as view
 import sample
+import scanning
 from model import load_checkpoint, load_model, save_checkpoint
 from test_features import (HOSTILE, harmless, index, make_run, open_index, out, # fixtures, too
                            snapshots, untracked)
@@ -58,10 +59,10 @@ def test_feature_view(out, index, capsys):
                 f'Token Entropy {scan.entropy[7]:.4f}\n') in text
     assert text.count('Example ') == 4 and f'{scan.count[7]:,} of them' in text
     run = features.open_run(out, device='cpu')
-    effect = features.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
+    effect = scanning.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
     assert f"mean {effect['mean']:+.4f} nats" in text
     squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█]', '', text)
-    for c in features.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:
+    for c in scanning.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:
         pieces = features.pieces(scan, c) # each context is whole, but for line breaks and bars
         shown = ''.join(f'«{text}»' if peak else text for text, _, peak in pieces)
         assert squeeze(shown) in squeeze(text)
@@ -108,7 +109,7 @@ def test_the_most_word_like_are_one_a_token(index):
 def test_captions_never_call_a_live_feature_dead(index):
     for f in np.flatnonzero(index[1].count):
         text = view.captions(index[1], f)
-        assert '%' in text and (' 0%' not in text or features.fires_on(index[1], f)[0][1] < 0.005)
+        assert '%' in text and (' 0%' not in text or scanning.fires_on(index[1], f)[0][1] < 0.005)
     assert view.captions(index[1], 5) == 'dead'
 
 def test_numbers_keep_three_or_four_digits():
@@ -287,7 +288,7 @@ def test_html_has_the_same_numbers(index, page):
     assert list(page.parent.iterdir()) == [page]
     for d in data['features']:
         scan = index[d['layer']]
-        want = features.feature_numbers(scan, d['f'], view.DEFAULTS['seed'])
+        want = scanning.feature_numbers(scan, d['f'], view.DEFAULTS['seed'])
         for name in ('count', 'density', 'entropy', 'rank', 'mean', 'max', 'hist'):
             assert d[name] == pytest.approx(want[name], rel=1e-5)
         for kind in ('top', 'random'): # as many as --examples
