@@ -38,9 +38,8 @@ from rich.text import Text
 import configurator
 from features import (SETTLED, caption, feature_timeline, open_run, open_timeline, parse_feature,
                       pieces, prompt_rows, prompt_text, safe, settled_at, write_safetensors)
-from scanning import (BINS, accuracy, choose_features, feature_numbers, find, fires_on,
-                      open_index, overview_numbers, pooled_codes, read_labels, removal_effect,
-                      split)
+from scanning import (BINS, accuracy, choose_features, feature_numbers, find, fires_on, open_index,
+                      overview_numbers, pooled_codes, read_labels, removal_effect, split)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -215,9 +214,9 @@ def chosen(options, by_layer):
 
 def chosen_features(options, index):
     """--feature as [(scan, feature)]. Raises ValueError, one sentence."""
-    n_features = chosen(options, index)[0].F
-    found = [parse_feature(text, index, n_features, options.layer)
-             for text in options.feature.split(',')]
+    F = chosen(options, index)[0].F
+    names = options.feature.split(',')
+    found = [parse_feature(text, index, F, options.layer) for text in names]
     return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
@@ -318,7 +317,7 @@ def panels(scan, d, index, options, console):
         yield f"  0 |{spark(d['hist'][:used])}| {number(used / BINS * d['R'])}"
         yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
                                   f"{len(live):,} live features")
-        yield '  ' + captions(scan, f)
+        yield line('  ', captions(scan, f))
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
@@ -382,8 +381,7 @@ def sparklines(t):
     yield f"  fires on       |{spark(t['same'], 1)}| cosine of the token counts to the end, 0 to 1"
     if settled < n:
         yield ' ' * (18 + settled) + '^'
-        yield (f'  took its final meaning at step {steps[settled]:,}: fires on about the same '
-               'tokens ever since')
+        yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'
     else:
         yield '  not settled: silent in the last snapshot, or other tokens just before it'
 
@@ -419,8 +417,8 @@ def feature_timeline_view(options, console):
     timelines = timelines_of(options)
     for scan, f in chosen_features(options, index_of(options)):
         t = feature_timeline(timelines[scan.layer], f)
-        yield bold(f'{name(scan, f)} over training, on {timelines[scan.layer].probed:,} tokens at '
-                   'each snapshot')
+        probed = timelines[scan.layer].probed
+        yield bold(f'{name(scan, f)} over training, on {probed:,} tokens at each snapshot')
         yield from sparklines(t)
         yield ''
         rows = []
@@ -458,11 +456,10 @@ def find_view(options, console):
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
         best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
         yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-        yield from feature_table(
-            'Features', 'precision: share of firings in a match; recall: of matches on which it '
-            'fires', ('fires', 'precision', 'recall', 'F1'),
-            [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-              f'{f1[f]:.3f}') for f in best])
+        rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
+                 f'{f1[f]:.3f}') for f in best]
+        yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
+                                 'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
         if not best:
             yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
         yield ''
@@ -504,10 +501,9 @@ def page(options, console):
         features = chosen_features(options, index)
     elif options.prompt or options.prompt_file:
         rows = rows_of_prompt(options)
-        layers = [scan.layer for scan in chosen(options, index)]
-        features = {(layer, f) for _, by_layer in rows for layer in layers
-                    for f, _ in by_layer[layer]}
-        features = [(index[layer], f) for layer, f in sorted(features)]
+        seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
+                for f, _ in by_layer[scan.layer]}
+        features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
         features = [(scan, f) for scan in chosen(options, index)
                     for f in np.flatnonzero(scan.count).tolist()]
@@ -528,10 +524,9 @@ def page(options, console):
         pages.append(dump(d))                # of thousands of features only their texts are kept
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
-    path = Path(options.html)
-    path.with_name(f'{path.name}.tmp').write_text(
-        TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
-    os.replace(f'{path}.tmp', path)
+    path, temporary = Path(options.html), Path(f'{options.html}.tmp')
+    temporary.write_text(TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
+    os.replace(temporary, path)
     yield f'{len(features):,} features -> {path}, {path.stat().st_size / 1e6:.1f} MB'
 
 def for_page(scan, context):

@@ -14,7 +14,6 @@ Given several times, the edits apply in their order. At site stream the feature 
 """
 import itertools
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,11 +44,10 @@ DEFAULTS = dict(
 
 def problems(config):
     """Everything that is wrong with the options, as a list of sentences."""
-    c, found = SimpleNamespace(**config), []
+    c = SimpleNamespace(**config)
     at_least = dict(num_samples=1, max_new_tokens=1, top_k=0, show_features=0, seed=0)
-    for key, low in at_least.items():
-        if config[key] < low:
-            found.append(f"{key}={config[key]} must be at least {low}")
+    found = [f"{key}={config[key]} must be at least {low}" for key, low in at_least.items()
+             if config[key] < low]
     if c.temperature != 0 and not 1e-3 <= c.temperature <= 1e3:
         found.append(f"temperature={c.temperature} must be 0 (always the likeliest token) or lie "
                      "in 0.001..1000")
@@ -81,11 +79,8 @@ def parse_steering(specs, model):
                         for text in strengths.split(',')])
     if sum(len(choice) > 1 for choice in choices) > 1:
         raise ValueError("more than one --steer is a sweep: give a list of strengths to one only")
-    sweep = []
-    for chosen in itertools.product(*choices):
-        label = ' '.join(label for label, _ in chosen) or 'unsteered'
-        sweep.append((label, [edit for _, edit in chosen]))
-    return sweep
+    return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
+            for chosen in itertools.product(*choices)]
 
 def parse_strength(text, spec):
     """'8' -> (1, 8), 'x2' -> (2, 0), 'off' -> (0, 0): the (scale, add) of z <- scale * z + add."""
@@ -113,16 +108,15 @@ def set_steering(model, edits):
 
 def usual_activation(run, i, f):
     """What training noted of the feature at this checkpoint's eval, if it noted anything."""
-    path = Path(run.out_dir) / 'features' / f"{run.checkpoint['step']:07d}.npz"
-    arrays = load_npz(path)
+    snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
     try:
-        count, mean = int(arrays[f'L{i}.count'][f]), float(arrays[f'L{i}.mean'][f])
-        probed = int(arrays['probed'])
+        count, mean = int(snapshot[f'L{i}.count'][f]), float(snapshot[f'L{i}.mean'][f])
+        share = count / int(snapshot['probed'])
     except LookupError: # missing, torn, another run's: it is only a hint
         return "its usual activation is not known"
     if not count:
-        return f"silent on all {probed:,} tokens of the last eval"
-    return f"usually {mean:.3g} where it fires, on {100 * count / probed:.2f} % of tokens"
+        return f"silent on all {snapshot['probed']:,} tokens of the last eval"
+    return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
 # --------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
@@ -212,10 +206,10 @@ def write_samples(options):
     titled = len(versions) * options.num_samples > 1 or options.steer
     if options.compare:
         versions = [('unsteered', []), *versions]
-    hidden = len(prompt) if not given else 0 if run.meta['eot'] is None else 1
+    begins = 0 if given and run.meta['eot'] is None else 1 # tokens that stand before every text
 
-    def text(tokens): # without what begins every text
-        return safe(b''.join(run.names[token] for token in tokens[hidden:]), keep='\n\t')
+    def text(tokens):
+        return safe(b''.join(run.names[token] for token in tokens[begins:]), keep='\n\t')
 
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
