@@ -55,7 +55,7 @@ def token_statistics(features, tokens, n_features, vocab_size):
     features (N, K), n_features where a slot is not active, on tokens (N,) -> a dict of
       count (F,)        on how many of the tokens each feature is active
       entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
-                        over these. Low: a detector of one word; high: an abstract feature; nan: dead
+                        over these. Low: a detector of one word; high: abstract; nan: dead
       top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
     """
     keys = features.astype(np.int64) * vocab_size + tokens[:, None]

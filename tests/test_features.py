@@ -55,8 +55,9 @@ def make_run(folder, seed=0, **config):
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p) # projections begin at zero: stir
-        for sae in model.saes().values():
+        for i, sae in model.saes().items():
             sae.b_enc[5] = -1e4 # dead
+            sae.k.fill_(5 - i) # of four slots block 2 uses three, as in K annealing
     save_checkpoint(out, dict(model=model.state_dict(), model_args=asdict(model.config), step=STEP,
                               dataset=data, data_sha256=meta['train_sha256'], config={}))
     return out
@@ -264,6 +265,8 @@ def test_equal_texts_are_folded():
     where = np.array([2, 6, 10])
     found = scanning.contexts(scan, where, np.ones(3), where, 9)
     assert [(c['where'], c['times']) for c in found] == [(2, 2), (10, 1)]
+    found = scanning.contexts(scan, where, np.ones(3), where, 2) # windows, not texts
+    assert [(c['where'], c['times']) for c in found] == [(2, 2)]
 
 def test_logits_and_neighbours(index, truth):
     _, fires, model = truth
@@ -283,6 +286,7 @@ def test_logits_and_neighbours(index, truth):
                 best = sorted(want.values(), reverse=True)[:n]
                 assert [v for _, v in d[name]] == pytest.approx(best, rel=1e-4)
                 assert all(want[i] == pytest.approx(v, rel=1e-4) for i, v in d[name])
+            assert len({g for g, _ in d['joint']} - {f}) == 5
             worst = sorted(logits.values())[:10]
             assert [v for _, v in d['down']] == pytest.approx(worst, rel=1e-4)
             assert all(logits[i] == pytest.approx(v, rel=1e-4) for i, v in d['down'])
@@ -540,8 +544,10 @@ def test_tokens_are_safe():
         assert len(features.caption(raw)) <= 16
     for raw, text in ((b'\x1b[31m', '␛[31m'), (b'a\nb\t', 'a⏎b⇥'), (b'\xe6\xbc', '<0xE6><0xBC>'),
                       (b'[red]', '[red]'), ('漢字'.encode(), '漢字'), (b'\x7f', '␡'),
-                      ('\u202e'.encode(), '<U+202E>'), ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
+                      ('\u202e'.encode(), '<U+202E>'),
+                      ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
         assert features.safe(raw) == text
     assert features.safe(b'a\n\t\r', keep='\n\t') == 'a\n\t␍'
-    for raw, text in ((b'  a ', '··a·'), (b'   ', '···'), (b'', '(none)'), (b'-' * 90, '-' * 15 + '…')):
+    for raw, text in ((b'  a ', '··a·'), (b'   ', '···'), (b'', '(none)'),
+                      (b'-' * 90, '-' * 15 + '…')):
         assert features.caption(raw) == text

@@ -102,7 +102,8 @@ def test_post_hoc_saes_can_be_steered(capsys, tmp_path):
     for sae in model.saes().values():
         sae.alpha.zero_()
     run = write_run(tmp_path, model, config=dict(sae_posthoc=True))
-    sample.main([f'--out_dir={run}', '--device=cpu', '--max_new_tokens=12', '--prompt=ab', '--steer=L1.F3=9'])
+    sample.main([f'--out_dir={run}', '--device=cpu', '--max_new_tokens=12', '--prompt=ab',
+                 '--steer=L1.F3=9'])
     seen = capsys.readouterr()
     assert 'spliced in' in seen.err and 'alpha 0' not in seen.out
     write_run(tmp_path / 'twin', tiny_model(), config=dict(sae_posthoc=True)) # saved with alpha 1
@@ -255,8 +256,9 @@ def test_usual_activation(capsys, run):
     count[7], mean[7] = 5, 2.5
     np.savez(run / 'features' / '0000007.npz', probed=200, **{'L2.count': count, 'L2.mean': mean})
     out = printed(capsys, run, '--steer=L2.F7=4', '--steer=L2.F8=4')
-    assert 'L2.F7, on the residual stream after block 2: usually 2.5 where it fires, on 2.50 % of tokens' in out
-    assert 'L2.F8, on the residual stream after block 2: silent on all 200 tokens' in out
+    where = 'on the residual stream after block 2'
+    assert f'L2.F7, {where}: usually 2.5 where it fires, on 2.50 % of tokens' in out
+    assert f'L2.F8, {where}: silent on all 200 tokens' in out
     (run / 'features' / '0000007.npz').write_bytes(b'torn')
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
 
