@@ -28,6 +28,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+# before torch is loaded: threads that wait for each other sleep, so that a busy CPU stays usable
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import numpy as np
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -215,8 +218,7 @@ def chosen(options, by_layer):
 def chosen_features(options, index):
     """--feature as [(scan, feature)]. Raises ValueError, one sentence."""
     F = chosen(options, index)[0].F
-    names = options.feature.split(',')
-    found = [parse_feature(text, index, F, options.layer) for text in names]
+    found = [parse_feature(text, index, F, options.layer) for text in options.feature.split(',')]
     return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
@@ -282,10 +284,9 @@ def overview_of(scan, options, console):
             yield line('  ', bold(name(scan, f)), '  ', captions(scan, f))
             for c in feature_numbers(scan, f, options.seed)['top'][:3]:
                 yield one_line(scan, c, scan.max[f], console.width)
-    some = ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
-    more = f" ... {d['dead']:,} in all" if d['dead'] > options.rows else ''
-    yield heading('Dead', f"never fired in {scan.N:,} tokens")
-    yield f"  {some or 'none'}{more}"
+    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
+    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
+    yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
     if len(known):
         which = name(scan, known[len(known) // 2])
         yield heading('Next')
@@ -410,8 +411,8 @@ def timeline_view(options, console):
         yield table_of(('step', 'tokens', 'live', 'settled', 'median',
                         f'token entropy, 0 to {top} bits'), rows)
         when = np.bincount(settled[live[-1]], minlength=n + 1)
-        yield (f'\n  settling       |{spark(when[:n])}| features a snapshot; {when[n]:,} of '
-               f'{live[-1].sum():,} never\n')
+        never = f'{when[n]:,} of {live[-1].sum():,} never'
+        yield f'\n  settling       |{spark(when[:n])}| features a snapshot; {never}\n'
 
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
