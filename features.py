@@ -1,120 +1,101 @@
 """
-What features do, in numbers. Nothing here prints; inspect_features.py, sample.py and train.py do.
+What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
+here prints; train.py, inspect_features.py and sample.py do.
 
   statistics   of features over a set of tokens
-  snapshot     what training keeps of them at each eval, and the timeline read from that
+  timeline     the snapshots that training takes at each eval
+  evaluation   the loss, and what the model loses without its features
   run          an opened checkpoint, and the one way in which a text is read
-  scan         one pass over val; its index in out_dir answers all questions about features
-  numbers      of one feature; of a regular expression; of a probe
+  text         tokens that are safe on any screen
 
-Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs (in
-the scan) or snapshots (in the timeline), V vocabulary, P places where a feature fires.
+Where a `track` is asked for: rich.progress.track, or what stands for it.
+Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
+(in the timeline), V vocabulary, P pairs that occur.
 """
-import contextlib
 import json
 import math
 import os
 import re
 import unicodedata
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 
-from data.dataset import eval_batches, load_dataset, load_meta, load_tokenizer, token_bytes
+from data.dataset import load_meta, load_tokenizer, token_bytes
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 2       # of the index: one of another version is made again
-TOP, RANDOM = 16, 8            # contexts kept of a feature
-BINS, INTERVALS = 32, 8        # of its activations, from 0 to a power of two
-SIDE = 16         # tokens of a context on either side of its peak
-SETTLED = 0.7     # cosine of its token counts to the last ones from which a feature is settled
-
-def untracked(items, description='', total=None):
-    """Stands for rich.progress.track where nobody watches."""
-    return items
+VERSION = 2   # of index.npz and timeline.npz: another one is made again
+SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
 # --------------------------------------------------------------------------------------------------
-# statistics of features over a set of tokens
+# codes, and statistics of features over a set of tokens
 
-def count_pairs(values, indices, tokens, vocab_size):
+def codes(model, batches):
     """
-    How often feature f is active on token v. values, indices (..., K), tokens (...) ->
-    keys f * vocab_size + v (P,), sorted, and counts (P,). Only pairs that occur are stored.
+    Over batches, which yields x (B, T) -> arrays: tokens (N,); the features active on each
+    (S, N, K), F where a slot is not active; their activations (S, N, K); FVU (S,).
     """
-    keys = indices.long() * vocab_size + tokens.long().unsqueeze(-1)
-    return torch.unique(keys[values != 0], return_counts=True)
+    tokens, features, values, fvu = [], [], [], []
+    for x in batches:
+        _, out = forward(model, x)
+        F = out.fired.shape[-1]
+        active = torch.where(out.values != 0, out.indices, F)                # (S, B, T, K)
+        tokens.append(x.flatten().cpu().numpy())
+        features.append(active.flatten(1, 2).cpu().numpy().astype(np.uint16 if F < 2**16 else int))
+        values.append(out.values.float().flatten(1, 2).cpu().numpy())
+        fvu.append(out.fvu.float().cpu().numpy())
+    return (np.concatenate(tokens), np.concatenate(features, axis=1),
+            np.concatenate(values, axis=1), np.mean(fvu, axis=0))
 
-def token_entropy(keys, counts, n_features, vocab_size):
+def token_statistics(features, tokens, n_features, vocab_size):
     """
-    Token entropy of each feature, in bits: Shannon entropy of the distribution of token types over
-    the positions where it is active. Low: a detector of one word; high: an abstract feature.
-    (F,) fp64; nan for one that never fires.
+    features (N, K), n_features where a slot is not active, on tokens (N,) -> a dict of
+      count (F,)        on how many of the tokens each feature is active
+      entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
+                        over these. Low: a detector of one word; high: abstract; nan: dead
+      top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
     """
-    f, counts = keys // vocab_size, counts.double()
-    total = torch.zeros(n_features, dtype=torch.double).index_add_(0, f, counts)
-    p = counts / total[f]
-    entropy = torch.zeros_like(total).index_add_(0, f, -p * p.log2())
-    return torch.where(total > 0, entropy.clamp_min(0), torch.nan)
-
-def top_tokens(keys, counts, n_features, vocab_size, n=8):
-    """The n most frequent tokens of each feature (F, n), -1 where there are fewer, and their
-    counts (F, n)."""
-    order = torch.argsort(counts, descending=True, stable=True)
-    order = order[torch.argsort(keys[order] // vocab_size, stable=True)] # by feature, then count
-    f, tokens = keys[order] // vocab_size, keys[order] % vocab_size
-    first = torch.searchsorted(f, torch.arange(n_features))
-    place = torch.arange(len(f)) - first[f]                 # rank of the pair within its feature
-    kept = place < n
-    top = torch.full((n_features, n), -1)
-    top_counts = torch.zeros_like(top)
-    top[f[kept], place[kept]] = tokens[kept]
-    top_counts[f[kept], place[kept]] = counts[order][kept]
-    return top, top_counts
-
-def token_statistics(values, indices, tokens, n_features, vocab_size):
-    """{count (F,), entropy (F,), top_tokens (F, 8), top_counts (F, 8)}; arguments on the CPU."""
-    keys, counts = count_pairs(values, indices, tokens, vocab_size)
-    count = torch.zeros(n_features, dtype=torch.long).index_add_(0, keys // vocab_size, counts)
-    top, top_counts = top_tokens(keys, counts, n_features, vocab_size)
-    entropy = token_entropy(keys, counts, n_features, vocab_size)
-    return dict(count=count.int().numpy(), entropy=entropy.float().numpy(),
-                top_tokens=top.int().numpy(), top_counts=top_counts.int().numpy())
+    keys = features.astype(np.int64) * vocab_size + tokens[:, None]
+    keys, counts = np.unique(keys[features < n_features], return_counts=True) # (P,), (P,)
+    f, token = keys // vocab_size, keys % vocab_size
+    count = np.bincount(f, counts, n_features)
+    p = counts / count[f]
+    entropy = np.bincount(f, p * np.log2(1 / p), n_features)
+    order = np.lexsort((-counts, f))                         # by feature, then by falling count
+    place = np.arange(len(f)) - np.searchsorted(f, f)        # of a pair within its feature
+    first, place = order[place < 8], place[place < 8]
+    top = np.full((n_features, 8), -1, np.int32)
+    top_counts = np.zeros_like(top)
+    top[f[first], place], top_counts[f[first], place] = token[first], counts[first]
+    return dict(count=count.astype(np.int32), top_tokens=top, top_counts=top_counts,
+                entropy=np.where(count > 0, entropy, np.nan).astype(np.float32))
 
 # --------------------------------------------------------------------------------------------------
 # snapshots of training, and the timeline read from them
 
 def snapshot(model, batches):
     """{name: array}: what each feature of a GPT does on batches, which yields tokens x (B, T)."""
-    tokens, values, indices = [], [], []
-    for x in batches:
-        _, _, out = model(x)
-        tokens.append(x.cpu())
-        values.append(out.values.float().cpu())
-        indices.append(out.indices.cpu())
-    tokens = torch.cat(tokens)                                              # (B, T)
-    values, indices = torch.cat(values, dim=1), torch.cat(indices, dim=1)   # (S, B, T, K)
-    arrays = dict(probed=tokens.numel(), layers=list(model.saes()))
-    for s, (layer, sae) in enumerate(model.saes().items()):
-        found = token_statistics(values[s], indices[s], tokens, sae.n_features,
-                                 model.config.vocab_size)
-        total = torch.zeros(sae.n_features)
-        total.index_add_(0, indices[s].flatten(), values[s].flatten())
-        found['mean'] = total.numpy() / np.maximum(found['count'], 1)
-        if sae.site.name != 'stream':
+    tokens, features, values, _ = codes(model, batches)
+    F, V = model.config.n_features, model.config.vocab_size
+    arrays = dict(probed=tokens.size, layers=list(model.saes()))
+    for s, layer in enumerate(model.saes()):
+        found = token_statistics(features[s], tokens, F, V)
+        total = np.bincount(features[s].reshape(-1), values[s].reshape(-1), F + 1)[:F]
+        found['mean'] = (total / np.maximum(found['count'], 1)).astype(np.float32)
+        if model.config.sae_site != 'stream':
             found['W_dec'] = model.writes(layer).detach().half().cpu().numpy()
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
     return arrays
 
-def save_npz(path, arrays):
+def save_npz(path, arrays, save=np.savez_compressed):
     """Writes {name: array} whole or not at all."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f'{path}.tmp', 'wb') as f:
-        np.savez_compressed(f, **arrays)
+        save(f, **arrays)
     os.replace(f'{path}.tmp', path)
 
 def load_npz(path):
@@ -125,12 +106,24 @@ def load_npz(path):
     except Exception: # damage shows up as almost any: zip, zlib, header, end of file
         return {}
 
+def write_safetensors(path, tensors):
+    """{name: tensor} as a safetensors file: length of the header, header in JSON, raw data."""
+    header, data = {}, b''
+    for key, x in tensors.items():
+        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        header[key] = dict(dtype='F32', shape=x.shape, data_offsets=offsets)
+        data += raw
+    header = json.dumps(header).encode()
+    header += b' ' * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
+
 def of_layer(arrays, layer):
     """{'L6.count': ..., ...} -> {'count': ...}"""
     start = f'L{layer}.'
     return {name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)}
 
-def open_timeline(out_dir, track=untracked):
+def open_timeline(out_dir, track):
     """
     {block: its SAE in all snapshots}, whose attributes are layer, steps (S,), tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
@@ -145,8 +138,9 @@ def open_timeline(out_dir, track=untracked):
     arrays = load_npz(path)
     if str(arrays.get('key')) != key:
         last = load_npz(files[-1])
-        snapshots = [read_snapshot(file, last) for file in track(files, "reading snapshots")]
-        arrays = {name: np.stack([s[name] for s in snapshots]) for name in snapshots[0]}
+        snapshots = [read_snapshot(file, last)               # the last first: all must be like it
+                     for file in track(files[::-1], "reading snapshots")]
+        arrays = {name: np.stack([s[name] for s in snapshots[::-1]]) for name in snapshots[0]}
         save_npz(path, arrays | dict(key=key))
     return {layer: SimpleNamespace(layer=layer, steps=arrays['step'], tokens=arrays['tokens'],
                                    probed=int(arrays['probed'][0]), **of_layer(arrays, layer))
@@ -164,18 +158,18 @@ def read_snapshot(file, last):
             both = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]   # (F, 8, 8)
             a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
             dot = np.einsum('fij,fi,fj->f', both, a, b)
-            arrays[f'L{layer}.same'] = dot / lengths(a, b)
+            arrays[f'L{layer}.same'] = cosine(dot, a, b)
             arrays[f'L{layer}.cos'] = np.ones(len(a))
             if arrays.pop(f'L{layer}.W_dec', None) is not None:              # site stream has none
                 a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
-                arrays[f'L{layer}.cos'] = (a * b).sum(1) / lengths(a, b)
+                arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
     except (TypeError, LookupError, ValueError):
         raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
     return arrays
 
-def lengths(a, b):
-    """Of rows (F, n), |a| |b|, for cosines."""
-    return np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def cosine(dot, a, b):
+    """Of the rows of a and b (F, n), whose products are dot (F,)."""
+    return dot / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def settled_at(timeline):
     """
@@ -198,9 +192,73 @@ def feature_timeline(timeline, f):
                 tokens=[[token for token in row if token >= 0] for row in tokens])
 
 # --------------------------------------------------------------------------------------------------
+# evaluation: the loss, and what the model loses without its features
+
+@torch.no_grad()
+def val_pass(model, saes, batches, autocast, all_reduce):
+    """
+    Mean loss in nats; of each SAE mean FVU (S,), mean code (S, F) and density (S, F), the share of
+    tokens on which a feature is active. Arguments as in evaluate.
+    """
+    device = next(model.parameters()).device
+    n_features = max((sae.n_features for sae in saes), default=0)
+    wide = torch.float32 if device.type == 'mps' else torch.float64 # MPS has no float64
+    sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
+    fvu = torch.zeros(len(saes), dtype=wide, device=device)
+    codes = torch.zeros(len(saes), n_features, device=device)
+    fired = torch.zeros_like(codes)
+    for x, y in batches():
+        with autocast:
+            _, loss, out = model(x.to(device), y.to(device))
+        sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
+        if saes:
+            fvu += out.fvu
+            fired += out.fired
+            for code, indices, values in zip(codes, out.indices, out.values):
+                code.index_add_(0, indices.flatten(), values.flatten())
+    for t in (sums, fvu, codes, fired):
+        all_reduce(t)
+    loss, n, tokens = sums.tolist()
+    return loss / n, fvu / n, codes / tokens, fired / tokens
+
+@torch.no_grad()
+def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
+    """
+    The eval record of log.jsonl: loss; of each SAE layer L0, FVU, the share of its features that is
+    live, and the share of all firing that the busiest 1 % of them do; then the loss with the SAEs'
+    outputs zeroed, and with each replaced by its mean. The token skip stays, so that only the
+    features are missing.
+
+    model: a GPT, compiled or not; saes: {block: SAE}; batches: a function that yields this rank's
+    (x, y); all_reduce: sums a tensor over ranks, in place.
+    """
+    layers = list(saes.values())
+    measure = lambda: val_pass(model, layers, batches, autocast, all_reduce)
+    loss, fvu, codes, density = measure()
+    record = dict(val_loss=loss)
+    if not saes:
+        return record
+    for sae in layers:
+        sae.gate.zero_()
+    record['val_loss_zeroed'] = measure()[0]
+    for sae, code in zip(layers, codes):
+        sae.fill.copy_(sae.decode(code))
+    record['val_loss_mean'] = measure()[0]
+    for sae in layers:
+        sae.gate.fill_(1.0)
+        sae.fill.zero_()
+    l0 = density.sum(1)
+    live = (density > 0).float().mean(1)
+    busiest = density.topk(math.ceil(density.size(1) / 100)).values.sum(1) / l0.clamp_min(1e-12)
+    rows = torch.stack((l0, fvu, live, busiest), dim=1).tolist()
+    record['sae'] = {i: dict(zip(('l0', 'fvu', 'live', 'busiest'), row)) for i, row in zip(saes, rows)}
+    return record
+
+# --------------------------------------------------------------------------------------------------
 # a run, and the one way in which a text is read
 
 class Run(NamedTuple):
+    """A run of train.py, opened."""
     out_dir: str
     checkpoint: dict
     model: GPT
@@ -209,13 +267,16 @@ class Run(NamedTuple):
     tokenizer: object # a tiktoken Encoding
     names: list       # (V,) bytes: what each token stands for
 
-def open_run(out_dir, dataset='', device='auto'):
-    """The Run in out_dir. dataset '' is that of training. Raises ValueError, one sentence."""
+def open_run(out_dir, dataset='', device='auto', for_features=True):
+    """
+    The Run in out_dir. dataset '' is that of training. Raises ValueError, one sentence; also for a
+    dense model, if it is for_features.
+    """
     checkpoint = load_checkpoint(out_dir)
-    if device == 'auto':
-        device = 'mps' if torch.backends.mps.is_available() else 'cpu'
-        device = 'cuda' if torch.cuda.is_available() else device
     model = load_model(checkpoint, device)
+    if for_features and not model.saes():
+        raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
+                         "at or to steer; train one with --sae_layers")
     dataset = dataset or checkpoint['dataset']
     folder, meta, _ = load_meta(dataset)
     V = model.config.vocab_size
@@ -225,11 +286,22 @@ def open_run(out_dir, dataset='', device='auto'):
     tokenizer = load_tokenizer(folder, meta)
     return Run(out_dir, checkpoint, model, dataset, meta, tokenizer, token_bytes(tokenizer, V))
 
-def need_saes(run, why):
-    """Raises ValueError for a dense model."""
-    if not run.model.saes():
-        raise ValueError(f"the model in {run.out_dir} is dense: it has no {why}; "
-                         "train one with --sae_layers")
+def parse_feature(text, layers, n_features, layer=-1):
+    """
+    'L6.F2386' -> (6, 2386); '2386' is of `layer`, and of the first where that is -1. Raises
+    ValueError, one sentence.
+    """
+    match = re.fullmatch(r'(?:L?([0-9]{1,9})\.)?F?([0-9]{1,9})', text.strip(), re.I)
+    if not match:
+        raise ValueError(f"{text!r} names no feature: write L6.F2386, or 2386 with --layer=6")
+    layer, f = int(match[1] or (min(layers) if layer == -1 else layer)), int(match[2])
+    if layer not in layers:
+        blocks = ', '.join(map(str, layers))
+        raise ValueError(f"{text}: block {layer} has no SAE; block {blocks} has one")
+    if f >= n_features:
+        raise ValueError(f"{text} is out of range: block {layer} has features 0 to "
+                         f"{n_features - 1}")
+    return layer, f
 
 def read_file(key, path):
     """The text of the file that --key=path names. Raises ValueError, one sentence."""
@@ -298,17 +370,18 @@ def read(model, tokens):
         return torch.cat(losses), None, None
     return torch.cat(losses), torch.cat(values, dim=1), torch.cat(indices, dim=1)
 
-def strongest(model, tokens, n):
-    """For each token {block: its n strongest features [(f, activation)], the strongest first}."""
-    _, values, indices = read(model, tokens)
-    order = values.abs().argsort(dim=-1, descending=True, stable=True)[..., :n]   # (S, T, n)
-    values, indices = values.gather(-1, order).tolist(), indices.gather(-1, order).tolist()
-    rows = []
-    for t in range(len(tokens)):
-        pairs = {layer: list(zip(indices[s][t], values[s][t]))
-                 for s, layer in enumerate(model.saes())}
-        rows.append({layer: [(f, a) for f, a in some if a] for layer, some in pairs.items()})
-    return rows
+def strongest(values, indices, n):
+    """The n strongest features of one token as [(f, activation)]; values, indices (K,)."""
+    pairs = [(f, a) for f, a in zip(indices.tolist(), values.tolist()) if a]
+    return sorted(pairs, key=lambda pair: -abs(pair[1]))[:n]
+
+def prompt_rows(run, text, n):
+    """[(token, {block: its n strongest features})] of a text."""
+    tokens = encode(run, text)
+    _, values, indices = read(run.model, tokens)
+    layers = list(enumerate(run.model.saes()))
+    return [(token, {layer: strongest(values[s, t], indices[s, t], n) for s, layer in layers})
+            for t, token in enumerate(tokens)]
 
 # --------------------------------------------------------------------------------------------------
 # tokens as text that is safe on any screen
@@ -344,424 +417,16 @@ def caption(raw):
     text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)'
     return text if len(text) <= 16 else text[:15] + '…'
 
-# --------------------------------------------------------------------------------------------------
-# the scan: one pass of the model over val, and the index that it leaves in out_dir
+# bytes that end within a character of UTF-8: its first byte, with fewer after it than belong to it
+UNFINISHED = re.compile(rb'([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z')
 
-def scan_val(run, wanted, key, track=untracked):
-    """
-    Reads about `wanted` tokens of val, in windows of block_size, and writes into out_dir
-      index_tokens.npy    (N,)         the tokens
-      index_features.npy  (S, N, K)    the features active on each; F where a slot is not active
-      index_values.npy    (S, N, K)    their activations, fp16
-      index_order.npy     (S, N * K)   the slots n * K + k sorted by feature: where each one fires
-      index.npz                        statistics of each SAE (S, F, ...), and meta as JSON
-    key says which checkpoint this is. At the end index.npz makes the index whole.
-    """
-    model, config, saes = run.model, run.model.config, run.model.saes()
-    device, T, V, F = device_of(model), config.block_size, config.vocab_size, config.n_features
-    K = next(iter(saes.values())).k_max
-    B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
-    batches = [x for x, _ in eval_batches(load_dataset(run.dataset).val, T, B, wanted)]
-    largest = torch.zeros(len(saes), F + 1, device=device)
-    features, values, fvu = [], [], []
-    for x in track(batches, "scanning"):
-        _, out = forward(model, x)
-        acts = out.values.float().flatten(1, 2)                              # (S, B * T, K)
-        active = torch.where(acts != 0, out.indices.flatten(1, 2), F)        # (S, B * T, K)
-        largest.scatter_reduce_(1, active.flatten(1), acts.abs().flatten(1), 'amax')
-        features.append(active.cpu().numpy().astype(np.uint16 if F < 2**16 else np.uint32))
-        values.append(acts.clamp(-65504, 65504).half().cpu().numpy())
-        fvu.append(out.fvu.float().cpu().numpy())
-    tokens = torch.cat([x.flatten() for x in batches]).numpy()               # (N,)
-    features, values = np.concatenate(features, axis=1), np.concatenate(values, axis=1)
-    order = [np.argsort(x.reshape(-1), kind='stable').astype(np.uint32) for x in features]
-    wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
-    found = [scan_statistics(x, tokens, model.writes(layer).detach().float(), wte)
-             for layer, x in zip(saes, features)]
-    arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
-    arrays |= dict(max=largest[:, :F].cpu().numpy(), fvu=np.mean(fvu, axis=0))
-    site = next(iter(saes.values())).site
-    eot = -1 if run.meta['eot'] is None else run.meta['eot']
-    names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
-    meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
-                site=site.name, place=site.place, F=F, K=K, T=T, N=len(tokens), eot=eot,
-                wanted=wanted, dataset=str(run.dataset), names=names)
-    path = Path(run.out_dir) / 'index.npz'
-    path.unlink(missing_ok=True)
-    for name, x in dict(tokens=tokens, features=features, values=values, order=order).items():
-        np.save(path.with_name(f'index_{name}.npy'), x)
-    save_npz(path, arrays | dict(meta=json.dumps(meta)))
-
-def scan_statistics(features, tokens, writes, wte):
-    """
-    Of one SAE: features (N, K), F where a slot is not active; tokens (N,); writes (F, C); wte
-    (V, C). Adds to token_statistics the rank by entropy (F,), 0 for a dead feature; the next tokens
-    that a feature promotes (up), suppresses (down), and the features that write most like it
-    (near), each with its values.
-    """
-    F, V = len(writes), len(wte)
-    indices = torch.from_numpy(features.astype(np.int64))
-    found = token_statistics(indices < F, indices, torch.from_numpy(tokens), F, V)
-    order = np.lexsort((-found['count'], found['entropy']))                  # nan comes last
-    found['rank'] = np.where(found['count'] > 0, order.argsort() + 1, 0).astype(np.int32)
-    unit = normalize(writes, dim=-1)
-    parts = dict(up=[], down=[], near=[])
-    for rows in torch.arange(F, device=writes.device).split(1024):
-        logits = writes[rows] @ wte.T                                        # (rows, V)
-        cosine = unit[rows] @ unit.T                                         # (rows, F)
-        cosine[torch.arange(len(rows)), rows] = -2                           # itself
-        parts['up'].append(logits.topk(min(10, V)))
-        parts['down'].append(logits.topk(min(10, V), largest=False))
-        parts['near'].append(cosine.topk(min(5, F - 1)))
-    for name, tops in parts.items():
-        found[name] = torch.cat([top.indices for top in tops]).int().cpu().numpy()
-        found[f'{name}_value'] = torch.cat([top.values for top in tops]).cpu().numpy()
-    return found
-
-def read_index(out_dir):
-    """
-    {block: the scan of its SAE}, whose attributes are
-      layer, and what scan_val calls meta: step, site, F, K, T, N, dataset, names (bytes), ...
-      count, entropy, rank, max (F,), fvu, top_tokens, up, up_value, ...: statistics
-      tokens (N,), features, values (N, K), order (N * K,): memory maps of the files
-      first (F,): where in order a feature begins
-    {} where the files are missing, damaged, or of another version.
-    """
-    path = Path(out_dir) / 'index.npz'
-    try:
-        arrays = load_npz(path)
-        meta = json.loads(str(arrays.pop('meta')))
-        meta['names'] = [text.encode('latin-1') for text in meta['names']]
-        tokens, features, values, order = (
-            np.asarray(np.load(path.with_name(f'index_{name}.npy'), mmap_mode='r'))
-            for name in ('tokens', 'features', 'values', 'order'))
-        S, N, K, F = len(meta['layers']), meta['N'], meta['K'], meta['F']
-        whole = (features.shape == values.shape == (S, N, K) and order.shape == (S, N * K)
-                 and tokens.shape == (N,) and tokens.max() < len(meta['names'])
-                 and features.max() <= F and order.max() < N * K)            # or a bit has flipped
-        if not whole or meta['version'] != VERSION:
-            return {}
-    except Exception: # of almost any kind: numpy reads a file's header as Python
-        return {}
-    index = {}
-    for s, layer in enumerate(meta['layers']):
-        statistics = {name: x[s] for name, x in arrays.items()}
-        first = np.cumsum(statistics['count']) - statistics['count']
-        index[layer] = SimpleNamespace(layer=layer, **meta, **statistics, first=first,
-                                       tokens=tokens, features=features[s], values=values[s],
-                                       order=order[s])
-    return index
-
-def open_index(out_dir, dataset, device, scan_tokens, say, track=untracked):
-    """
-    read_index, after a scan where there is none that fits. dataset '' and scan_tokens 0 take what
-    the index has. say(sentence) is told what is done. Raises ValueError, one sentence.
-    """
-    index, key, why = read_index(out_dir), [], ''
-    with contextlib.suppress(OSError, zipfile.BadZipFile):                   # empty if not whole
-        with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
-            key = [item.CRC for item in z.infolist()]        # the content, without reading it
-    scan = next(iter(index.values()), None)
-    if scan is None:
-        there = (Path(out_dir) / 'index.npz').exists()
-        why = "the index is damaged or of another version" if there else "there is no index yet"
-    elif key and scan.key != key:
-        why = f"the index is of another checkpoint, of step {scan.step:,}"
-    elif scan_tokens not in (0, scan.wanted) or dataset not in ('', scan.dataset):
-        why = f"the index is of {scan.wanted:,} tokens of {scan.dataset}"
-    elif not key:
-        say(f"note: no checkpoint in {out_dir} that can be read; "
-            f"its index is of step {scan.step:,}")
-    if not why:
-        return index
-    run = open_run(out_dir, dataset, device)
-    need_saes(run, "SAE to look into")
-    gpu = device_of(run.model).type == 'cuda'
-    say(f"{why}: scanning")
-    scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
-    return read_index(out_dir)
-
-# --------------------------------------------------------------------------------------------------
-# numbers of the views, from the scan of an SAE
-
-def overview_numbers(scan):
-    """The numbers of an SAE's overview."""
-    live = scan.count > 0
-    density, bits = scan.count[live] / scan.N, scan.entropy[live]
-    top = math.ceil(bits.max(initial=1))
-    busiest = np.sort(scan.count)[-math.ceil(scan.F / 100):].sum()
-    return dict(live=int(live.sum()), dead=int((~live).sum()), fvu=float(scan.fvu),
-                l0=float(scan.count.sum() / scan.N), top_entropy=top,
-                busiest=float(busiest / max(1, scan.count.sum())),
-                entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
-                densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist())
-
-def fires_on(scan, f):
-    """The 8 tokens on which a feature fires most, with their shares of its firings."""
-    pairs = zip(scan.top_tokens[f].tolist(), scan.top_counts[f].tolist())
-    return [(token, times / int(scan.count[f])) for token, times in pairs if token >= 0]
-
-def firings(scan, f):
-    """Where a feature fires: positions (P,), ascending, and activations (P,)."""
-    slots = scan.order[scan.first[f]:scan.first[f] + scan.count[f]]
-    return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots].astype(np.float32)
-
-def feature_numbers(scan, f, seed):
-    """
-    Every number of one feature's view; tokens are ids.
-      top, random   contexts by activation, and drawn uniformly; at most one a window, equal texts
-                    folded. A peak is never the first or last token of a window nor end-of-text,
-                    whose activations are often freakish
-      intervals     (low, high, share of the firings, a context or None), eighths of (0, R]
-      joint         the features that fire with it: positions with both / with either
-    """
-    where, acts = firings(scan, f)                                           # (P,), (P,)
-    size, count = np.abs(acts), len(where)
-    R = 2.0 ** math.frexp(scan.max[f])[1]                    # the power of two above the largest
-    bins = np.minimum(BINS * size / R, BINS - 1).astype(int)                 # (P,)
-    inner = (where % scan.T > 0) & (where % scan.T < scan.T - 1)
-    peaks = np.flatnonzero(inner & (scan.tokens[where] != scan.eot))
-    drawn = np.random.default_rng((seed, scan.layer, f)).permutation(peaks)
-    strongest_first = peaks[np.argsort(-size[peaks], kind='stable')]
-    intervals = []
-    for j in reversed(range(INTERVALS)):
-        inside = bins * INTERVALS // BINS == j                               # (P,)
-        if inside.any():
-            some = drawn[inside[drawn]][-1:]                 # the random contexts are the first
-            examples = [context(scan, where, acts, at) for at in where[some].tolist()]
-            intervals.append((j * R / INTERVALS, (j + 1) * R / INTERVALS, float(inside.mean()),
-                              examples[0] if examples else None))
-    both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
-    share = both / np.maximum(1, scan.count + count - both)                  # (F,)
-    share[f] = -1
-    joint = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
-    near = list(zip(scan.near[f].tolist(), scan.near_value[f].tolist()))
-    return dict(
-        layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
-        max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
-        entropy=float(scan.entropy[f]) if count else None,
-        hist=np.bincount(bins, minlength=BINS).tolist(), fires_on=fires_on(scan, f),
-        up=list(zip(scan.up[f].tolist(), scan.up_value[f].tolist())),
-        down=list(zip(scan.down[f].tolist(), scan.down_value[f].tolist())),
-        near=near if scan.site != 'stream' else [],          # whose channels are orthogonal
-        joint=list(zip(joint.tolist(), share[joint].tolist())), intervals=intervals,
-        top=contexts(scan, where, acts, where[strongest_first], TOP),
-        random=contexts(scan, where, acts, where[drawn], RANDOM))
-
-def contexts(scan, where, acts, peaks, n):
-    """The contexts of the first peak in each of the first n windows that peaks visit, folded."""
-    first = {}
-    for peak in map(int, peaks):
-        first.setdefault(peak // scan.T, peak)
-        if len(first) == n:
-            break
-    return fold([context(scan, where, acts, peak) for peak in first.values()])
-
-def context(scan, where, acts, peak):
-    """The text around a peak, no further than its window. where, acts: the feature's firings."""
-    window = peak // scan.T * scan.T
-    begin, end = max(window, peak - SIDE), min(window + scan.T, peak + SIDE + 1)
-    around = np.zeros(end - begin, np.float32)
-    inside = slice(*np.searchsorted(where, (begin, end)))
-    around[where[inside] - begin] = acts[inside]
-    return dict(tokens=scan.tokens[begin:end].tolist(), acts=around.tolist(), peak=peak - begin,
-                where=peak, times=1)
-
-def fold(contexts):
-    """Contexts with the same text around the peak as one, counted in `times`."""
-    seen = {}
-    for c in contexts:
-        text = tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5])
-        if text in seen:
-            seen[text]['times'] += 1
-        else:
-            seen[text] = c
-    return list(seen.values())
-
-def removal_effect(model, scan, f, n, seed):
-    """
-    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it
-    fires: exact, since the feature is part of the model. At n of its positions, drawn at random;
-    None where there is none.
-    """
-    sae, T = model.saes()[scan.layer], scan.T
-    where, _ = firings(scan, f)
-    where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
-    as_it_is = torch.ones(scan.F, device=device_of(model))
-    without = as_it_is.clone()
-    without[f] = 0
-    changes = []
-    for w in np.unique(where // T).tolist():
-        x = torch.from_numpy(scan.tokens[w * T:(w + 1) * T].astype(np.int64))
-        at = torch.from_numpy(where[where // T == w] % T)
-        losses = []
-        for scale in (as_it_is, without):
-            sae.steer = scale, torch.zeros_like(scale)
-            logits = forward(model, x[None])[0][0, at.to(device_of(model))]  # (positions, V)
-            losses.append(cross_entropy(logits.float().cpu(), x[at + 1], reduction='none'))
-        changes += (losses[1] - losses[0]).tolist()
-    sae.steer = None
-    if not changes:
-        return None
-    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)),
-                worse=float(np.mean(np.array(changes) > 0)))
-
-def find(scan, pattern):
-    """
-    Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
-    the share of matches on some token of which it fires; and the numbers of matches and of tokens
-    inside them, i.e. with any byte inside. pattern: a compiled regular expression.
-    """
-    inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
-    for start in range(0, scan.N, scan.T):
-        pieces = [scan.names[token] for token in scan.tokens[start:start + scan.T].tolist()]
-        ends = np.cumsum([len(piece) for piece in pieces])   # of the tokens, in bytes
-        text = b''.join(pieces).decode('utf-8', 'surrogateescape')
-        for match in pattern.finditer(text):
-            before, word = (part.encode('utf-8', 'surrogateescape')
-                            for part in (text[:match.start()], match.group()))
-            if word:
-                bounds = len(before), len(before) + len(word) - 1
-                first, last = start + np.searchsorted(ends, bounds, 'right')
-                inside[first:last + 1] = True
-                recalled[scan.features[first:last + 1]] += 1 # once each, however often it fires
-                n += 1
-    hits = np.bincount(scan.features[inside].reshape(-1), minlength=scan.F + 1)[:scan.F]
-    return hits / np.maximum(1, scan.count), recalled[:scan.F] / max(1, n), n, int(inside.sum())
-
-# --------------------------------------------------------------------------------------------------
-# the probe: do a few features tell labels apart?
-
-def read_labels(path):
-    """Labels (n,), texts (n,) of a probe file. Raises ValueError, one sentence."""
-    labels, texts = [], []
-    for n, line in enumerate(read_file('probe', path).split('\n'), 1):
-        label, _, text = line.partition('\t')
-        if text.strip():
-            labels.append(label)
-            texts.append(text)
-        elif line.strip():
-            raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
-    if len(counts) < 2 or min(counts.values()) < 4:
-        found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
-        raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, "
-                         "and of each 4 texts or more, to train on some and test on the others")
-    return labels, texts
-
-def pooled_codes(run, texts):
-    """{block: X (n, F)}: for each text, each feature's strongest activation on any of its tokens."""
-    X = {layer: np.zeros((len(texts), sae.n_features), np.float32)
-         for layer, sae in run.model.saes().items()}
-    skip = 0 if run.meta['eot'] is None else 1               # not what end-of-text sets off
-    for n, text in enumerate(texts):
-        _, values, indices = read(run.model, encode(run, text))
-        for s, layer in enumerate(X):
-            acts, features = values[s, skip:].flatten().numpy(), indices[s, skip:].flatten().numpy()
-            order = np.abs(acts).argsort()                   # the strongest last, and so it stays
-            X[layer][n, features[order]] = acts[order]
-    return X
-
-def split(y, seed):
-    """Indices of train and test texts: 70 % and 30 % of each class, drawn at random."""
-    order = np.random.default_rng(seed).permutation(len(y))
-    order = order[np.argsort(y[order], kind='stable')]       # class by class
-    train = np.concatenate([np.arange(n) < 0.7 * n for n in np.bincount(y)])
-    return order[train], order[~train]
-
-def choose_features(X, y, k):
-    """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, the best alone
-    first; and the best k together, by orthogonal matching pursuit on one-hot labels.
-    """
-    X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
-    Y = Y - Y.mean(0)
-    power = np.maximum(np.square(X).sum(0), 1e-6)                            # (F,)
-    score = np.square(X.T @ Y).sum(1) / power                # what each column alone explains
-    alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
-    chosen = []
-    for _ in range(k):
-        score[chosen] = -1
-        chosen.append(int(score.argmax()))
-        rest = Y - X[:, chosen] @ np.linalg.lstsq(X[:, chosen], Y, rcond=None)[0]
-        score = np.square(X.T @ rest).sum(1) / power
-    return alone, chosen
-
-def accuracy(X, y, train, test):
-    """Held-out accuracy of multinomial logistic regression (L2 0.01, standardised inputs)."""
-    X = (X - X[train].mean(0)) / np.maximum(X[train].std(0), 1e-3)
-    X, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy(y)
-    w = torch.zeros(X.size(1), int(y.max()) + 1, requires_grad=True)
-    b = torch.zeros(w.size(1), requires_grad=True)
-    optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn='strong_wolfe')
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(X[train] @ w + b, y[train]) + 0.01 * w.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(((X[test] @ w + b).argmax(1) == y[test]).float().mean())
-# --------------------------------------------------------------------------------------------------
-# evaluation: the loss, and what the model loses without its features
-
-@torch.no_grad()
-def val_pass(model, saes, batches, autocast, all_reduce):
-    """
-    Mean loss in nats; of each SAE mean FVU (S,), mean code (S, F) and density (S, F), the share of
-    tokens on which a feature is active. Arguments as in evaluate.
-    """
-    device = next(model.parameters()).device
-    n_features = max((sae.n_features for sae in saes), default=0)
-    wide = torch.float32 if device.type == 'mps' else torch.float64 # MPS has no float64
-    sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
-    fvu = torch.zeros(len(saes), dtype=wide, device=device)
-    codes = torch.zeros(len(saes), n_features, device=device)
-    fired = torch.zeros_like(codes)
-    for x, y in batches():
-        with autocast:
-            _, loss, out = model(x.to(device), y.to(device))
-        sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
-        if saes:
-            fvu += out.fvu
-            fired += out.fired
-            for code, indices, values in zip(codes, out.indices, out.values):
-                code.index_add_(0, indices.flatten(), values.flatten())
-    for t in (sums, fvu, codes, fired):
-        all_reduce(t)
-    loss, n, tokens = sums.tolist()
-    return loss / n, fvu / n, codes / tokens, fired / tokens
-
-@torch.no_grad()
-def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
-    """
-    The eval record of log.jsonl: loss; of each SAE layer L0, FVU, the share of its features that is
-    live, and the share of all firing that the busiest 1 % of them do; then the loss with the SAEs'
-    outputs zeroed, and with each replaced by its mean. The token skip stays, so that only the
-    features are missing.
-
-    model: a GPT, compiled or not; saes: {block: SAE}; batches: a function that yields this rank's
-    (x, y); all_reduce: sums a tensor over ranks, in place.
-    """
-    layers = list(saes.values())
-    measure = lambda: val_pass(model, layers, batches, autocast, all_reduce)
-    loss, fvu, codes, density = measure()
-    record = dict(val_loss=loss)
-    if not saes:
-        return record
-    for sae in layers:
-        sae.gate.zero_()
-    record['val_loss_zeroed'] = measure()[0]
-    for sae, code in zip(layers, codes):
-        sae.fill.copy_(sae.decode(code))
-    record['val_loss_mean'] = measure()[0]
-    for sae in layers:
-        sae.gate.fill_(1.0)
-        sae.fill.zero_()
-    l0 = density.sum(1)
-    live = (density > 0).float().mean(1)
-    busiest = density.topk(math.ceil(density.size(1) / 100)).values.sum(1) / l0.clamp_min(1e-12)
-    rows = torch.stack((l0, fvu, live, busiest), dim=1).tolist()
-    record['sae'] = {i: dict(zip(('l0', 'fvu', 'live', 'busiest'), row)) for i, row in zip(saes, rows)}
-    return record
+def pieces(scan, context):
+    """(text, activation, is it the peak) of each token; those that share a character are one."""
+    out = []
+    for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
+        raw, peak = scan.names[token], at == context['peak']
+        if out and UNFINISHED.search(out[-1][0]):
+            before, other, was_peak = out.pop()
+            raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
+        out.append((raw, act, peak))
+    return [(safe(raw), act, peak) for raw, act, peak in out]

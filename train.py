@@ -361,8 +361,7 @@ def val_batches():
 def save_snapshot():
     """features/<step>.npz: what each feature does on fixed tokens, for the viewer's timeline."""
     batches = eval_batches(data.val, block_size, batch_size, probe_tokens)
-    with torch.no_grad(), autocast: # not the compiled model: this rank is alone, and needs no loss
-        arrays = snapshot(raw_model, (x.to(device) for x, _ in batches))
+    arrays = snapshot(raw_model, (x for x, _ in batches)) # not the compiled one: it needs no loss
     path = os.path.join(out_dir, 'features', f'{step:07d}.npz')
     save_npz(path, dict(step=step, tokens=step * tokens_per_step, **arrays))
 

@@ -1,0 +1,553 @@
+"""
+features.py against brute force: every number is computed again here, by loops over the positions of
+a tiny random model, from nothing but what the model returns. Offline, on a CPU.
+
+    python -m pytest tests/test_features.py
+"""
+import copy
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from torch.nn.functional import cross_entropy
+
+import features
+import scanning
+from data.dataset import eval_batches, write_dataset
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+
+# a vocabulary that means harm: every byte, markup, escape codes, halves of characters, wide,
+# invisible, right-to-left
+HOSTILE = [b'[red]', b'[/x]', b'[bold', b'\x1b[31m', b'\x1b]0;x\x07', '漢字'.encode(), '🎉'.encode(),
+           '\u202e'.encode(), '\u200b'.encode(), '\u0301'.encode(), 'é'.encode(), b'\xe6\xbc',
+           b'</script>', b'<!--', b'        ', b'\r\n', b'-' * 90, '\u2028'.encode(),
+           '\ufeff'.encode(), '\x85'.encode(), b'\xed\xa0\x80', '\U000e0001'.encode()]
+EOT = 256 + len(HOSTILE)
+V, T, STEP = EOT + 1, 32, 7
+
+def make_run(folder, seed=0, **config):
+    """A random GPT, a random data set and what train.py leaves in out_dir. Returns out_dir."""
+    out = folder / 'out'
+    out.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    ranks = {bytes([i]): i for i in range(256)} | {t: 256 + i for i, t in enumerate(HOSTILE)}
+    enc = tiktoken.Encoding('bytes', pat_str=r'\s+|\S+', mergeable_ranks=ranks,
+                            special_tokens={'<|endoftext|>': EOT})
+
+    def tokens(n): # few types are frequent, so that features fire often on some
+        frequent = rng.choice([10, 32, 97, 98, 99, 256, 257, EOT], n)
+        return np.where(rng.random(n) < 0.6, frequent, rng.integers(0, V, n))
+
+    data = str(folder / 'data')
+    meta = write_dataset(data, [tokens(500)], [tokens(6000)], V, enc, 'random', EOT)
+    torch.manual_seed(seed)
+    defaults = dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, sae_layers=(1, 2),
+                    sae_ratio=3, sae_k=4)
+    model = GPT(GPTConfig(**defaults | config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) # projections begin at zero: stir
+        for i, sae in model.saes().items():
+            sae.b_enc[5] = -1e4 # dead
+            sae.k.fill_(5 - i) # of four slots block 2 uses three, as in K annealing
+    save_checkpoint(out, dict(model=model.state_dict(), model_args=asdict(model.config), step=STEP,
+                              dataset=data, data_sha256=meta['train_sha256'], config={}))
+    return out
+
+def untracked(items, description):
+    return items
+
+def open_index(out, n_tokens=0):
+    return scanning.open_index(str(out), '', 'cpu', n_tokens, lambda text: None, untracked)
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp('run'))
+
+@pytest.fixture(scope='module')
+def index(out):
+    return open_index(out)
+
+def brute(out, n_tokens):
+    """Windows of tokens (n, T), {layer: {f: [(window, t, activation), ...]}}, and the model."""
+    checkpoint = load_checkpoint(out)
+    model = load_model(checkpoint)
+    val = np.fromfile(Path(checkpoint['dataset']) / 'val.bin', '<u2')
+    windows = [x[0] for x, _ in eval_batches(val, T, 1, n_tokens)]
+    fires = {i: {f: [] for f in range(sae.n_features)} for i, sae in model.saes().items()}
+    with torch.no_grad():
+        for w, x in enumerate(windows):
+            seen = model(x[None])[2]
+            for s, i in enumerate(fires):
+                for t in range(T):
+                    for a, f in zip(seen.values[s, 0, t].tolist(), seen.indices[s, 0, t].tolist()):
+                        if a != 0:
+                            fires[i][f].append((w, t, a))
+    return torch.stack(windows).numpy(), fires, model
+
+@pytest.fixture(scope='module')
+def truth(out, index):
+    return brute(out, index[1].N)
+
+# --------------------------------------------------------------------------------------------------
+# statistics and snapshots
+
+def test_token_entropy_and_top_tokens_by_brute_force():
+    g = torch.Generator().manual_seed(0)
+    F, V, N, K = 12, 11, 200, 3
+    indices = torch.stack([torch.randperm(F - 1, generator=g)[:K] for _ in range(N)]) # 11 is dead
+    indices[torch.rand(N, K, generator=g) < 0.3] = F # not active
+    tokens = torch.randint(V, (N,), generator=g)
+    tokens[indices[:, 0] < 3] = 2
+    seen = [Counter() for _ in range(F)]
+    for n in range(N):
+        for j in range(K):
+            if indices[n, j] < F:
+                seen[indices[n, j]][int(tokens[n])] += 1
+    found = features.token_statistics(indices.numpy(), tokens.numpy(), F, V)
+    for f in range(F):
+        best = sorted(seen[f].items(), key=lambda item: (-item[1], item[0]))
+        n = sum(seen[f].values())
+        assert found['count'][f] == n
+        if n:
+            want = -sum(c / n * math.log2(c / n) for _, c in best)
+            assert found['entropy'][f] == pytest.approx(want, abs=1e-6)
+        else:
+            assert f == 11 and np.isnan(found['entropy'][f])
+        pad = 8 - len(best[:8])
+        assert found['top_tokens'][f].tolist() == [v for v, _ in best[:8]] + [-1] * pad
+        assert found['top_counts'][f].tolist() == [c for _, c in best[:8]] + [0] * pad
+
+def test_entropy_of_one_token_is_zero():
+    """A detector of one word: 0 bits, and not -0 or nan; of two words equally often: 1 bit."""
+    codes = np.array([[0], [0], [1], [1]])
+    entropy = features.token_statistics(codes, np.array([5, 5, 5, 6]), 2, 10)['entropy']
+    assert entropy.tolist() == [0, 1] and math.copysign(1, entropy[0]) == 1
+
+@torch.no_grad()
+@pytest.mark.parametrize('site', ('resid', 'hidden', 'stream'))
+def test_snapshot(site, tmp_path):
+    """Equal to the scan of the same windows; and what training writes can be read again."""
+    out = make_run(tmp_path, sae_site=site)
+    windows, fires, model = brute(out, 20 * T)
+    got = features.snapshot(model, torch.from_numpy(windows).split(3))
+    scans = open_index(out, 20 * T)
+    assert got['probed'] == windows.size and got['layers'] == [1, 2]
+    for layer, scan in scans.items():
+        for name in ('count', 'entropy', 'top_tokens', 'top_counts'):
+            np.testing.assert_array_equal(got[f'L{layer}.{name}'], getattr(scan, name))
+        for f, where in fires[layer].items():
+            mean = np.mean([a for _, _, a in where]) if where else 0
+            assert got[f'L{layer}.mean'][f] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+        written = got.get(f'L{layer}.W_dec')
+        assert (written is None) == (site == 'stream')
+        if site != 'stream':
+            assert written.dtype == np.float16
+            np.testing.assert_allclose(written, model.writes(layer), atol=1e-3)
+    path = tmp_path / 'features/0000007.npz'
+    features.save_npz(path, got)
+    again = features.load_npz(path)
+    assert list(again) == list(got) and [file.name for file in path.parent.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:500])
+    assert features.load_npz(path) == {} == features.load_npz(tmp_path / 'none')
+
+# --------------------------------------------------------------------------------------------------
+# the scan
+
+def check_scan(index, windows, fires):
+    """Every statistic and every context of every feature."""
+    for layer in fires:
+        scan, entropies = index[layer], {}
+        assert (scan.N, scan.T) == (windows.size, T)
+        for f, where in fires[layer].items():
+            d = scanning.feature_numbers(scan, f, 0)
+            assert scan.count[f] == d['count'] == len(where) == d['density'] * scan.N
+            if not where:
+                assert math.isnan(scan.entropy[f]) and scan.rank[f] == 0
+                assert not d['top'] + d['random'] + d['intervals']
+                continue
+            a = np.array([abs(x[2]) for x in where])
+            types = Counter(int(windows[w, t]) for w, t, _ in where)
+            p = np.array(list(types.values())) / len(where)
+            entropies[f] = -(p * np.log2(p)).sum()
+            assert scan.entropy[f] == d['entropy'] == pytest.approx(entropies[f], abs=1e-5)
+            assert scan.max[f] == d['max'] == pytest.approx(a.max(), rel=1e-5)
+            mean = np.mean([x[2] for x in where])
+            assert d['mean'] == pytest.approx(mean, rel=1e-4, abs=1e-4 * a.mean())
+            counts = [round(share * len(where)) for _, share in d['fires_on']]
+            assert counts == sorted(types.values(), reverse=True)[:8]
+            assert counts == [types[token] for token, _ in d['fires_on']]
+            assert a.max() < d['R'] <= 2 * a.max() * (1 + 1e-5) and math.log2(d['R']) % 1 == 0
+            hist = np.histogram(a, scanning.BINS, (0, d['R']))[0]
+            assert np.abs(hist - d['hist']).sum() <= 2 # rounding may move one across an edge
+            assert sum(d['hist']) == len(where)
+            check_contexts(d, scan, windows, where)
+        order = sorted(entropies, key=lambda f: (scan.entropy[f], -scan.count[f], f))
+        assert [int(scan.rank[f]) for f in order] == list(range(1, len(order) + 1))
+
+def check_contexts(d, scan, windows, where):
+    eligible = {(w, t): a for w, t, a in where if 0 < t < T - 1 and windows[w, t] != EOT}
+    best = {}
+    for (w, t), a in eligible.items():
+        best[w] = max(best.get(w, 0), abs(a))
+    tops = [abs(c['acts'][c['peak']]) for c in d['top']]
+    want = sorted(best.values(), reverse=True)[:scanning.TOP]
+    assert sum(c['times'] for c in d['top']) == len(want)
+    assert sum(c['times'] for c in d['random']) == min(scanning.RANDOM, len(best))
+    if len(tops) == len(want): # none is folded
+        assert tops == pytest.approx(want, rel=1e-4)
+    for some in (d['top'], d['random']):
+        assert len({c['where'] // T for c in some}) == len(some) # one a window
+        texts = [tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5]) for c in some]
+        assert len(set(texts)) == len(texts)
+    shares, drawn = {low: share for low, _, share, _ in d['intervals']}, []
+    for j in range(scanning.INTERVALS):
+        low, high = j * d['R'] / 8, (j + 1) * d['R'] / 8
+        n = sum(low <= abs(a) < high for _, _, a in where)
+        assert shares.get(low, 0) == pytest.approx(n / len(where), abs=1.01 / len(where))
+    for low, high, _, c in d['intervals']:
+        inside = [place for place, a in eligible.items() if low <= abs(a) < high]
+        assert (c is None) == (not inside) or len(inside) <= 1
+        if c and inside:
+            drawn.append(c)
+            assert low * 0.999 <= abs(c['acts'][c['peak']]) <= high * 1.001
+    code = {(w, t): a for w, t, a in where}
+    for c in d['top'] + d['random'] + drawn: # the text and the activations around each peak
+        w, t = divmod(c['where'], T)
+        assert (w, t) in eligible
+        around = range(max(0, t - scanning.SIDE), min(T, t + scanning.SIDE + 1))
+        assert c['tokens'] == [int(windows[w, i]) for i in around] and c['peak'] == t - around[0]
+        want = [code.get((w, i), 0) for i in around]
+        assert c['acts'] == pytest.approx(want, rel=1e-3, abs=1e-5)
+
+def test_every_number_of_the_scan(index, truth):
+    windows, fires, _ = truth
+    check_scan(index, windows, fires)
+
+@pytest.mark.parametrize('site', ('mlp', 'attn', 'hidden', 'stream'))
+def test_every_site(site, tmp_path):
+    out = make_run(tmp_path, seed=1, sae_site=site)
+    index = open_index(out)
+    windows, fires, _ = brute(out, index[1].N)
+    check_scan(index, windows, fires)
+
+def test_random_contexts_are_a_fair_draw():
+    """Each of 40 windows with one firing is kept with probability 8/40; a seed fixes the draw."""
+    codes, values = np.ones((320, 1), np.uint16), np.zeros((320, 1), np.float32)
+    codes[3::8], values[3::8, 0] = 0, np.arange(1, 41) # strength must not matter
+    one, none = np.ones(1, np.int32), np.zeros((1, 0), np.int32)
+    names = 'top_tokens top_counts up up_value down down_value near near_value'.split()
+    scan = SimpleNamespace(
+        layer=0, site='resid', N=320, T=8, K=1, F=1, eot=-1, tokens=np.arange(320), features=codes,
+        values=values, order=np.argsort(codes[:, 0], kind='stable'), first=one * 0, max=one * 40.0,
+        count=one * 40, entropy=one, rank=one, **{name: none for name in names})
+    seen, draws = np.zeros(40), []
+    for seed in [*range(300), 0]:
+        found = scanning.feature_numbers(scan, 0, seed)['random']
+        draws.append([c['where'] // 8 for c in found])
+        seen[draws[-1]] += 1
+    assert draws[0] == draws[-1] != draws[1] and {len(draw) for draw in draws} == {8}
+    assert abs(seen - 60).max() < 4.5 * math.sqrt(60 * 0.8)
+
+def test_equal_texts_are_folded():
+    """Two windows with the same text around the peak are one context, of two times."""
+    tokens = np.tile([1, 2, 3, 4], 3)
+    tokens[9] = 7
+    scan = SimpleNamespace(T=4, tokens=tokens)
+    where = np.array([2, 6, 10])
+    found = scanning.contexts(scan, where, np.ones(3), where, 9)
+    assert [(c['where'], c['times']) for c in found] == [(2, 2), (10, 1)]
+    found = scanning.contexts(scan, where, np.ones(3), where, 2) # windows, not texts
+    assert [(c['where'], c['times']) for c in found] == [(2, 2)]
+
+def test_logits_and_neighbours(index, truth):
+    _, fires, model = truth
+    wte = model.transformer.wte.weight[:V].detach().double().numpy()
+    for layer in fires:
+        W = model.writes(layer).detach().double().numpy()
+        places = {f: {x[:2] for x in where} for f, where in fires[layer].items()}
+        for f in range(len(W)):
+            others = [g for g in range(len(W)) if g != f]
+            d = scanning.feature_numbers(index[layer], f, 0)
+            logits = dict(enumerate(wte @ W[f]))
+            norms = np.linalg.norm(W, axis=1)
+            cosines = {g: W[g] @ W[f] / norms[g] / norms[f] for g in others}
+            both = {g: len(places[f] & places[g]) / max(1, len(places[f] | places[g]))
+                    for g in others}
+            for name, want, n in (('up', logits, 10), ('near', cosines, 5), ('joint', both, 5)):
+                best = sorted(want.values(), reverse=True)[:n]
+                assert [v for _, v in d[name]] == pytest.approx(best, rel=1e-4)
+                assert all(want[i] == pytest.approx(v, rel=1e-4) for i, v in d[name])
+            assert len({g for g, _ in d['joint']} - {f}) == 5
+            worst = sorted(logits.values())[:10]
+            assert [v for _, v in d['down']] == pytest.approx(worst, rel=1e-4)
+            assert all(logits[i] == pytest.approx(v, rel=1e-4) for i, v in d['down'])
+
+def test_removal_effect(index, truth):
+    """Against a model whose W_dec row is 0, which writes the same as a code of 0."""
+    windows, fires, model = truth
+    layer, f = 1, max(fires[1], key=lambda f: len(fires[1][f]))
+    without = copy.deepcopy(model)
+    change = []
+    with torch.no_grad():
+        without.saes()[layer].W_dec[f] = 0
+        for w, x in enumerate(torch.from_numpy(windows)):
+            losses = [cross_entropy(m(x[None])[0][0, :-1], x[1:], reduction='none')
+                      for m in (model, without)]
+            change += [float(losses[1][t] - losses[0][t]) for v, t, _ in fires[layer][f]
+                       if v == w and t < T - 1]
+    d = np.array(change)
+    got = scanning.removal_effect(model, index[layer], f, 10**6, 0)
+    want = dict(mean=d.mean(), std=d.std(), worse=(d > 0).mean(), n=len(d))
+    assert got == pytest.approx(want, abs=2e-5)
+    assert abs(d.mean()) > 1e-3 # there was something to measure
+    few = [scanning.removal_effect(model, index[layer], f, 8, seed) for seed in range(40)]
+    assert {x['n'] for x in few} == {8} and few[0] != few[1] # at random places, not the first
+    means = np.array([x['mean'] for x in few])
+    assert abs(means.mean() - d.mean()) < 4 * d.std() / math.sqrt(40 * 8)
+    assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
+    assert all(sae.steer is None for sae in model.saes().values())
+
+@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<', '^.',
+                                   'no such text', 'x*'))
+def test_find(index, truth, regex):
+    windows, fires, _ = truth
+    names, matches = index[1].names, []
+    for w, row in enumerate(windows):
+        owner = [t for t, token in enumerate(row) for _ in names[token]] # of each byte
+        text = b''.join(names[token] for token in row).decode('utf-8', 'surrogateescape')
+        starts = [0] # of each character, in bytes
+        for char in text:
+            starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
+        matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
+                    for m in re.finditer(regex, text) if m.group()]
+    inside = set().union(*matches)
+    for layer in fires:
+        precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
+        assert (n, n_tokens) == (len(matches), len(inside))
+        for f, where in fires[layer].items():
+            on = {(w, t) for w, t, _ in where}
+            hits = sum(bool(on & match) for match in matches)
+            assert precision[f] == pytest.approx(len(on & inside) / max(1, len(on)))
+            assert recall[f] == pytest.approx(hits / max(1, len(matches)))
+
+# --------------------------------------------------------------------------------------------------
+# the one reader of a text
+
+def test_encode(out):
+    """One end-of-text before every text; the word itself is the token."""
+    run = features.open_run(out, device='cpu')
+    assert features.encode(run, 'ab') == [EOT, 97, 98]
+    assert features.encode(run, '') == [EOT] == features.encode(run, '<|endoftext|>')
+    assert features.encode(run, 'a<|endoftext|>b') == [EOT, 97, EOT, 98]
+    bare = run._replace(meta=run.meta | dict(eot=None))
+    assert features.encode(bare, 'ab') == [97, 98] and features.encode(bare, '') == [10]
+
+@torch.no_grad()
+@pytest.mark.parametrize('n, block_size', [(1, 8), (7, 8), (8, 8), (9, 8), (30, 8), (9, 1)])
+def test_read_against_one_pass_a_token(n, block_size):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=block_size, vocab_size=50, n_layer=2, n_head=2, n_embd=16,
+                       sae_layers=(0, 1), sae_ratio=2, sae_k=4)
+    model = GPT(config).eval()
+    for p in model.parameters():
+        p.normal_(std=0.3)
+    tokens = torch.randint(50, (n,)).tolist()
+    losses, values, indices = features.read(model, tokens)
+    assert len(losses) == n - 1 and values.shape == indices.shape == (2, n, 4)
+    first = 0 # where the window of token t begins: a full window restarts at its last half
+    for t in range(n):
+        if t - first == block_size:
+            first = t - block_size // 2
+        logits, _, seen = model(torch.tensor([tokens[first:t + 1]]))
+        torch.testing.assert_close(values[:, t], seen.values[:, 0, -1])
+        assert torch.equal(indices[:, t], seen.indices[:, 0, -1])
+        if t + 1 < n:
+            loss = cross_entropy(logits[0, -1:], torch.tensor(tokens[t + 1:t + 2]))
+            torch.testing.assert_close(losses[t], loss, atol=1e-4, rtol=1e-4)
+
+def test_read_dense():
+    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=16,
+                          sae_layers=()))
+    losses, values, indices = features.read(model, [1, 2, 3])
+    assert losses.shape == (2,) and values is None and indices is None
+
+# --------------------------------------------------------------------------------------------------
+# probe
+
+def test_probe_finds_the_features_that_matter(out):
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(3), 40)
+    X = rng.random((120, 50)).astype(np.float32)
+    X[:, 7] += 3 * (y == 0)
+    X[:, 11] += 3 * (y == 1)
+    alone, chosen = scanning.choose_features(X, y, 2)
+    assert set(chosen) == {7, 11} == set(alone[:2].tolist())
+    train, test = scanning.split(y, 0)
+    assert not set(train) & set(test) and len(train) + len(test) == 120 and len(test) == 36
+    assert scanning.accuracy(X[:, chosen], y, train, test) == 1.0
+    assert scanning.accuracy(X[:, [20]], y, train, test) < 0.6
+    run = features.open_run(out, device='cpu')
+    texts = ['ab', 'cc c', 'a' * 25]
+    X = scanning.pooled_codes(run, texts)[2]
+    for row, text in zip(X, texts):
+        with torch.no_grad():
+            seen = run.model(torch.tensor([[EOT] + run.tokenizer.encode_ordinary(text)]))[2]
+        want = np.zeros(len(row))
+        for values, indices in zip(seen.values[1, 0, 1:].tolist(), seen.indices[1, 0, 1:].tolist()):
+            for a, f in zip(values, indices):
+                want[f] = max(want[f], a)
+        assert row == pytest.approx(want, rel=1e-5)
+
+# --------------------------------------------------------------------------------------------------
+# timeline
+
+def snapshots(folder, kind, S=5, F=12, C=6):
+    """features/*.npz as in training; kind: W_dec, or tokens (without it, as at site stream)."""
+    rng = np.random.default_rng(0)
+    final, out = rng.standard_normal((F, C)), []
+
+    def draw_tokens(): # none twice, one free place
+        return np.stack([np.append(rng.permutation(16)[:7], -1) for _ in range(F)])
+
+    last_top, last_counts = draw_tokens(), rng.integers(1, 9, (F, 8))
+    for s in range(S):
+        noise = rng.standard_normal((F, C)) * np.linspace(3, 0, S)[s]
+        count = rng.integers(0, 50, F)
+        count[2] = 0
+        top, counts = draw_tokens(), rng.integers(1, 9, (F, 8))
+        done = rng.random(F) < s / (S - 1) # more and more have their final tokens already
+        top[done], counts[done] = last_top[done], last_counts[done]
+        top[count == 0] = -1
+        arrays = {'L1.count': count, 'L1.mean': rng.random(F), 'L1.top_tokens': top,
+                  'L1.entropy': np.where(count > 0, rng.random(F) * 5, np.nan),
+                  'L1.top_counts': np.where(top < 0, 0, counts)}
+        W = (final + noise).astype(np.float16)
+        out.append(dict(arrays, W=W))
+        arrays |= {'L1.W_dec': W} if kind == 'W_dec' else {}
+        features.save_npz(folder / 'features' / f'{10 * s:07d}.npz', dict(
+            arrays, step=10 * s, tokens=1000 * s, layers=np.array([1]), probed=400))
+    return out
+
+@pytest.mark.parametrize('kind', ('W_dec', 'tokens'))
+def test_timeline(tmp_path, kind):
+    def cosine(a, b):
+        return a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
+
+    want, seen = snapshots(tmp_path, kind), set()
+    for again in range(2): # built, then from timeline.npz
+        timeline = features.open_timeline(tmp_path, untracked)[1]
+        assert timeline.steps.tolist() == [0, 10, 20, 30, 40] and timeline.probed == 400
+        for f in range(12):
+            d = features.feature_timeline(timeline, f)
+            assert d['density'] == pytest.approx([s['L1.count'][f] / 400 for s in want])
+            entropies = [None if np.isnan(s['L1.entropy'][f]) else s['L1.entropy'][f] for s in want]
+            assert d['entropy'] == entropies
+            vectors = [np.zeros(16) for _ in want] # counts of all token types
+            for v, s in zip(vectors, want):
+                for token, n in zip(s['L1.top_tokens'][f].tolist(), s['L1.top_counts'][f].tolist()):
+                    v[token] += n * (token >= 0)
+            same = [cosine(v, vectors[-1]) for v in vectors]
+            assert d['same'] == pytest.approx(same, abs=1e-6)
+            W = [s['W'][f].astype(float) for s in want]
+            cos = [cosine(w, W[-1]) if kind == 'W_dec' else 1 for w in W]
+            assert d['cos'] == pytest.approx(cos, abs=2e-3)
+            settled = 5
+            while settled > 0 and d['same'][settled - 1] >= 0.7:
+                settled -= 1
+            if settled == 4: # to itself the cosine is 1
+                settled = 5
+            assert d['settled'] == settled and (f != 2 or settled == 5) # feature 2 is silent
+            seen.add(settled)
+    assert {3, 5} <= seen
+
+# --------------------------------------------------------------------------------------------------
+# the index
+
+def test_index_follows_the_checkpoint(tmp_path):
+    """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
+    out, said = make_run(tmp_path), []
+
+    def opened(n_tokens=0):
+        said.clear()
+        index = scanning.open_index(str(out), '', 'cpu', n_tokens, said.append, untracked)
+        return ''.join(said), index[1]
+
+    before, path = (out / 'ckpt.pt').read_bytes(), out / 'index.npz'
+    assert 'no index' in opened(640)[0] and opened()[0] == opened(640)[0] == ''
+    first = features.load_npz(path)
+    path.unlink()
+    assert 'no index' in opened(640)[0]
+    again = features.load_npz(path)
+    assert all(np.array_equal(x, again[name], equal_nan=x.dtype.kind == 'f')
+               for name, x in first.items())
+    assert '640 tokens' in opened(960)[0] and opened()[1].N == 960
+    assert (out / 'ckpt.pt').read_bytes() == before # looking changes nothing
+    checkpoint = load_checkpoint(out)
+    checkpoint['model']['transformer.h.1.sae.W_enc'][0, 0] += 1
+    save_checkpoint(out, checkpoint | dict(step=8))
+    assert 'the index is of step 7' in opened()[0] and opened()[1].step == 8
+    whole = path.read_bytes()
+    for damaged in (whole[:5000], whole[:3000] + b'?' * 9 + whole[3009:], b''):
+        path.write_bytes(damaged)
+        assert 'no index' in opened()[0] and opened()[0] == ''
+    arrays = features.load_npz(path)
+    for meta in ({}, {'version': features.VERSION + 1}, {'version': features.VERSION - 1}):
+        full = json.loads(str(arrays['meta']))
+        del full['version']
+        np.savez(path, **arrays | dict(meta=json.dumps(full | meta)))
+        assert 'no index of this version' in opened()[0] and opened()[0] == ''
+    np.savez(path, x=1) # another program's
+    assert 'no index' in opened()[0]
+    for file in out.glob('ckpt*'):
+        file.unlink()
+    assert 'no checkpoint' in opened()[0] # but its index is there
+
+def test_post_hoc_saes_are_spliced_in(tmp_path):
+    """Saved with alpha 0, since they only watched; a view shows what they do when they act."""
+    out = make_run(tmp_path)
+    checkpoint = load_checkpoint(out)
+    for i in (1, 2):
+        checkpoint['model'][f'transformer.h.{i}.sae.alpha'].zero_()
+    for posthoc in (False, True):
+        save_checkpoint(out, checkpoint | dict(config=dict(sae_posthoc=posthoc)))
+        saes = features.open_run(out, device='cpu').model.saes()
+        assert {float(sae.alpha) for sae in saes.values()} == {float(posthoc)}
+
+# --------------------------------------------------------------------------------------------------
+# text
+
+def harmless(text):
+    """No control character but the line break, nothing invisible or direction-changing."""
+    import unicodedata
+    text.encode('utf-8')
+    bad = ('Cc', 'Cf', 'Cs', 'Co', 'Cn', 'Zl', 'Zp')
+    return not any(unicodedata.category(char) in bad for char in text if char != '\n')
+
+def test_tokens_are_safe():
+    rng = np.random.default_rng(0)
+    tokens = HOSTILE + [bytes([i]) for i in range(256)]
+    tokens += [rng.bytes(n) for n in range(1, 40) for _ in range(20)]
+    tokens += [chr(c).encode('utf-8', 'surrogatepass')
+               for c in [*range(0, 0x3000, 3), *range(0x3000, 0x110000, 97)]]
+    for raw in tokens:
+        for text in (features.safe(raw), features.caption(raw)):
+            assert harmless(text) and '\n' not in text and (text or not raw)
+        assert len(features.caption(raw)) <= 16
+    for raw, text in ((b'\x1b[31m', '␛[31m'), (b'a\nb\t', 'a⏎b⇥'), (b'\xe6\xbc', '<0xE6><0xBC>'),
+                      (b'[red]', '[red]'), ('漢字'.encode(), '漢字'), (b'\x7f', '␡'),
+                      ('\u202e'.encode(), '<U+202E>'),
+                      ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
+        assert features.safe(raw) == text
+    assert features.safe(b'a\n\t\r', keep='\n\t') == 'a\n\t␍'
+    for raw, text in ((b'  a ', '··a·'), (b'   ', '···'), (b'', '(none)'),
+                      (b'-' * 90, '-' * 15 + '…')):
+        assert features.caption(raw) == text
