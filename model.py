@@ -359,7 +359,8 @@ def load_checkpoint(out_dir, map_location='cpu'):
                     raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
             known = {'model', 'model_args', 'step'}
-            if type(checkpoint) is not dict or not known <= set(checkpoint):
+            if not (type(checkpoint) is dict and known <= set(checkpoint)
+                    and type(checkpoint['step']) is int):
                 raise ValueError("another program's file")
         except Exception as e: # damage shows up as almost any: unpickling, zip, end of file
             reason = (str(e).splitlines() or [''])[0][:80]

@@ -319,7 +319,7 @@ if checkpoint is not None:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
             misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
-            for opt, state in zip(optimizers, checkpoint['optimizers']):
+            for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
             if master: # of all ranks together
