@@ -215,8 +215,10 @@ sys.excepthook = on_error
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
-    # between the hosts: for what is decided together, and to wait while one rank works alone
-    hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
+    # between the hosts: for what is decided together, and to wait while one rank works alone. All
+    # must be there within rank_timeout; later they are more patient with each other
+    hosts = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout))
+    dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), hosts)
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
