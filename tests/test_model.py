@@ -90,18 +90,20 @@ def plain_logits(model, idx, alpha):
 
 @pytest.mark.parametrize('site', [*SITES, 'dense'])
 def test_forward_by_its_equations(site):
-    """Logits and loss are those of the plain lines above, with the blend half-way."""
+    """Logits and loss are those of the plain lines above, with the blend half-way. In eval mode
+    nothing drops out."""
     changes = dict(sae_layers=()) if site == 'dense' else dict(sae_site=site)
-    model, idx, targets = make(sae_token_skip=True, **changes), tokens(), tokens(seed=2)
+    model = make(sae_token_skip=True, dropout=0.1, **changes).eval()
+    idx, targets = tokens(), tokens(seed=2)
     for sae in model.saes().values():
         sae.alpha.fill_(0.6)
         sae.b_enc.data.normal_()
-    logits, none, _ = model(idx)
+    logits, none, out = model(idx)
+    assert none is None and (out is None) == (site == 'dense')
     want = plain_logits(model, idx, 0.6)
     torch.testing.assert_close(logits.double(), want, rtol=1e-4, atol=1e-4)
     loss = -want.log_softmax(-1).gather(-1, targets[..., None]).mean()
     torch.testing.assert_close(model(idx, targets)[1].double(), loss, rtol=1e-5, atol=1e-5)
-    assert none is None
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('site', SITES)
@@ -142,12 +144,6 @@ def test_alpha_zero_is_the_dense_model(site, dropout):
     exact = {} if site == 'hidden' else dict(rtol=0, atol=0)
     for name, p in twin.named_parameters():
         torch.testing.assert_close(model.get_parameter(name).grad, p.grad, **exact)
-
-def test_dense_model_has_no_sae():
-    """sae_layers = (): a plain GPT, and SAEOut is None."""
-    model = GPT(DENSE)
-    assert model(tokens())[2] is None and not model.saes()
-    assert not any('sae' in name for name in model.state_dict())
 
 @pytest.mark.parametrize('site', SITES)
 def test_sae_out_and_writes(site):
@@ -193,17 +189,6 @@ def test_init_table():
     loss = GPT(replace(TINY, n_embd=64))(tokens(), tokens(seed=2))[1]
     assert abs(loss - math.log(50)) < 0.2 # nothing is known yet
 
-def test_padding_never_counts():
-    """The vocabulary is padded for the matmuls: loss and gradients are those without padding."""
-    model, idx, targets = GPT(DENSE), tokens(), tokens(seed=2)
-    loss = torch.nn.functional.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
-    want, = torch.autograd.grad(loss, model.transformer.wte.weight)
-    _, padded_loss, _ = model(idx, targets)
-    padded_loss.backward()
-    torch.testing.assert_close(padded_loss, loss)
-    torch.testing.assert_close(model.transformer.wte.weight.grad, want)
-    assert not want[50:].any() and want[:50].any()
-
 @pytest.mark.parametrize('site', SITES)
 def test_every_parameter_is_optimised_once(site):
     """The GPT's matrices decay; the SAE's do not, and have a learning rate of their own, and so
@@ -233,7 +218,7 @@ def test_flops_by_hand():
 def test_all_problems_of_a_config_at_once():
     """Every contradiction is named in one go, with its value; a sound config has none."""
     keys = lambda config: sorted(problem.split('=')[0] for problem in config.problems())
-    assert TINY.problems() == [] and GPTConfig().problems() == []
+    assert TINY.problems() == replace(TINY, sae_k_start=4).problems() == GPTConfig().problems() == []
     bad = replace(TINY, dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1)
     assert keys(bad) == ['dropout', 'n_head', 'sae_ratio', 'sae_site']
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
@@ -246,11 +231,6 @@ def test_all_problems_of_a_config_at_once():
     assert keys(replace(TINY, sae_k_start=2)) == ['sae_k_start']
     assert keys(replace(TINY, sae_site='hidden', sae_k=33)) == ['sae_k']
     assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
-
-def test_too_long_a_sequence():
-    """More tokens than block_size: a sentence, not an index error inside RoPE."""
-    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
-        make()(tokens(T=17))
 
 def test_overfits_one_batch():
     """Gradients reach everything: one batch learnt by heart through K features, at alpha 1."""
@@ -281,8 +261,9 @@ def test_cache_equals_recomputation(site):
         torch.testing.assert_close(logits, want[:, t:t + 1], rtol=1e-4, atol=1e-4)
         values = want_out.values[:, :, t]
         torch.testing.assert_close(out.values[:, :, 0], values, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="block_size"):
-        model(idx[:, :1], cache=cache)
+    for tokens_, cache in ((idx[:, :1], cache), (tokens(T=17), None)):
+        with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+            model(tokens_, cache=cache)
 
 @pytest.mark.parametrize('prompt', [1, 5, 16, 40])
 def test_sampling_equals_recomputation_past_block_size(prompt):
@@ -311,9 +292,10 @@ def test_sampling_is_seeded_and_obeys_top_k():
     assert sample(1, top_k=1) == sample(2, temperature=0) == sample(3, temperature=1e-3)
     assert torch.equal(state, torch.get_rng_state())
 
-def test_evaluation_and_sampling_leave_the_model_untouched():
+@pytest.mark.parametrize('site', SITES)
+def test_evaluation_and_sampling_leave_the_model_untouched(site):
     """Neither a forward pass in eval or train mode nor sampling changes a parameter or a buffer."""
-    model = make()
+    model = make(sae_site=site)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.train()(tokens(), tokens(seed=2))
     list(model.eval().generate(tokens(T=2), 20))

@@ -46,13 +46,6 @@ def test_l0_equals_k(site):
         assert ((out.values != 0).sum(-1) == k).all()
         assert out.l0 == k and out.fired.sum() == 16 * k
 
-@pytest.mark.parametrize('site', OWN)
-def test_all_features_is_the_dense_autoencoder(site):
-    """K = F: nothing is left of TopK, and y = relu(W_enc (h - b_dec) + b_enc) W_dec + b_dec."""
-    sae, x = make(site, sae_k=F), inputs()
-    a = torch.relu((norm(x) - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-    torch.testing.assert_close(sae(x)[0], a @ sae.W_dec + sae.b_dec, rtol=1e-5, atol=1e-5)
-
 @pytest.mark.parametrize('site', SITES)
 def test_alpha_zero_changes_nothing(site):
     """alpha = 0: x comes out as it went in, to the bit, and so does its gradient."""
@@ -62,20 +55,6 @@ def test_alpha_zero_changes_nothing(site):
     assert torch.equal(y, x)
     seed = torch.randn_like(y)
     assert torch.equal(torch.autograd.grad(y, x, seed)[0], seed)
-
-def test_alpha_half_is_half_way():
-    """x <- (1 - alpha) x + alpha y, between the two ends."""
-    sae, x = make(), inputs()
-    y = sae(x)[0]
-    sae.alpha.fill_(0.25)
-    torch.testing.assert_close(sae(x)[0], 0.75 * x + 0.25 * y)
-
-def test_token_skip_adds_the_token():
-    """With sae_token_skip y is the same plus W_skip norm(wte[token])."""
-    sae, x, tok = make(sae_token_skip=True), inputs(), inputs(seed=2)
-    y = sae(x, tok)[0]
-    W_skip, sae.W_skip = sae.W_skip, None
-    torch.testing.assert_close(y, sae(x)[0] + tok @ W_skip.T)
 
 def test_a_posthoc_sae_gives_back_the_length():
     """Spliced in post hoc, an SAE that reconstructs norm(x) perfectly (each channel's two signs
@@ -106,32 +85,6 @@ def test_sites_without_weights_keep_the_largest(site):
     assert x.grad[0, 0].nonzero().flatten().tolist() == [1, 2]
     sae.b_enc[4] = 5.0
     assert sae(x)[0][0, 0, :5].tolist() == [0, b, 0, 0, e]
-
-@pytest.mark.parametrize('site', SITES)
-def test_forward_is_decode_of_encode(site):
-    """encode, decode and forward are one computation: scattering encode's codes and decoding them
-    is forward's y."""
-    sae, x = make(site), inputs(site)
-    values, indices = sae.encode(norm(x) if site in OWN else x)
-    y, out = sae(x)
-    assert torch.equal(out.values, values) and torch.equal(out.indices, indices)
-    z = torch.zeros(2, 8, sae.n_features).scatter(-1, indices, values)
-    assert torch.equal(y, sae.decode(z))
-
-def test_fewer_positive_than_k():
-    """Where fewer than K features are positive the other slots hold 0, and write nothing."""
-    sae, x = make(), inputs()
-    with torch.no_grad():
-        sae.b_enc.fill_(-100)
-        sae.b_enc[7] = 100
-    y, out = sae(x)
-    assert out.l0 == 1 and out.fired.nonzero().flatten().tolist() == [7] and out.fired[7] == 16
-    assert (out.indices[..., 0] == 7).all() and (out.values[..., 1:] == 0).all()
-    with torch.no_grad():
-        sae.b_enc[7] = -100
-    y, out = sae(x)
-    assert out.l0 == 0 and not out.fired.any()
-    assert torch.equal(y, sae.b_dec.expand_as(y))
 
 def test_selection_in_fp32_under_autocast():
     """Under autocast the big product is bf16, but features are compared and scored in fp32, and x
@@ -194,9 +147,14 @@ def naive(sae, x, dy):
 
 @pytest.mark.parametrize('site', OWN)
 def test_gradients_against_naive(site):
-    """Values and all gradients equal those written by hand; what was not chosen gets none."""
+    """Values and all gradients equal those written by hand, also where fewer than K features are
+    positive; what was not chosen gets none."""
     sae, x, dy = make(site), inputs().requires_grad_(), inputs(seed=3)
+    with torch.no_grad():
+        sae.b_enc -= 1.5
     y, out = sae(x)
+    active = (out.values > 0).sum(-1)
+    assert active.min() < K and active.max() == K
     y.backward(dy)
     want_y, want_dx, want = naive(sae, x.detach().flatten(0, 1), dy.flatten(0, 1))
     def check(got, want, name):
@@ -276,15 +234,6 @@ def test_silent_feature_fires_again_under_the_nudge(site):
             break
     assert fired[f] and sae.silent[f] == 0
 
-@pytest.mark.parametrize('site', SITES)
-@pytest.mark.parametrize('training', [True, False])
-def test_forward_changes_no_state(site, training):
-    """A forward pass only looks: counters move in revive() alone."""
-    sae = make(site).train(training)
-    before = {key: t.clone() for key, t in sae.state_dict().items()}
-    sae(inputs(site))
-    assert all(torch.equal(t, before[key]) for key, t in sae.state_dict().items())
-
 # --------------------------------------------------------------------------------------------------
 # init, schedules, metrics
 
@@ -338,7 +287,6 @@ def test_layer_metrics_by_hand():
     y, out = sae(x)
     pre = ((norm(x) - sae.b_dec) @ sae.W_enc.T + sae.b_enc).flatten(0, 1).tolist()
     sets = [{f for f in sorted(range(F), key=lambda f: -row[f])[:K] if row[f] > 0} for row in pre]
-    assert any(len(s) < K for s in sets) and any(len(s) == K for s in sets)
     assert float(out.l0) == pytest.approx(sum(map(len, sets)) / len(sets))
     assert out.fired.dtype == torch.int32
     assert out.fired.tolist() == [sum(f in s for s in sets) for f in range(F)]
