@@ -92,7 +92,7 @@ ACCIDENTS = {
 }
 
 @pytest.mark.parametrize('what', ACCIDENTS)
-def test_resumed_as_if_nothing_had_happened(what, whole, tiny_data, tmp_path):
+def test_accidents(what, whole, tiny_data, tmp_path):
     """There is a good checkpoint, one sentence says what was wrong, and the resumed run ends as if
     nothing had happened, to the bit. Of what is not finite nothing is saved."""
     accident, code, step, words = ACCIDENTS[what]
