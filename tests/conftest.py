@@ -37,7 +37,8 @@ def interpreted(request):
     other they would take too long."""
     import kernels
     process = None
-    there = kernels.available('cuda' if torch.cuda.is_available() else 'cpu') # as in that run itself
+    device = 'cuda' if torch.cuda.is_available() else 'cpu' # as in that run itself
+    there = kernels.available(device)
     wanted = request.session.items[-1].name == 'test_under_interpreter'
     if wanted and kernels.triton and not there:
         command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',

@@ -101,6 +101,7 @@ def child(script, argv, path, env, accident):
     os.dup2(log, 2)
     os.environ.update({k: str(v) for k, v in env.items()})
     signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)             # and those of nohup this
     torch.set_num_threads(1)
     sys.argv = [script, *argv]
     sys.path.insert(0, str(ROOT))

@@ -51,7 +51,8 @@ def test_two_ranks_equal_one(whole, pair):
 def test_uneven_evaluation(tiny_data, tmp_path):
     """Three eval batches for two ranks: no hang, and the same validation numbers as on one rank."""
     for ranks, codes in ((1, 0), (2, [0, 0])):
-        got, text = train(tmp_path / str(ranks), tiny_data, ranks=ranks, eval_tokens=96, max_iters=0)
+        out = tmp_path / str(ranks)
+        got, text = train(out, tiny_data, ranks=ranks, eval_tokens=96, max_iters=0)
         assert got == codes, text
     (one,), (two,) = records(tmp_path / '1', 'eval'), records(tmp_path / '2', 'eval')
     for key in ('val_loss', 'val_loss_zeroed', 'val_loss_mean'):
@@ -70,7 +71,7 @@ def at_step_4(action):
     ids=['raises', 'out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     """The other rank leaves within rank_timeout with the reason that the first one gave, and shows
-    no traceback of its own; what was saved is there, and the resumed run is the same, to the bit."""
+    no traceback of its own; what was saved is there, and the resumed run is the same."""
     begin = time.time()
     codes, text = train(tmp_path, tiny_data, what, 2, rank_timeout=2 if '2 s' in reason else 60)
     assert time.time() - begin < 30

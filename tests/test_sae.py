@@ -1,5 +1,6 @@
 """
-The SAE layer alone: its equations, gradients, revival of silent features, schedules. CPU, seconds.
+The SAE layer alone: selection, losses, revival of silent features, schedules. CPU, seconds. Its
+equations and gradients are compared in test_model.py.
 
     python -m pytest tests/test_sae.py
 """
@@ -34,7 +35,7 @@ def inputs(site='resid', B=2, T=8, seed=1):
     return torch.randn(B, T, C, generator=g)
 
 # --------------------------------------------------------------------------------------------------
-# the equations
+# what goes through
 
 @pytest.mark.parametrize('site', SITES)
 def test_l0_equals_k(site):
@@ -45,16 +46,6 @@ def test_l0_equals_k(site):
         _, out = sae(inputs(site))
         assert ((out.values != 0).sum(-1) == k).all()
         assert out.l0 == k and out.fired.sum() == 16 * k
-
-@pytest.mark.parametrize('site', SITES)
-def test_alpha_zero_changes_nothing(site):
-    """alpha = 0: x comes out as it went in, to the bit, and so does its gradient."""
-    sae, x = make(site), inputs(site).requires_grad_()
-    sae.alpha.zero_()
-    y, _ = sae(x)
-    assert torch.equal(y, x)
-    seed = torch.randn_like(y)
-    assert torch.equal(torch.autograd.grad(y, x, seed)[0], seed)
 
 def test_a_posthoc_sae_gives_back_the_length():
     """Spliced in post hoc, an SAE that reconstructs norm(x) perfectly (each channel's two signs
@@ -118,54 +109,7 @@ def test_another_selection_rule():
     torch.testing.assert_close(sae(x)[0], want)
 
 # --------------------------------------------------------------------------------------------------
-# gradients
-
-def naive(sae, x, dy):
-    """The layer and its gradients one token and one feature at a time, in fp64, without autograd.
-    x, dy (N, C) -> y, dx (N, C), {parameter: gradient}."""
-    W = {name: p.detach().double() for name, p in sae.named_parameters()}
-    d = {name: torch.zeros_like(p) for name, p in W.items()}
-    ys, dxs = [], []
-    for x, dy in zip(x.double(), dy.double()):
-        rms = (x.square().mean() + torch.finfo(torch.float32).eps).sqrt()
-        h = x / rms
-        pre = [float(W['W_enc'][f] @ (h - W['b_dec']) + W['b_enc'][f]) for f in range(F)]
-        y, dh = W['b_dec'].clone(), torch.zeros(C).double()
-        d['b_dec'] += dy
-        for f in sorted(range(F), key=lambda f: -pre[f])[:K]:
-            if pre[f] > 0:
-                y += pre[f] * W['W_dec'][f]
-                d['W_dec'][f] += pre[f] * dy
-                dpre = W['W_dec'][f] @ dy
-                d['b_enc'][f] += dpre
-                d['W_enc'][f] += dpre * (h - W['b_dec'])
-                dh += dpre * W['W_enc'][f]
-        d['b_dec'] -= dh
-        ys.append(y)
-        dxs.append((dh - h * (h * dh).mean()) / rms)
-    return torch.stack(ys), torch.stack(dxs), d
-
-@pytest.mark.parametrize('site', OWN)
-def test_gradients_against_naive(site):
-    """Values and all gradients equal those written by hand, also where fewer than K features are
-    positive; what was not chosen gets none."""
-    sae, x, dy = make(site), inputs().requires_grad_(), inputs(seed=3)
-    with torch.no_grad():
-        sae.b_enc -= 1.5
-    y, out = sae(x)
-    active = (out.values > 0).sum(-1)
-    assert active.min() < K and active.max() == K
-    y.backward(dy)
-    want_y, want_dx, want = naive(sae, x.detach().flatten(0, 1), dy.flatten(0, 1))
-    def check(got, want, name):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5,
-                                   msg=lambda text: f"{name}: {text}")
-    check(y.flatten(0, 1), want_y, 'y')
-    check(x.grad.flatten(0, 1), want_dx, 'x')
-    for name, p in sae.named_parameters():
-        check(p.grad, want[name], name)
-    silent = out.fired == 0
-    assert silent.any() and not sae.W_enc.grad[silent].any() and not sae.W_dec.grad[silent].any()
+# losses
 
 @pytest.mark.parametrize('site', SITES)
 def test_reconstruction_loss(site):
@@ -265,29 +209,28 @@ def test_k_annealing():
     assert ks == sorted(ks, reverse=True)
     assert k_at(0, 0, 16, 0.5) == 16 and k_at(0, 256, 16, 0) == 16
 
-def test_fvu_by_hand():
-    """|h - y|^2 / |h - mean|^2 over tokens: 0 for a copy, 1 for the mean, a loop for the rest."""
-    h, y = inputs(), inputs(seed=9)
-    mean = h.flatten(0, 1).mean(0)
-    assert fraction_unexplained(h, h) == 0
-    torch.testing.assert_close(fraction_unexplained(h, mean.expand_as(h)), torch.tensor(1.0))
-    above = below = 0.0
-    for a, b in zip(h.flatten(0, 1), y.flatten(0, 1)):
-        for c in range(C):
-            above += float(a[c] - b[c]) ** 2
-            below += float(a[c] - mean[c]) ** 2
-    assert float(fraction_unexplained(h, y)) == pytest.approx(above / below, rel=1e-5)
-    assert fraction_unexplained(torch.ones(1, 3, C), torch.ones(1, 3, C)).isfinite()
-
 def test_layer_metrics_by_hand():
-    """L0, on how many tokens each feature fired, and FVU equal a loop over the tokens."""
+    """L0, on how many tokens each feature fired, and FVU, |h - y|^2 / |h - mean|^2, equal loops
+    over the tokens; what never fired gets no gradient."""
     sae, x = make(), inputs()
     with torch.no_grad():
         sae.b_enc -= 1.5 # so that some tokens have fewer than K
     y, out = sae(x)
-    pre = ((norm(x) - sae.b_dec) @ sae.W_enc.T + sae.b_enc).flatten(0, 1).tolist()
+    h = norm(x)
+    pre = ((h - sae.b_dec) @ sae.W_enc.T + sae.b_enc).flatten(0, 1).tolist()
     sets = [{f for f in sorted(range(F), key=lambda f: -row[f])[:K] if row[f] > 0} for row in pre]
+    assert min(map(len, sets)) < K == max(map(len, sets))
     assert float(out.l0) == pytest.approx(sum(map(len, sets)) / len(sets))
     assert out.fired.dtype == torch.int32
     assert out.fired.tolist() == [sum(f in s for s in sets) for f in range(F)]
-    torch.testing.assert_close(out.fvu, fraction_unexplained(norm(x), y))
+    mean = h.flatten(0, 1).mean(0)
+    above = below = 0.0
+    for a, b in zip(h.flatten(0, 1), y.detach().flatten(0, 1)):
+        for c in range(C):
+            above += float(a[c] - b[c]) ** 2
+            below += float(a[c] - mean[c]) ** 2
+    assert float(out.fvu) == pytest.approx(above / below, rel=1e-5)
+    assert fraction_unexplained(torch.ones(1, 3, C), torch.ones(1, 3, C)).isfinite()
+    y.sum().backward()
+    silent = out.fired == 0
+    assert silent.any() and not sae.W_enc.grad[silent].any() and not sae.W_dec.grad[silent].any()
