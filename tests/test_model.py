@@ -42,7 +42,7 @@ def unit(x):
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
 def turned(x, t):
-    """RoPE: channel pairs (i, i + D/2) of x (.., D) turn, as complex numbers, by t / 10000^(2i/D)."""
+    """RoPE: channels (i, i + D/2) of x (..., D), a complex number, turn by t / 10000^(2i/D)."""
     D = x.size(-1)
     angles = t * 10000 ** (-2 * torch.arange(D // 2, dtype=torch.double) / D)
     z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.exp(-1j * angles)

@@ -27,6 +27,7 @@ import torch
 import runs
 from data import dataset
 from data.dataset import eval_batches, get_batch, load_dataset
+from features import snapshot
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, both, crash, kill, nan,
                   nan_gradient, out_of_memory, records, resume, same, send, start, terminate, times,
@@ -506,34 +507,18 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
         live=(code > 0).float().mean().item(),
         busiest=(fired.max() / fired.sum()).item()), rel=1e-5) # 1 % of 64 features is one
 
-def test_snapshot_by_brute_force(whole, tiny_data):
-    """features/<step>.npz: how often each feature fired on the probe, how strongly, on what, with
-    what token entropy."""
-    snap = np.load(whole / 'features' / '0000008.npz')
+def test_snapshot_of_training(whole, tiny_data):
+    """features/<step>.npz is what features.py says of the model at that step, over tokens of val."""
     model = load_model(load_checkpoint(str(whole)))
     model.saes()[1].alpha.fill_(1.0)
     model.saes()[1].k.fill_(4)
-    sums, seen = np.zeros(64), [[] for _ in range(64)]
-    for x, _ in eval_batches(load_dataset(tiny_data).val, 16, 2, TINY['probe_tokens']):
-        with torch.no_grad():
-            out = model(x)[2]
-        for v, i, t in zip(out.values[0].flatten(0, 1), out.indices[0].flatten(0, 1), x.flatten()):
-            for value, f in zip(v.tolist(), i.tolist()):
-                if value > 0:
-                    sums[f] += value
-                    seen[f].append(int(t))
-    assert [snap[key].tolist() for key in ('probed', 'tokens', 'layers')] == [128, 1024, [1]]
-    counts = np.array([len(s) for s in seen])
-    assert (snap['L1.count'] == counts).all()
-    np.testing.assert_allclose(snap['L1.mean'], sums / counts.clip(1), rtol=1e-5)
-    W_dec = model.saes()[1].W_dec.detach().numpy()
-    np.testing.assert_allclose(snap['L1.W_dec'], W_dec, atol=1e-3)
-    for f in range(64):
-        on = np.unique(seen[f], return_counts=True)[1]
-        p = on / counts[f]
-        bits = -(p * np.log2(p)).sum() if counts[f] else math.nan
-        assert snap['L1.entropy'][f] == pytest.approx(bits, abs=1e-5, nan_ok=True)
-        assert snap['L1.top_counts'][f, 0] == max(on, default=0)
+    probe = eval_batches(load_dataset(tiny_data).val, 16, 2, TINY['probe_tokens'])
+    with torch.no_grad():
+        want = snapshot(model, (x for x, _ in probe)) | dict(step=8, tokens=8 * 128)
+    saved = np.load(whole / 'features' / '0000008.npz')
+    assert set(saved.files) == set(want) and saved['probed'] == 128
+    for name in want:
+        np.testing.assert_array_equal(saved[name], want[name], err_msg=name)
 
 def slow_clock():
     """time.time() goes on by 1 s with each micro-batch of training and by 1,000 s with each pass of
