@@ -58,11 +58,14 @@ def train(out, data, accident=None, ranks=1, **changes):
     all it printed."""
     return run_script('train.py', arguments(out, data, **changes), accident, ranks)
 
-def resume(out, data, **changes):
-    """Goes on with a run; it must end well. -> what it printed"""
-    code, text = train(out, data, init_from='resume', **changes)
+def finish(out, data, accident=None, **changes):
+    """The same of a run that must end well -> what it printed."""
+    code, text = train(out, data, accident, **changes)
     assert code in (0, [0, 0]), text
     return text
+
+def resume(out, data, **changes):
+    return finish(out, data, init_from='resume', **changes)
 
 def run_script(script, argv, accident=None, ranks=1):
     """Runs a script of the repository as `python script argv` would, or as torchrun would with
@@ -201,8 +204,9 @@ def records(out, event):
     for line in (Path(out) / 'log.jsonl').read_text(errors='replace').splitlines():
         with suppress(ValueError, TypeError, KeyError): # torn, or not of train.py
             record = json.loads(line)
-            if record['event'] == event:
-                found[record.get('step', record.get('at_step'))] = record
+            step = record['at_step' if event == 'start' else 'step']
+            if record['event'] == event and type(step) is int:
+                found[step] = record
     return [{k: v for k, v in found[step].items() if k != 'tok_s'} for step in sorted(found)]
 
 def assert_same_run(a, b):

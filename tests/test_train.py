@@ -29,9 +29,9 @@ from data import dataset
 from data.dataset import eval_batches, get_batch, load_dataset
 from features import snapshot
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, both, crash, kill, nan,
-                  nan_gradient, out_of_memory, records, resume, same, send, start, terminate, times,
-                  train)
+from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, both, crash, finish,
+                  kill, nan, nan_gradient, out_of_memory, records, resume, same, send, start,
+                  terminate, times, train)
 
 def step_in(out):
     return load_checkpoint(str(out))['step']
@@ -142,7 +142,7 @@ def test_never_saved(whole, tiny_data, tmp_path):
     (tmp_path / 'features' / '0000001.npz').write_bytes(b'of the old run')
     code, text = train(tmp_path, tiny_data, init_from='resume')
     assert code == 1 and text.startswith('error: no checkpoint in') and text.count('\n') == 1
-    assert train(tmp_path, tiny_data)[0] == 0
+    finish(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
     for folder in ('.', 'features'):
         assert sorted(os.listdir(tmp_path / folder)) == sorted(os.listdir(whole / folder))
@@ -175,7 +175,7 @@ def test_two_runs_in_one_folder(whole, tiny_data, tmp_path):
     assert first.exitcode is None and records(out, 'start')[0]['config']['max_iters'] == 10 ** 6
     first.kill()
     first.join()
-    assert train(out, tiny_data)[0] == 0
+    finish(out, tiny_data)
     assert_same_run(whole, out)
 
 def test_torn_newest_checkpoint(whole, tiny_data, tmp_path):
@@ -199,8 +199,7 @@ def test_torn_newest_checkpoint(whole, tiny_data, tmp_path):
     ('none', dict(eval_interval=1000, eval_tokens=400, probe_tokens=32))])
 def test_watching_changes_nothing(event, changes, whole, tiny_data, tmp_path):
     """Evals, snapshots and logs at every step or never: the same run, to the bit."""
-    code, text = train(tmp_path, tiny_data, **changes)
-    assert code == 0, text
+    finish(tmp_path, tiny_data, **changes)
     one, two = load_checkpoint(str(whole)), load_checkpoint(str(tmp_path))
     assert same(one['model'], two['model']) and same(one['optimizers'], two['optimizers'])
     assert records(whole, event) == records(tmp_path, event)
@@ -231,8 +230,7 @@ def test_full_disk_indeed(pages, whole, tiny_data, tmp_path):
         assert tmpfs(out, 10_000)
         saved = (out / 'ckpt.pt').exists()
         assert pages or code == 1 and saved
-        code, text = train(out, tiny_data, init_from='resume' if saved else 'scratch')
-        assert code == 0, text
+        finish(out, tiny_data, init_from='resume' if saved else 'scratch')
         assert_same_run(whole, out)
     finally:
         subprocess.run(['umount', str(out)], check=True)
@@ -242,8 +240,7 @@ def test_fp16(whole, tiny_data, tmp_path):
     on. Gradients are clipped as they are, not as they were scaled. In the log, which is strict
     JSON, what is not finite is null."""
     accident = partial(at_loss, 9, partial(times, math.inf))
-    code, text = train(tmp_path, tiny_data, accident, dtype='float16', log_interval=1)
-    assert code == 0, text
+    finish(tmp_path, tiny_data, accident, dtype='float16', log_interval=1)
     def refuse(name):
         raise ValueError(name)
     for line in (tmp_path / 'log.jsonl').read_text().splitlines():
@@ -358,15 +355,14 @@ def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
 def dense(tiny_data, tmp_path_factory):
     """out_dir of a dense run."""
     out = tmp_path_factory.mktemp('dense')
-    assert train(out, tiny_data, sae_layers='')[0] == 0
+    finish(out, tiny_data, sae_layers='')
     return out
 
 def test_weights_of_another_run(dense, tiny_data, tmp_path):
     """--init_from=DIR takes weights: a dense run's for a model with an SAE; those that do not fit
     are refused, and weights alone are no run to resume."""
     out = tmp_path / 'out'
-    code, text = train(out, tiny_data, init_from=dense, max_iters=0)
-    assert code == 0, text
+    finish(out, tiny_data, init_from=dense, max_iters=0)
     # alpha is 0 at step 0: still the dense model
     assert records(dense, 'eval')[-1]['val_loss'] == records(out, 'eval')[0]['val_loss']
     other = runs.write_tiny_data(tmp_path / 'other', vocab_size=300) # padded to 320 like 257
@@ -397,9 +393,8 @@ def test_resume_of_another_version(key, value, whole, tiny_data, tmp_path):
 def test_posthoc_trains_the_sae_alone(dense, tiny_data, tmp_path):
     """The classic SAE, for comparison: the frozen model's weights stay, the SAE learns to
     reconstruct, and evals splice it in."""
-    code, text = train(tmp_path, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1,
-                       learning_rate=0.01, max_iters=15, eval_interval=1, eval_tokens=64)
-    assert code == 0, text
+    finish(tmp_path, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1,
+           learning_rate=0.01, max_iters=15, eval_interval=1, eval_tokens=64)
     a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(tmp_path))['model']
     assert all(torch.equal(a[key], b[key]) for key in a) and b['transformer.h.1.sae.alpha'] == 0
     evals = records(tmp_path, 'eval')
@@ -413,8 +408,7 @@ VARIANTS = [dict(sae_site=site) for site in ('mlp', 'attn', 'hidden', 'stream')]
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_every_variant_runs(changes, tiny_data, tmp_path):
     """Each site, optimiser and dtype from start to end, and its checkpoint makes a model."""
-    code, text = train(tmp_path, tiny_data, eval_interval=8, **changes)
-    assert code == 0, text
+    finish(tmp_path, tiny_data, eval_interval=8, **changes)
     if changes.get('max_iters') != 0:
         load_model(load_checkpoint(str(tmp_path)))
 
@@ -422,9 +416,8 @@ def test_every_variant_runs(changes, tiny_data, tmp_path):
 def test_learning_rate_by_hand(schedule, tiny_data, tmp_path):
     """Linear warm-up over 4 steps; then of 20 steps a cosine down to a tenth, or constant and over
     the last fifth, 4 steps, linear."""
-    code, text = train(tmp_path, tiny_data, lr_schedule=schedule, log_interval=1, warmup_iters=4,
-                       max_iters=24, learning_rate=0.01, eval_interval=100, sae_layers='')
-    assert code == 0, text
+    finish(tmp_path, tiny_data, lr_schedule=schedule, log_interval=1, warmup_iters=4,
+           max_iters=24, learning_rate=0.01, eval_interval=100, sae_layers='')
     lr = [r['lr'] / 0.01 for r in records(tmp_path, 'log')]
     assert lr[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
     if schedule == 'wsd':
@@ -439,9 +432,8 @@ def test_skip_lr_and_clipping(tiny_data, tmp_path):
     AdamW's first average, of the gradient's tenth, has a tenth of the length grad_clip."""
     now = {}
     for x in (1, 0.25):
-        code, text = train(tmp_path / str(x), tiny_data, sae_skip_lr=x, sae_blend_start=0,
-                           sae_blend_end=0, max_iters=1, optimizer='adamw', grad_clip=0.01)
-        assert code == 0, text
+        finish(tmp_path / str(x), tiny_data, sae_skip_lr=x, sae_blend_start=0,
+               sae_blend_end=0, max_iters=1, optimizer='adamw', grad_clip=0.01)
         checkpoint = load_checkpoint(str(tmp_path / str(x)))
         now[x], (adamw,) = checkpoint['model'], checkpoint['optimizers']
     assert now[1]['transformer.h.1.sae.W_skip'].any()
@@ -508,7 +500,7 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
         busiest=(fired.max() / fired.sum()).item()), rel=1e-5) # 1 % of 64 features is one
 
 def test_snapshot_of_training(whole, tiny_data):
-    """features/<step>.npz is what features.py says of the model at that step, over tokens of val."""
+    """features/<step>.npz is what features.py says of the model at that step, on the probe."""
     model = load_model(load_checkpoint(str(whole)))
     model.saes()[1].alpha.fill_(1.0)
     model.saes()[1].k.fill_(4)
@@ -535,8 +527,7 @@ def slow_clock():
 def test_tokens_a_second_by_a_slow_clock(tiny_data, tmp_path):
     """tok_s counts the tokens of all steps since the last log line over the time they took, saves
     and evals left out; times are written h:mm:ss."""
-    code, text = train(tmp_path, tiny_data, slow_clock, eval_interval=1, log_interval=3)
-    assert code == 0, text
+    text = finish(tmp_path, tiny_data, slow_clock, eval_interval=1, log_interval=3)
     log = map(json.loads, (tmp_path / 'log.jsonl').read_text().splitlines())
     # 128 tokens in four micro-batches of 1 s, whatever comes between
     assert [r['tok_s'] for r in log if r['event'] == 'log'] == pytest.approx([32] * 3)
