@@ -361,19 +361,16 @@ def test_posthoc_saes_are_spliced_in(capsys):
     assert not torch.allclose(loaded(idx)[0], model(idx)[0])
     assert 'post hoc' in capsys.readouterr().err
 
-@pytest.mark.parametrize('damage', ['empty', 'halved', 'one bit', 'text', 'missing', 'not ours'])
-def test_damaged_checkpoint_falls_back(damage, saved, capsys):
-    """A torn or foreign newest checkpoint is named, the one before is used, and that is said."""
+@pytest.mark.parametrize('content', [b'', b'hello', None, dict(weights=torch.ones(2))])
+def test_damaged_checkpoint_falls_back(content, saved, capsys):
+    """A newest checkpoint that is empty, foreign or missing is named, the one before is used, and
+    that is said. Of torn ones see below."""
     path = saved / 'ckpt.pt'
-    raw = path.read_bytes()
-    bit = bytearray(raw)
-    bit[len(bit) // 2] ^= 4
-    contents = {'empty': b'', 'halved': raw[:len(raw) // 2], 'one bit': bit, 'text': b'hello'}
     path.unlink()
-    if damage == 'not ours':
-        torch.save({'weights': torch.ones(2)}, path)
-    elif damage != 'missing':
-        path.write_bytes(contents[damage])
+    if type(content) is dict:
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
     assert same(load_checkpoint(str(saved)), checkpoint(1))
     said = capsys.readouterr().out
     assert said.startswith('warning') and said.count('\n') == 1
