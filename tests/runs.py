@@ -89,7 +89,7 @@ def start(script, argv, path, accident=None, ranks=1):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1',
                    MASTER_PORT=port) if ranks > 1 else {} # what torchrun sets
         args = script, list(map(str, argv)), str(path), env, accident
-        processes.append(children.Process(target=child, args=args))
+        processes.append(children.Process(target=child, args=args, daemon=True)) # ends with us
         processes[-1].start()
     return processes
 
