@@ -349,7 +349,8 @@ def load_checkpoint(out_dir, map_location='cpu'):
             if bad is not None:
                 raise ValueError(f"record {bad} is damaged")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            if not {'model', 'model_args', 'step'} <= set(checkpoint):
+            sound = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
+            if not sound or type(checkpoint.get('step')) is not int:
                 raise ValueError("another program's file")
         except FileNotFoundError:
             problems.append(f"{path} is missing")

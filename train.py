@@ -202,8 +202,10 @@ sys.excepthook = on_error
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
-    # between the hosts: for what is decided together, and to wait while one rank works alone
-    hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
+    # between the hosts: for what is decided together, and to wait while one rank works alone. All
+    # must be there within rank_timeout; later they are more patient with each other
+    hosts = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout))
+    dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), hosts)
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
@@ -306,7 +308,7 @@ if checkpoint is not None:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
             misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
-            for opt, state in zip(optimizers, checkpoint['optimizers']):
+            for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
             if master: # of all ranks together

@@ -28,17 +28,24 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--slow'):
         config.hook.pytest_deselected(items=[item for item in items if 'slow' in item.keywords])
         items[:] = [item for item in items if 'slow' not in item.keywords]
-    items.sort(key=lambda item: item.name == 'test_under_interpreter') # last: it waits for the run below
+    # last: it waits for the run below
+    items.sort(key=lambda item: item.name == 'test_under_interpreter')
 
 @pytest.fixture(scope='session', autouse=True)
 def interpreted(request):
-    """test_kernels.py in Triton's interpreter, a process beside all other tests: one after the other they would take too long."""
+    """test_kernels.py in Triton's interpreter, a process beside all other tests: one after the
+    other they would take too long."""
     import kernels
-    process, there = None, kernels.available('cuda' if torch.cuda.is_available() else 'cpu') # as in that run itself
-    if request.session.items[-1].name == 'test_under_interpreter' and kernels.triton and not there:
-        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(ROOT / 'tests/test_kernels.py')]
-        process = subprocess.Popen(command, env=os.environ | {'TRITON_INTERPRET': '1'}, cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = None
+    device = 'cuda' if torch.cuda.is_available() else 'cpu' # as in that run itself
+    there = kernels.available(device)
+    wanted = request.session.items[-1].name == 'test_under_interpreter'
+    if wanted and kernels.triton and not there:
+        command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
+                   str(ROOT / 'tests/test_kernels.py')]
+        env = os.environ | {'TRITON_INTERPRET': '1'}
+        process = subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
     yield process
     if process:
         process.kill()
@@ -52,8 +59,7 @@ def tiny_data(tmp_path_factory):
 @pytest.fixture(scope='session')
 def whole(tiny_data, tmp_path_factory):
     """out_dir of the run that nobody disturbed: what interrupted runs are compared with."""
-    from runs import train
+    from runs import finish
     out = tmp_path_factory.mktemp('whole')
-    code, text = train(out, tiny_data)
-    assert code == 0, text
+    finish(out, tiny_data)
     return out
