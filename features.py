@@ -226,8 +226,7 @@ def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
     """
     The eval record of log.jsonl: loss; of each SAE layer L0, FVU, the share of its features that is
     live, and the share of all firing that the busiest 1 % of them do; then the loss with the SAEs'
-    outputs zeroed, and with each replaced by its mean. The token skip stays, so that only the
-    features are missing.
+    outputs zeroed, and with each replaced by its mean.
 
     model: a GPT, compiled or not; saes: {block: SAE}; batches: a function that yields this rank's
     (x, y); all_reduce: sums a tensor over ranks, in place.

@@ -36,12 +36,12 @@ class GPTConfig:
     sae_layers: tuple = (6,)      # block indices, as in transformer.h[i]; () is the dense GPT
     sae_site: str = 'resid'       # resid, mlp, attn, hidden, stream
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
-    sae_k: int = 32               # K, active features a token
+    sae_k: int = 64               # K, active features a token
     sae_k_start: int = 0          # K annealing begins here; 0 = off
-    sae_token_skip: bool = True   # add W_skip norm(wte[token]) to what the SAE writes
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
-    sae_nudge: float = 0.02       # added to b_enc of each silent feature, each step; 0 = off
-    sae_silent_steps: int = 4     # a feature is silent when it has not fired for so many steps
+    sae_nudge: float = 0.05       # moves b_enc where a feature fires too rarely or too often; 0 = off
+    sae_silent_steps: int = 4     # too rarely: not once in so many steps
+    sae_cap: float = 0.1          # too often: on a larger share of the tokens; 0 = no such bound
 
     @property
     def n_features(self):
@@ -74,6 +74,10 @@ class GPTConfig:
         if layers and max(self.sae_k, self.sae_k_start) > self.n_features:
             found.append(f"sae_k={self.sae_k} (sae_k_start={self.sae_k_start}) must not exceed the "
                          f"{self.n_features} features of site {self.sae_site}")
+        elif layers and 0 < self.sae_cap <= self.sae_k / self.n_features:
+            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {self.sae_k} / "
+                         f"{self.n_features}, the share of tokens on which a feature fires on "
+                         "average")
         elif 0 < self.sae_k_start < self.sae_k:
             found.append(f"sae_k_start={self.sae_k_start} must be 0 (off) or at least "
                          f"sae_k={self.sae_k}")
@@ -144,12 +148,12 @@ class Block(nn.Module):
         self.sae = SAE(config) if layer in config.sae_layers else None
         self.mlp = MLP(config)
 
-    def forward(self, x, tok, rope, outs, cache=None):
-        """x, tok (B, T, C) -> (B, T, C). The block's SAE, if any, appends its SAEOut to outs."""
+    def forward(self, x, rope, outs, cache=None):
+        """x (B, T, C) -> (B, T, C). The block's SAE, if any, appends its SAEOut to outs."""
         hook = None if self.sae is None else self.sae.site.hook
 
         def sparse(x):
-            x, out = self.sae(x, tok)
+            x, out = self.sae(x)
             outs.append(out)
             return x
 
@@ -214,12 +218,12 @@ class GPT(nn.Module):
             raise ValueError(f"{pos + T} tokens do not fit block_size={self.config.block_size}")
         if pos and T > 1:
             raise ValueError("a filled KVCache takes one token at a time")
-        tok = norm(self.transformer.wte(idx)).to(self.stream_dtype(idx.device)) # (B, T, C)
-        x = F.dropout(tok, self.config.dropout, self.training)
+        x = norm(self.transformer.wte(idx)).to(self.stream_dtype(idx.device)) # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         rope = self.cos[pos:pos + T], self.sin[pos:pos + T]         # (T, 1, D) each
         outs = []
         for block in self.transformer.h:
-            x = block(x, tok, rope, outs, cache)
+            x = block(x, rope, outs, cache)
         if cache is not None:
             cache.pos += T
             x = x[:, -1:]
@@ -284,24 +288,23 @@ class GPT(nn.Module):
         """
         c = self.config
         matmul = self.transformer.wte.weight.numel()
-        matmul += sum(p.numel() for n, p in self.named_parameters() if '.c_' in n or 'W_skip' in n)
+        matmul += sum(p.numel() for n, p in self.named_parameters() if '.c_' in n)
         own = [s for s in self.saes().values() if s.site.own]
         sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in own)
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
-    def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor, sae_skip_lr=1.0):
+    def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor):
         """
-        Parameter groups: the GPT's matrices decay; the SAE's parameters do not (decay would silence
-        rare features, which get few gradients), and have their own learning rate; so has the token
-        skip, relative to theirs.
+        Parameter groups: the matrices of the blocks and the embedding decay; the SAE's parameters
+        do not (decay would silence rare features, which get few gradients), and have their own
+        learning rate.
         """
-        groups = dict(matrices=[], sae=[], skip=[])
+        groups = dict(matrices=[], embedding=[], sae=[])
         for name, p in self.named_parameters():
-            kind = 'skip' if name.endswith('W_skip') else 'sae' if '.sae.' in name else 'matrices'
+            kind = 'sae' if '.sae.' in name else 'embedding' if 'wte' in name else 'matrices'
             groups[kind].append(p)
-        factor = dict(matrices=1.0, sae=sae_lr_factor, skip=sae_lr_factor * sae_skip_lr)
-        decay = dict(matrices=weight_decay, sae=0.0, skip=0.0)
-        return [dict(params=params, name=kind, weight_decay=decay[kind],
+        factor = dict(matrices=1.0, embedding=1.0, sae=sae_lr_factor)
+        return [dict(params=params, name=kind, weight_decay=0.0 if kind == 'sae' else weight_decay,
                      lr=learning_rate * factor[kind], lr_factor=factor[kind])
                 for kind, params in groups.items() if params]
 

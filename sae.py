@@ -4,7 +4,7 @@ The sparse autoencoder (SAE) layer: a place in a GPT through which only K of F f
     h = norm(x)                                 RMSNorm without parameters
     a = relu(W_enc (h - b_dec) + b_enc)         (N, F)  how strongly each feature fires
     z = the K largest of each token's a, the rest 0
-    y = z W_dec + b_dec  [+ W_skip norm(wte[token])  with sae_token_skip]
+    y = z W_dec + b_dec
     x <- (1 - alpha) x + alpha y
 
 It is part of the model: after the hand-over (alpha = 1) the language model's own loss trains it,
@@ -15,8 +15,8 @@ Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*
 Row f of W_enc (F, C) is what feature f reads, row f of W_dec (F, C) is what it writes.
 
 The training strategies: the blend alpha and K annealing in blend_alpha() and k_at(), both held in
-buffers, so that changing them never recompiles; the reconstruction loss in SAE.forward(); revival
-of silent features in SAE.revive().
+buffers, so that changing them never recompiles; the reconstruction loss in SAE.forward(); the nudge
+of features that fire too rarely or too often in SAE.balance().
 """
 import math
 from typing import NamedTuple
@@ -98,16 +98,14 @@ class SAE(nn.Module):
         self.k_final = config.sae_k
         self.k_max = max(config.sae_k, config.sae_k_start) # the slots of a code
         self.recon = config.sae_recon if self.site.own else 0.0
-        self.nudge, self.silent_steps = config.sae_nudge, config.sae_silent_steps
+        self.nudge, self.cap = config.sae_nudge, config.sae_cap
+        self.silent_steps = config.sae_silent_steps
         width = self.n_embd if self.site.own else self.n_features # of h and y
-        self.W_skip = None
         if self.site.own:
             self.W_enc = nn.Parameter(torch.empty(self.n_features, self.n_embd))
             self.b_enc = nn.Parameter(torch.zeros(self.n_features))
             self.W_dec = nn.Parameter(torch.empty(self.n_features, self.n_embd))
             self.b_dec = nn.Parameter(torch.zeros(self.n_embd))
-            if config.sae_token_skip:
-                self.W_skip = nn.Parameter(torch.zeros(self.n_embd, self.n_embd))
             self.reset_parameters()
         else:
             self.register_buffer('b_enc', torch.zeros(self.n_features))
@@ -115,6 +113,8 @@ class SAE(nn.Module):
         self.register_buffer('k', torch.tensor(self.k_final))
         steps = torch.zeros(self.n_features, dtype=torch.long)
         self.register_buffer('silent', steps) # steps since a feature last fired
+        share = torch.zeros(self.n_features)
+        self.register_buffer('share', share) # of tokens on which it fires, a mean over some steps
         # Interventions, for evaluation and sampling only: z <- scale * z + add, and y <- gate * y +
         # fill.
         self.steer = None # or (scale, add), each (F,)
@@ -129,7 +129,7 @@ class SAE(nn.Module):
         W_dec   rows are random, of length 1 / (1 + S / C), about 1/2. The K largest of F unit
                 Gaussians have squares near 2 ln(F/K), so S = 2 K ln(F/K) is how much of |h|^2 = C
                 a token's code reads: what an untrained decoder writes stays below the stream's size
-        b_enc, b_dec, W_skip   zeros
+        b_enc, b_dec   zeros
         """
         C, F_, K = self.n_embd, self.n_features, self.k_final
         nn.init.normal_(self.W_enc, std=C ** -0.5)
@@ -151,8 +151,8 @@ class SAE(nn.Module):
         """A dense code z (..., F) -> what it writes (..., C); z itself at hidden and stream."""
         return z @ self.W_dec + self.b_dec if self.site.own else z
 
-    def forward(self, x, tok=None):
-        """x (B, T, C), tok (B, T, C) the normalised token embedding -> new x (B, T, C), SAEOut."""
+    def forward(self, x):
+        """x (B, T, C) -> new x (B, T, C), SAEOut."""
         h = norm(x) if self.site.own else x
         if self.recon: # while alpha is 0 it must not pull on the model
             h = torch.where(self.alpha > 0, h, h.detach())
@@ -169,8 +169,6 @@ class SAE(nn.Module):
             y = self.decode(z)                                              # (B, T, C)
         if not self.training:
             y = (self.gate * y + self.fill).type_as(y)
-        if self.W_skip is not None:
-            y = y + F.linear(tok, self.W_skip)
         fvu = fraction_unexplained(h.detach(), y if self.recon else y.detach())
         loss = torch.where(self.alpha > 0, 0.0, self.recon * fvu)
         if self.posthoc:
@@ -198,15 +196,18 @@ class SAE(nn.Module):
         return y.view_as(h), values.view(shape), indices.long().view(shape), fired
 
     @torch.no_grad()
-    def revive(self, fired):
+    def balance(self, fired, tokens):
         """
-        Called once a step. fired (F,): on how many tokens each feature was active, over all
-        micro-steps and ranks. A feature that was silent over the last `silent_steps` steps gets
-        `nudge` added to its b_enc, without any gradient (the idea of loss-free balancing in
-        mixtures of experts, arXiv 2408.15664).
+        Called once a step. fired (F,): on how many of the step's tokens, over all micro-steps and
+        ranks, each feature was active. b_enc moves by `nudge`, without any gradient: up where a
+        feature was silent over the last `silent_steps` steps, down where its share of tokens is
+        above `cap` (the idea of loss-free balancing in mixtures of experts, arXiv 2408.15664).
         """
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
+        self.share.lerp_(fired / tokens, 0.1)
         self.b_enc.add_(self.nudge * self.is_silent())
+        if self.cap:
+            self.b_enc.sub_(self.nudge * (self.share > self.cap))
 
     def is_silent(self):
         return self.silent >= self.silent_steps

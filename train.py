@@ -1,8 +1,8 @@
 """
 Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
 are pure functions of (seed, step, micro-batch), so resuming is exact; two schedules more (the blend
-alpha and K); silent features are revived after each step; every eval also asks what the model loses
-without its features; checkpoints are atomic.
+alpha and K); features that fire too rarely or too often are nudged after each step; every eval also
+asks what the model loses without its features; checkpoints are atomic.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
@@ -72,11 +72,9 @@ sae_blend_end = 0.35      # and 1 from here; both 0: the SAE replaces the stream
 sae_k_end = 0.3           # K annealing ends here
 sae_posthoc = False       # freeze all but the SAE, which learns to reconstruct; evals splice it in
 # optimiser
-optimizer = 'muon'        # for the matrices of blocks and SAEs, the rest has AdamW; or 'adamw'
-sae_muon = True           # False: AdamW for the SAE's matrices
+optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all
 learning_rate = 3e-3
 sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
-sae_skip_lr = 0.2         # that of W_skip is this times the SAE's: below 1 the features carry more
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -107,9 +105,9 @@ def problems(c):
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
     low = dict(eval_interval=1, save_interval=1, eval_tokens=1, log_interval=1, batch_size=1,
                gradient_accumulation_steps=1, rank_timeout=1, learning_rate=1e-12,
-               sae_lr_factor=1e-12, sae_skip_lr=1e-12) # of all others 0
-    high = dict(learning_rate=1000, sae_lr_factor=1000, sae_skip_lr=1000, beta1=0.999999,
-                beta2=0.999999, sae_blend_start=1, sae_blend_end=1, sae_k_end=1, min_lr_ratio=1)
+               sae_lr_factor=1e-12) # of all others 0
+    high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
+                sae_blend_start=1, sae_blend_end=1, sae_k_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
             a, b = low.get(key, 0), high.get(key, math.inf)
@@ -275,23 +273,20 @@ for sae in saes.values():
     sae.requires_grad_(True)
     sae.posthoc = sae_posthoc
 
-def for_muon(group, p):
-    """The matrices of blocks and SAEs; embedding and vectors are for AdamW (Muon's own advice,
-    kellerjordan.github.io/posts/muon)."""
-    matrix = p.dim() == 2 and p is not raw_model.transformer.wte.weight
-    return optimizer == 'muon' and matrix and (sae_muon or group['name'] == 'matrices')
-
+# Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
+# reads over many features, which then tell less.
+groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
+for g in groups:
+    g['params'] = [p for p in g['params'] if p.requires_grad]
+groups = [g for g in groups if g['params']]
+for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
+for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
 optimizers = []
-for muon in (True, False):
-    groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor, sae_skip_lr)
-    for g in groups:
-        g['params'] = [p for p in g['params'] if p.requires_grad and for_muon(g, p) == muon]
-    groups = [g for g in groups if g['params']]
-    if groups and muon:
-        optimizers.append(torch.optim.Muon(groups, adjust_lr_fn='match_rms_adamw'))
-    elif groups:
-        fused = device_type in ('cuda', 'cpu')
-        optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=fused))
+if for_muon:
+    optimizers.append(torch.optim.Muon(for_muon, adjust_lr_fn='match_rms_adamw'))
+if for_adamw:
+    fused = device_type in ('cuda', 'cpu')
+    optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=fused))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 log_sums = torch.zeros(4, dtype=wide, device=device)
@@ -542,7 +537,7 @@ while True:
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
-    # clip, update, revive
+    # clip, update, nudge
     for opt in optimizers:
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
@@ -552,7 +547,7 @@ while True:
     raw_model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
     for sae, counts in zip(saes.values(), fired):
-        sae.revive(counts)
+        sae.balance(counts, tokens_per_step)
     # read only where the GPU is waited for anyway; an fp16 overflow is the scaler's business
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)

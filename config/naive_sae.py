@@ -7,6 +7,4 @@ out_dir = 'out-naive-sae'
 sae_blend_start = 0.0    # no hand-over: the SAE replaces the stream from step 0
 sae_blend_end = 0.0
 sae_recon = 0.0          # it never learns to reconstruct
-sae_muon = False         # AdamW for its matrices, as SAEs are usually trained
 sae_nudge = 0.0          # silent features stay silent
-sae_token_skip = False   # nothing goes around it

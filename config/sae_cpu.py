@@ -11,13 +11,13 @@ n_embd = 192
 block_size = 256
 sae_layers = (1,)        # after the second of four blocks
 sae_ratio = 11           # F = 11 * 192 = 2,112 features
-sae_k = 16
+sae_k = 32
+sae_cap = 0.03           # with so few features a laxer one leaves them to "the", "and", "for"
 
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 2
 max_iters = 480          # at so few tokens small batches and many steps learn more
 warmup_iters = 20
-sae_skip_lr = 1.0        # a slow skip makes the features carry more; this run is too short for it
 
 eval_interval = 120
 save_interval = 120

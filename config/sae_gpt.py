@@ -1,6 +1,5 @@
 # GPT-2's size (124 M) with one SAE layer after block 6, trained on FineWeb. The strategies are
-# train.py's defaults: reconstruction before the hand-over, a short blend, Muon, the bias nudge, the
-# token skip that learns slowly.
+# train.py's defaults: reconstruction before the hand-over, a short blend, the nudge both ways.
 # $ python data/fineweb/prepare.py --shards=25        (2.5 B tokens, 5 GB)
 # $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
 out_dir = 'out-sae-gpt'
@@ -12,7 +11,7 @@ n_embd = 768
 block_size = 1024
 sae_layers = (6,)        # F = 16 * 768 = 12,288 features on the stream after block 6
 sae_ratio = 16
-sae_k = 32               # of them for each token
+sae_k = 64               # of them for each token
 
 batch_size = 64          # 64 sequences * 8 micro-batches * 1,024 tokens = 524,288 tokens a step
 gradient_accumulation_steps = 8

@@ -50,7 +50,7 @@ def make_run(folder, seed=0, **config):
     meta = write_dataset(data, [tokens(500)], [tokens(6000)], V, enc, 'random', EOT)
     torch.manual_seed(seed)
     defaults = dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, sae_layers=(1, 2),
-                    sae_ratio=3, sae_k=4)
+                    sae_ratio=3, sae_k=4, sae_cap=0)
     model = GPT(GPTConfig(**defaults | config)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -356,7 +356,7 @@ def test_encode(out):
 def test_read_against_one_pass_a_token(n, block_size):
     torch.manual_seed(0)
     config = GPTConfig(block_size=block_size, vocab_size=50, n_layer=2, n_head=2, n_embd=16,
-                       sae_layers=(0, 1), sae_ratio=2, sae_k=4)
+                       sae_layers=(0, 1), sae_ratio=2, sae_k=4, sae_cap=0)
     model = GPT(config).eval()
     for p in model.parameters():
         p.normal_(std=0.3)

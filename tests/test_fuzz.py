@@ -123,7 +123,7 @@ def test_strange_checkpoints(n, tmp_path, capsys):
     """Files that are whole, of another version or program, with any value anywhere: a model, or
     ValueError in one sentence. (Damaged ones: test_model.py, fuzzed_checkpoints.)"""
     config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, sae_layers=(0,),
-                       sae_ratio=2, sae_k=2)
+                       sae_ratio=2, sae_k=2, sae_cap=0)
     good = dict(model=GPT(config).state_dict(), model_args=asdict(config), step=1)
     junk = [x for x in JUNK if x != 2**70] + [torch.ones(3), torch.ones(0), torch.ones(8, 4).long()]
     def attempt(rng, case):

@@ -19,7 +19,7 @@ from runs import same
 from sae import SITES, norm
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
-                 sae_layers=(1, 2), sae_ratio=4, sae_k=4, sae_token_skip=False)
+                 sae_layers=(1, 2), sae_ratio=4, sae_k=4, sae_cap=0.3)
 DENSE = replace(TINY, sae_layers=())
 
 def make(config=TINY, seed=0, **changes):
@@ -48,7 +48,7 @@ def turned(x, t):
     z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.exp(-1j * angles)
     return torch.cat((z.real, z.imag), -1)
 
-def plain_sparse(w, site, x, tok, alpha, K):
+def plain_sparse(w, site, x, alpha, K):
     """What an SAE of weights w makes of x (B, T, ...)."""
     if site in ('hidden', 'stream'):
         kept = (x.abs() + w['b_enc']).argsort(-1, descending=True)[..., :K]
@@ -57,13 +57,13 @@ def plain_sparse(w, site, x, tok, alpha, K):
         a = ((unit(x) - w['b_dec']) @ w['W_enc'].T + w['b_enc']).clamp_min(0)
         kept = a.argsort(-1, descending=True)[..., :K]
         z = torch.zeros_like(a).scatter(-1, kept, a.gather(-1, kept))
-        y = z @ w['W_dec'] + w['b_dec'] + tok @ w['W_skip'].T
+        y = z @ w['W_dec'] + w['b_dec']
     return (1 - alpha) * x + alpha * y
 
 def plain_logits(c, state, idx, alpha):
     """Logits (B, T, V) from a config and weights, one head and one position at a time."""
     D = c.n_embd // c.n_head
-    x = tok = unit(state['transformer.wte.weight'][idx])
+    x = unit(state['transformer.wte.weight'][idx])
     for i in range(c.n_layer):
         start = f'transformer.h.{i}.'
         w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
@@ -71,7 +71,7 @@ def plain_logits(c, state, idx, alpha):
             if site != c.sae_site or i not in c.sae_layers:
                 return x
             own = {k.removeprefix('sae.'): v for k, v in w.items()}
-            return plain_sparse(own, site, x, tok, alpha, c.sae_k)
+            return plain_sparse(own, site, x, alpha, c.sae_k)
         q, k, v = (unit(x) @ w['attn.c_attn.weight'].T).chunk(3, -1)
         heads = torch.zeros_like(x)
         for h in range(0, c.n_embd, D):
@@ -92,7 +92,7 @@ def test_forward_by_its_equations(site):
     """Logits, loss and all gradients are those of the plain lines above in fp64, with the blend
     half-way. In eval mode nothing drops out."""
     changes = dict(sae_layers=()) if site == 'dense' else dict(sae_site=site)
-    model = make(sae_token_skip=True, dropout=0.1, **changes).eval()
+    model = make(dropout=0.1, **changes).eval()
     idx, targets = tokens(), tokens(seed=2)
     for sae in model.saes().values():
         sae.alpha.fill_(0.6)
@@ -198,15 +198,15 @@ def test_init_table():
 
 @pytest.mark.parametrize('site', SITES)
 def test_every_parameter_is_optimised_once(site):
-    """The GPT's matrices decay; the SAE's do not, and have a learning rate of their own, and so
-    has the token skip. Each parameter is in exactly one group."""
-    model = make(sae_site=site, sae_token_skip=True)
-    groups = model.optimizer_groups(0.1, 1e-3, 3.0, 0.5)
+    """The GPT's matrices and embedding decay; the SAE's do not, and have a learning rate of their
+    own. Each parameter is in exactly one group."""
+    model = make(sae_site=site)
+    groups = model.optimizer_groups(0.1, 1e-3, 3.0)
     ids = [id(p) for g in groups for p in g['params']]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    kinds = {id(p): 'skip' if p is s.W_skip else 'sae'
-             for s in model.saes().values() for p in s.parameters()}
-    expected = dict(matrices=(0.1, 1e-3), sae=(0.0, 3e-3), skip=(0.0, 1.5e-3))
+    kinds = {id(p): 'sae' for s in model.saes().values() for p in s.parameters()}
+    kinds[id(model.transformer.wte.weight)] = 'embedding'
+    expected = dict(matrices=(0.1, 1e-3), embedding=(0.1, 1e-3), sae=(0.0, 3e-3))
     for g in groups:
         assert (g['weight_decay'], g['lr']) == pytest.approx(expected[g['name']])
         assert all(kinds.get(id(p), 'matrices') == g['name'] for p in g['params'])
@@ -215,10 +215,9 @@ def test_flops_by_hand():
     """6 a weight of the dense matmuls and 12 L C T for attention; the SAE's 2 F C + 10 K C."""
     L, C, T, V, F, K = 3, 16, 16, 64, 64, 4
     dense = 6 * (L * (3 * C * C + C * C + 2 * 2 * C * C) + V * C) + 12 * L * C * T
-    skip = replace(TINY, sae_token_skip=True)
     assert GPT(DENSE).flops_per_token() == dense
-    assert GPT(skip).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C + 6 * C * C)
-    assert GPT(replace(skip, sae_site='stream')).flops_per_token() == dense
+    assert GPT(TINY).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C)
+    assert GPT(replace(TINY, sae_site='stream')).flops_per_token() == dense
     assert GPT(DENSE).num_params() == L * 8 * C * C + V * C
     assert GPT(DENSE).num_params(True) == L * 8 * C * C
 
@@ -232,7 +231,8 @@ def test_all_problems_of_a_config_at_once():
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
         GPT(replace(TINY, n_embd=15, sae_layers=(1, 3)))
     cases = dict(sae_k=65, sae_k_start=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
-                 sae_layers=(1, 1), n_head=16, sae_ratio=0, block_size=-1, sae_silent_steps=0)
+                 sae_layers=(1, 1), n_head=16, sae_ratio=0, block_size=-1, sae_silent_steps=0,
+                 sae_cap=0.0625)
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem

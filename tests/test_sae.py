@@ -20,7 +20,7 @@ def make(site='resid', **changes):
     """An SAE with nothing at zero, so that no term can hide. F features, at stream C."""
     torch.manual_seed(0)
     config = dict(n_layer=1, n_head=2, n_embd=C, mlp_ratio=F // C, sae_layers=(0,), sae_site=site,
-                  sae_ratio=F // C, sae_k=K, sae_token_skip=False)
+                  sae_ratio=F // C, sae_k=K, sae_cap=0)
     sae = SAE(GPTConfig(**config | changes))
     with torch.no_grad():
         for p in (*sae.parameters(), sae.b_enc):
@@ -154,15 +154,32 @@ def test_silence_is_counted_in_steps():
     fired = torch.arange(F).clamp(max=10) % 10 # 0 and those from 10 on are silent
     silent = fired == 0
     assert silent.sum() == F - 9
-    sae.revive(fired)
+    sae.balance(fired, 100)
     assert torch.equal(sae.silent, silent.long()) and torch.equal(sae.b_enc, before['b_enc'])
-    sae.revive(fired)
+    sae.balance(fired, 100)
     assert torch.equal(sae.silent, 2 * silent) and torch.equal(sae.is_silent(), silent)
     assert torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
-    sae.revive(torch.ones(F))
+    sae.balance(torch.ones(F), 100)
     assert not sae.silent.any() and torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
     for key, t in sae.state_dict().items():
-        assert key in ('silent', 'b_enc') or torch.equal(t, before[key])
+        assert key in ('silent', 'share', 'b_enc') or torch.equal(t, before[key])
+
+def test_cap_by_hand():
+    """b_enc falls by the nudge in each step in which the mean share of tokens, of which a step is
+    a tenth, is above the cap; one busy step is no reason."""
+    sae = make(sae_nudge=0.5, sae_cap=0.25)
+    b_enc, fired = sae.b_enc.clone(), torch.ones(F)
+    fired[3], fired[5] = 90, 26 # of 100 tokens
+    share = torch.zeros(F)
+    for step in range(40):
+        sae.balance(fired, 100)
+        share += 0.1 * (fired / 100 - share)
+        b_enc[share > 0.25] -= 0.5
+        torch.testing.assert_close(sae.share, share)
+        torch.testing.assert_close(sae.b_enc, b_enc)
+    assert b_enc[3] < sae.b_enc.median() - 15 and share[5] > 0.25 and 0.5 > sae.share[4]
+    sae.balance(torch.zeros(F), 100)
+    assert sae.share[3] < share[3]
 
 @pytest.mark.parametrize('site', SITES)
 def test_silent_feature_fires_again_under_the_nudge(site):
@@ -173,7 +190,7 @@ def test_silent_feature_fires_again_under_the_nudge(site):
     assert not sae(x)[1].fired[f]
     for step in range(300):
         fired = sae(x)[1].fired
-        sae.revive(fired)
+        sae.balance(fired, 16)
         if fired[f]:
             break
     assert fired[f] and sae.silent[f] == 0
@@ -190,10 +207,10 @@ def test_init_table():
     length = 1 / (1 + 2 * k * math.log(F / k) / C)
     torch.testing.assert_close(sae.W_enc.norm(dim=-1), torch.ones(F))
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.full((F,), length))
-    assert not (sae.b_enc.any() or sae.b_dec.any() or sae.W_skip.any())
+    assert not (sae.b_enc.any() or sae.b_dec.any())
     assert functional.cosine_similarity(sae.W_dec, sae.W_enc).abs().mean() < 0.1
     h = norm(torch.randn(1, 64, C))
-    assert 0.1 < sae(h, h)[0].square().mean() < 1
+    assert 0.1 < sae(h)[0].square().mean() < 1
 
 def test_blend_alpha():
     """0 before the start, 1 from the end on, linear between; 0 and 0 is 1 from step 0 on."""

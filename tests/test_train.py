@@ -59,7 +59,7 @@ def test_the_undisturbed_run(whole, tiny_data):
     start, checkpoint = log[0], load_checkpoint(str(whole))
     _, adamw = checkpoint['optimizers'] # Muon has the matrices
     shapes = [tuple(state['exp_avg'].shape) for state in adamw['state'].values()]
-    assert sorted(shapes) == [(16,), (64,), (320, 16)] # b_dec, b_enc, wte
+    assert sorted(shapes) == [(16,), (64,), (64, 16), (64, 16), (320, 16)] # of the SAE, and wte
     assert start['config']['sae_k'] == 4 and start['config']['dataset'] == tiny_data
     assert start['versions']['torch'] == torch.__version__ and start['tokens_per_step'] == 128
     assert start['params'] == sum(p.numel() for p in load_model(checkpoint).parameters())
@@ -261,7 +261,7 @@ CONTRADICTIONS = dict(sae_layers=7, n_embd=18, sae_k=99, sae_posthoc='true', dev
                       sae_blend_start=0.95, bolck_size=3)
 NUMBERS = [key for key, value in TINY.items() if type(value) in (int, float)] + [
     'rank_timeout', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'learning_rate',
-    'sae_lr_factor', 'sae_skip_lr', 'min_lr_ratio', 'sae_nudge']
+    'sae_lr_factor', 'min_lr_ratio', 'sae_nudge']
 
 @pytest.mark.parametrize('bad', [RANGES, CONTRADICTIONS, dict.fromkeys(NUMBERS, -7)])
 def test_all_problems_at_once(bad, tiny_data, tmp_path):
@@ -329,7 +329,7 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     changed |= dict(
         sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1',
         dropout=0.2, beta1=0.5, beta2=0.5, min_lr_ratio=0.2, sae_k_end=0.7, sae_blend_start=0.2,
-        sae_blend_end=0.8, sae_recon=2, sae_nudge=2, sae_lr_factor=2, sae_skip_lr=0.5,
+        sae_blend_end=0.8, sae_recon=2, sae_nudge=2, sae_cap=0.5, sae_lr_factor=2,
         weight_decay=2, grad_clip=2, learning_rate=2, n_embd=36, max_iters=7, wandb_project='x',
         sae_posthoc=False, wandb_log=False) # the last two cannot be on here
     before = contents(tmp_path / 'out')
@@ -403,7 +403,7 @@ def test_posthoc_trains_the_sae_alone(dense, tiny_data, tmp_path):
     assert evals[-1]['val_loss'] != evals[-1]['val_loss_zeroed']
 
 VARIANTS = [dict(sae_site=site) for site in ('mlp', 'attn', 'hidden', 'stream')] + [
-    dict(optimizer='adamw'), dict(sae_layers='0,1', sae_muon='false'), dict(max_iters=0),
+    dict(optimizer='adamw'), dict(sae_layers='0,1'), dict(max_iters=0),
     dict(seed=2 ** 40, dtype='bfloat16', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)]
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
@@ -428,19 +428,20 @@ def test_learning_rate_by_hand(schedule, tiny_data, tmp_path):
     optimizer = load_checkpoint(str(tmp_path))['optimizers'][0]
     assert optimizer['param_groups'][0]['lr'] < 0.01
 
-def test_skip_lr_and_clipping(tiny_data, tmp_path):
-    """sae_skip_lr=0.25: one step moves W_skip, from zero, a quarter as far, and all else alike. And
-    AdamW's first average, of the gradient's tenth, has a tenth of the length grad_clip."""
+def test_sae_lr_and_clipping(tiny_data, tmp_path):
+    """sae_lr_factor=0.25: one step moves b_dec, from zero, a quarter as far, and the rest alike.
+    And AdamW's first average, of the gradient's tenth, has a tenth of the length grad_clip."""
     now = {}
     for x in (1, 0.25):
-        finish(tmp_path / str(x), tiny_data, sae_skip_lr=x, sae_blend_start=0,
+        finish(tmp_path / str(x), tiny_data, sae_lr_factor=x, sae_blend_start=0,
                sae_blend_end=0, max_iters=1, optimizer='adamw', grad_clip=0.01)
         checkpoint = load_checkpoint(str(tmp_path / str(x)))
         now[x], (adamw,) = checkpoint['model'], checkpoint['optimizers']
-    assert now[1]['transformer.h.1.sae.W_skip'].any()
+    assert now[1]['transformer.h.1.sae.b_dec'].any()
     for name, full in now[1].items():
-        factor = 0.25 if name.endswith('W_skip') else 1
-        torch.testing.assert_close(now[0.25][name], full * factor)
+        if '.sae.' not in name or name.endswith('b_dec'):
+            factor = 0.25 if name.endswith('b_dec') else 1
+            torch.testing.assert_close(now[0.25][name], full * factor)
     squares = [float(state['exp_avg'].square().sum()) for state in adamw['state'].values()]
     assert math.sqrt(sum(squares)) == pytest.approx(0.001, rel=1e-3)
     assert adamw['param_groups'][0]['betas'] == (0.9, 0.95)
