@@ -24,9 +24,9 @@ from configurator import configure, run, writable  # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, sae_layers=(0,),
-                 eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
+                 sae_k=8, eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
-                sae_ratio=11, sae_k=16, sae_skip_lr=1.0, gradient_accumulation_steps=2,
+                sae_ratio=11, sae_k=32, sae_cap=0.03, gradient_accumulation_steps=2,
                 warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_layers=(3,),
                   eval_tokens=524_288),
@@ -39,28 +39,27 @@ def rows(size):
     L, C = SIZES[size]['n_layer'], SIZES[size]['n_embd']
     every = tuple(range(L))
     at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
+    hidden = at_once | dict(sae_site='hidden', sae_layers=every, sae_cap=0.0)
     slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
-    naive = at_once | dict(sae_nudge=0.0, sae_token_skip=False, sae_muon=False)
-    posthoc = dict(sae_posthoc=True, sae_token_skip=False)   # on the frozen dense twin
+    naive = at_once | dict(sae_nudge=0.0)
+    posthoc = dict(sae_posthoc=True)   # on the frozen dense twin
     return {
         'dense': dict(sae_layers=()),
         'dense adamw': dict(sae_layers=(), optimizer='adamw'),
         'naive': naive,
         'naive adamw': naive | dict(optimizer='adamw'),
         'default': {},
-        'strict': dict(sae_token_skip=False),
-        'strict K=64': dict(sae_token_skip=False, sae_k=64),
         'posthoc': posthoc,
-        'posthoc K=64': posthoc | dict(sae_k=64),
+        'posthoc K=32': posthoc | dict(sae_k=32),
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
-        'default-muon': dict(sae_muon=False),
-        'default skip x1': dict(sae_skip_lr=1.0),
-        'default K=8': dict(sae_k=8),
-        'default K=64': dict(sae_k=64),
-        'default K=128': dict(sae_k=128),
-        'default F=4x': dict(sae_ratio=4),
-        'default F=64x': dict(sae_ratio=64),
+        'default-cap': dict(sae_cap=0.0),
+        'at 50%': dict(sae_blend_start=0.5, sae_blend_end=0.55),
+        'K=16': dict(sae_k=16),
+        'K=32': dict(sae_k=32),
+        'K=128': dict(sae_k=128, sae_cap=0.3),
+        'F=4x': dict(sae_ratio=4, sae_cap=0.2),
+        'F=64x': dict(sae_ratio=64),
         'first block': dict(sae_layers=(0,)),
         'later block': dict(sae_layers=(3 * L // 4 - 1,)),
         'last block': dict(sae_layers=(L - 1,)),
@@ -69,8 +68,10 @@ def rows(size):
         'all blocks': dict(sae_layers=every),
         'mlp': dict(sae_site='mlp'),
         'attn': dict(sae_site='attn'),
-        'hidden K=128': at_once | dict(sae_site='hidden', sae_layers=every, sae_k=128),
-        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,), sae_k=C // 4),
+        'hidden K=C/4': hidden | dict(sae_k=C // 4),
+        'hidden anneal K=C/4': hidden | dict(sae_k=C // 4, sae_k_start=2 * C, sae_k_end=0.9),
+        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,), sae_k=C // 4,
+                                sae_cap=0.0),
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
     }
@@ -83,7 +84,7 @@ def make(c, slots, row, seed):
     Returns None, or where the run failed the file with what it printed.
     """
     size, steps = c['size'], c['steps']
-    name = f"{size}-{steps}-{row.replace(' ', '-')}-s{seed}"
+    name = f"{size}-{steps}-{row.replace(' ', '-').replace('/', '')}-s{seed}"
     target, out_dir = os.path.join(c['results'], name + '.json'), os.path.join(c['out'], name)
     if os.path.exists(target):
         return None
