@@ -4,75 +4,62 @@ Poor man's configurator, after nanoGPT's: a config file is Python that assigns t
 
     python train.py config/sae_cpu.py --max_iters=100 --sae_layers=1,2
 
-The keys and their types are those of the script's own defaults. A name that is not among them is an
-error with the nearest key named, in a file as on the command line (names that begin with _ are a
-file's own business). All problems are listed at once, before any work, and the exit code is 2.
+The keys and their types are those of the script's defaults; any other name is an error, in a file
+as on the command line (but names that begin with _ are a file's own business).
 """
 import ast
 import difflib
 import os
 import sys
 from contextlib import suppress
-from types import ModuleType
+from inspect import ismodule
 
-PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
-         'results', 'plot') # of all scripts: keys in which ~ is the home folder
 EXPECTED = {
     str: "text", list: "text", bool: "true or false", float: "a finite number",
     int: "a whole number below 2**63", tuple: "whole numbers separated by commas, e.g. 2,5"}
 
-def configure(defaults, argv, check=None):
+def configure(defaults, argv, check=lambda config: []):
     """
     defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
     keys. int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of
-    ints; a key whose default is a list of strings may be given several times. check: a function of
-    the config that returns what else is wrong with it, as a list of sentences with key=value in
-    them. Prints each problem and exits with code 2 if there is any.
+    ints; a key whose default is a list may be given several times; ~/ is the home folder. check:
+    (config) -> what else is wrong with it, sentences with key=value in them. All problems are
+    listed at once, and the exit code is 2.
     """
     config, problems, unread = dict(defaults), [], []
     for arg in argv:
+        key, equals, value = arg.removeprefix('--').partition('=')
         if arg in ('--help', '-h'):
             print("usage: config files and --key=value, later ones win. Keys and defaults:",
                   *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
             sys.exit(0)
-        key, equals, value = arg.removeprefix('--').partition('=')
-        if not arg.startswith('--'):
-            given, where = read_file(arg, config, problems), f"in {arg}"
-        elif equals or key not in defaults:
-            given, where = {key: value}, "on the command line"
+        elif arg.startswith('--'):
+            given, where = {key: value if equals else ...}, "on the command line"
         else:
-            problems.append(f"{arg}: expected {arg}={EXPECTED[type(defaults[key])]}")
-            unread.append(key)
-            continue
+            given, where = read_file(arg, config, problems), f"in {arg}"
         for key, value in given.items():
+            kind = type(defaults.get(key))
+            new = convert(value, kind)
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
                 problems.append(f"unknown key {key!r} {where}: {hint}")
-                continue
-            kind = type(defaults[key])
-            try:
-                new = convert(value, kind)
-            except ValueError:
-                problems.append(f"{key}={show(value)} {where}: expected {EXPECTED[kind]}")
+            elif new is None:
+                expected = f"expected {EXPECTED[kind]}"
+                problems.append(f"--{key}: expected --{key}={EXPECTED[kind]}" if value is ...
+                                else f"{key}={show(value)} {where}: {expected}")
                 unread.append(key)
-                continue
-            if key in PATHS:
-                new = os.path.expanduser(new)
-            if kind is list and config[key] is not defaults[key]: # given before
-                new = config[key] + new
-            config[key] = new
-    if check: # what it says of a key that could not be read would be about the default
-        problems += [p for p in check(config) if not any(f'{key}=' in p for key in unread)]
+            elif kind is list and config[key] is not defaults[key]: # given before
+                config[key] = config[key] + new
+            else:
+                config[key] = new
+    # what the check says of a key that could not be read would be about the default
+    problems += [p for p in check(config) if not any(f'{key}=' in p for key in unread)]
     stop_if(problems)
     return config
 
 def stop_if(problems):
-    """
-    Every problem on a line of its own to stderr, then exit code 2; nothing happens if the list is
-    empty. Of several ranks the first says all; the others have the same problems, or one of their
-    own (a GPU), and say the first.
-    """
+    """If there are problems: each a line on stderr (of ranks but the first one), exit code 2."""
     rank = os.environ.get('RANK', '0')
     said = problems if rank == '0' else [f"rank {rank}: {problem}" for problem in problems[:1]]
     for problem in said:
@@ -82,9 +69,8 @@ def stop_if(problems):
 
 def run(main, *args):
     """
-    A script as a program: ValueError and OSError, which say what the user can mend, are one
-    sentence and exit code 1; Ctrl-C is 130; `| head` may close the pipe; and a terminal or pipe
-    that is not UTF-8 gets question marks.
+    A script as a program: ValueError and OSError, which say what the user can mend, are a sentence
+    and exit code 1; Ctrl-C is 130; `| head` is no error; what is not UTF-8 gets question marks.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace')
@@ -106,28 +92,27 @@ def writable(folder):
     return folder != '' and os.path.isdir(path) and os.access(path, os.W_OK)
 
 def read_file(path, config, problems):
-    """What the config file at path assigns, {name: value}. It may compute with what is configured
-    so far, import, and define functions and classes."""
-    if not os.path.exists(path):
-        problems.append(f"{path}: no such config file (options are written --key=value)")
-        return {}
+    """{name: value} that the config file at path assigns; it may use what is configured so far."""
     names = dict(config)
     try:
         with open(path, encoding='utf-8-sig') as f: # sig: Windows' mark of UTF-8
             exec(compile(f.read(), path, 'exec'), names)
     except (Exception, SystemExit) as e:
-        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e})")
+        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e}); "
+                        "options are written --key=value")
         return {}
-    changed = {n: v for n, v in names.items() if n not in config or v is not config[n]}
-    tools = [n for n, v in changed.items() if callable(v) or isinstance(v, ModuleType)]
-    return {n: v for n, v in changed.items()
-            if n in config or not n.startswith('_') and n not in tools}
+    tools = [name for name, value in names.items() if callable(value) or ismodule(value)]
+    return {name: value for name, value in names.items()
+            if (value is not config[name] if name in config
+                else name[0] != '_' and name not in tools)}
 
 def convert(value, kind):
-    """value as that type; raises ValueError where it cannot be understood."""
-    if kind is list:
-        return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
-    if isinstance(value, str) and kind is not str:
+    """value as that type, or None where it cannot be understood."""
+    if kind is str and str(value).startswith('~/'):
+        value = os.path.expanduser(value)
+    elif kind is list and isinstance(value, str):
+        value = [value]
+    elif kind is not str and isinstance(value, str):
         text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing
         with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text) # or it is still text, which is refused below
@@ -140,9 +125,7 @@ def convert(value, kind):
         ok = type(value) in (int, float) and abs(value) <= sys.float_info.max # false for nan
     else:
         ok = type(value) is kind
-    if not ok:
-        raise ValueError
-    return kind(value)
+    return kind(value) if ok else None
 
 def show(value):
     try:

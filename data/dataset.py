@@ -7,10 +7,8 @@ A data set is a folder data/<name>/ with
     tokenizer.json       a tiktoken Encoding, where meta's "tokenizer" names it (else: "gpt2", ...)
 Every document begins with the token `eot`, as in the FineWeb shards of modded-nanogpt.
 
-What differs from nanoGPT: a batch is a pure function of (seed, step, micro-batch), so a resumed
-run, or one on another number of ranks, sees the same batches, and an evaluation cannot disturb
-them; an epoch shows every window once; files that do not fit their meta.json are refused, in one
-sentence and before training.
+Unlike nanoGPT's, a batch is a pure function of (seed, step, micro-batch): a resumed run, or one on
+another number of ranks, sees the same. An epoch shows every window once.
 """
 import base64
 import functools
@@ -25,6 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent # the folder data/
 SPLITS = ('train', 'val')
+META = dict(vocab_size=int, tokenizer=str, train_tokens=int, val_tokens=int, train_sha256=str,
+            val_sha256=str) # of meta.json; besides dtype, source, eot and perhaps tokenizer_sha256
 
 class Dataset(NamedTuple):
     train: np.ndarray # (train_tokens,) memory map
@@ -32,31 +32,19 @@ class Dataset(NamedTuple):
     meta: dict        # meta.json
     dir: Path
 
-# --------------------------------------------------------------------------------------------------
-# reading
-
 def data_dir(name_or_path):
     """The folder of a data set: "stdlib" is <repo>/data/stdlib, "./my/set" is taken as it is."""
     name = os.path.expanduser(name_or_path)
     return Path(name) if '/' in name or os.sep in name else ROOT / name
 
-def load_dataset(name_or_path, check_hash=False):
-    """
-    Opens a data set whose files belong together; anything else is a ValueError, one sentence.
-    Sizes are checked against meta.json, the first 16 M token ids against vocab_size; with
-    check_hash all of them, and every byte (about 1 GB/s).
-    """
-    path, meta, how = load_meta(name_or_path)
-    if check_hash and meta['tokenizer'].endswith('.json'):
-        read_tokenizer(path, meta) # or a run would end with features that nobody can read
-    train, val = (read_tokens(path, split, meta, check_hash, how) for split in SPLITS)
-    return Dataset(train, val, meta, path)
+def token_dtype(vocab_size):
+    return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+# --------------------------------------------------------------------------------------------------
+# reading
 
 def load_meta(name_or_path):
-    """
-    (folder, meta, how): a data set's folder; its meta.json, a dict whose values make sense
-    together; and how to prepare it, for errors. Raises ValueError, one sentence.
-    """
+    """(folder, its meta.json, how to prepare it). Raises ValueError, one sentence."""
     path = data_dir(name_or_path)
     file = path / 'meta.json'
     how = f"run `python data/text/prepare.py YOUR_FILES --out={path}`"
@@ -67,55 +55,48 @@ def load_meta(name_or_path):
                          f"{how}, or name another with --dataset=")
     try:
         meta = json.loads(file.read_bytes())
-        ok = makes_sense(meta)
+        ok = all(type(meta[key]) is kind for key, kind in META.items())
+        ok = ok and (meta['eot'] is None or meta['eot'] in range(meta['vocab_size']))
     except (ValueError, KeyError, TypeError, RecursionError):
         ok = False
     if not ok:
         raise ValueError(f"{file} is torn, or is not the meta.json of a data set: {how} again")
     return path, meta, how
 
-def makes_sense(meta):
-    """Whether the values of a meta.json fit each other. May also raise, where one is missing."""
-    vocab_size, eot = meta['vocab_size'], meta['eot']
-    if type(vocab_size) is not int or not 0 < vocab_size <= 2**32:
-        return False
-    if eot is not None and (type(eot) is not int or not 0 <= eot < vocab_size):
-        return False
-    numbers = [meta[f'{split}_tokens'] for split in SPLITS]
-    texts = [meta[f'{split}_sha256'] for split in SPLITS] + [meta['tokenizer']]
-    return (all(type(number) is int for number in numbers)
-            and all(isinstance(text, str) for text in texts)
-            and meta['dtype'] == token_dtype(vocab_size).name
-            and meta['tokenizer'].endswith('.json') == ('tokenizer_sha256' in meta))
-
-def read_tokens(path, split, meta, check_hash, how):
-    """One split as a memory map."""
-    file, dtype = path / f'{split}.bin', token_dtype(meta['vocab_size'])
-    n, top_id = meta[f'{split}_tokens'], meta['vocab_size'] - 1
-    if not file.exists():
-        raise ValueError(f"{file} is missing, though its meta.json is there: {how} again")
-    size = file.stat().st_size
-    if size != n * dtype.itemsize or n < 1:
-        raise ValueError(f"{file} has {size:,} bytes, but its meta.json says {n:,} tokens of "
-                         f"{dtype.name}, {n * dtype.itemsize:,} bytes: {how} again")
-    tokens = np.memmap(file, dtype=dtype, mode='r')
-    if check_hash and hashlib.sha256(tokens).hexdigest() != meta[f'{split}_sha256']:
-        raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): {how} again")
-    top = int((tokens if check_hash else tokens[:2**24]).max())
-    if top > top_id:
-        raise ValueError(f"{file} holds token id {top}, but the ids of its vocabulary end at "
-                         f"{top_id} (meta.json): {how} again")
-    return tokens
+def load_dataset(name_or_path, check_hash=False):
+    """
+    Opens a data set whose files belong together; anything else is a ValueError, one sentence.
+    With check_hash every byte is read (about 1 GB/s), else the first 16 M tokens.
+    """
+    path, meta, how = load_meta(name_or_path)
+    if check_hash and meta['tokenizer'].endswith('.json'):
+        load_tokenizer(path, meta) # or a run would end with features that nobody can read
+    dtype, splits = token_dtype(meta['vocab_size']), []
+    for split in SPLITS:
+        file, n = path / f'{split}.bin', meta[f'{split}_tokens']
+        if not file.exists():
+            raise ValueError(f"{file} is missing, though its meta.json is there: {how} again")
+        if n < 1 or file.stat().st_size != n * dtype.itemsize:
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, but its meta.json says "
+                             f"{n:,} tokens of {dtype.name}: {how} again")
+        tokens = np.memmap(file, dtype=dtype, mode='r')
+        if check_hash and hashlib.sha256(tokens).hexdigest() != meta[f'{split}_sha256']:
+            raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): {how} again")
+        top = int((tokens if check_hash else tokens[:2**24]).max())
+        if top >= meta['vocab_size']:
+            raise ValueError(f"{file} holds token id {top}, but its vocabulary ends at "
+                             f"{meta['vocab_size'] - 1} (meta.json): {how} again")
+        splits.append(tokens)
+    return Dataset(*splits, meta, path)
 
 # --------------------------------------------------------------------------------------------------
 # batches
 
 def get_batch(tokens, block_size, batch_size, seed, step, micro, micros_per_step):
     """
-    One micro-batch: x and y, both (B, T) int64 on the CPU; y is x one token later. A pure function
-    of its arguments. `micro` counts over all ranks and accumulation steps of an optimizer step,
-    micros_per_step is how many there are: 1 rank x 2 micro-steps sees what 2 ranks x 1 see.
-    Raises ValueError where `tokens` is too short for one window.
+    One micro-batch: x and y, both (B, T) int64 on the CPU; y is x one token later. `micro` counts
+    over all ranks and accumulation steps of an optimizer step, micros_per_step is how many there
+    are. Raises ValueError where `tokens` is too short for one window.
     """
     n = windows_per_epoch(len(tokens), block_size)
     phases = min(block_size, len(tokens) - n * block_size)
@@ -137,9 +118,8 @@ def windows_per_epoch(n_tokens, block_size):
 @functools.lru_cache(maxsize=2) # two, because a batch can straddle two epochs
 def epoch_order(seed, epoch, n, phases):
     """
-    The order of an epoch's n windows, and where the first one begins. That phase differs from epoch
-    to epoch: with fixed borders, the tokens at the start of a window would never be predicted from
-    what stands before them.
+    The order of an epoch's n windows, and where the first begins: with the same borders in every
+    epoch, tokens at the start of a window would never be predicted from what stands before them.
     """
     rng = np.random.default_rng((seed, epoch))
     phase = int(rng.integers(phases))
@@ -147,9 +127,8 @@ def epoch_order(seed, epoch, n, phases):
 
 def eval_batches(tokens, block_size, batch_size, n_tokens):
     """
-    Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. Every
-    batch has batch_size rows, so that a compiled model meets one shape only; where the tokens fill
-    less than one, a single smaller one comes.
+    Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
+    batches have batch_size rows, for a compiled model; of a smaller one there is one alone.
     """
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin
@@ -169,50 +148,25 @@ def gather(tokens, starts, block_size):
 # --------------------------------------------------------------------------------------------------
 # tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
 
-def read_tokenizer(folder, meta):
-    """Path and bytes of a data set's tokenizer.json, once they have the sha256 in its meta.json."""
-    file = Path(folder) / meta['tokenizer']
-    try:
-        raw = file.read_bytes()
-    except (OSError, ValueError) as e: # ValueError: a zero byte in its name
-        raise ValueError(f"{file} cannot be read ({getattr(e, 'strerror', e)}): "
-                         "prepare its data set again") from None
-    if hashlib.sha256(raw).hexdigest() != meta.get('tokenizer_sha256'):
-        raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): "
-                         "prepare its data set again")
-    return file, raw
-
 def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
     if not meta['tokenizer'].endswith('.json'):
         return named_encoding(meta['tokenizer'])
-    import regex # tiktoken's own engine for patterns comes with it
     import tiktoken
-    file, raw = read_tokenizer(folder, meta)
-    try:
-        d = json.loads(raw)
-        ranks = {base64.b64decode(token): i for token, i in d['mergeable_ranks'].items()}
-        special, pattern = d['special_tokens'], d['pat_str']
-        ids = [*ranks.values(), *special.values()]
-        # where one of these does not hold tiktoken would panic, an exception that nobody can catch
-        sound = (len(set(ids)) == len(ids) and 0 <= min(ids) and max(ids) < meta['vocab_size']
-                 and b'' not in ranks and all(bytes([byte]) in ranks for byte in range(256))
-                 and all(match.group() for match in regex.finditer(pattern, "it's 1 é,\n\n  x")))
-        if not sound:
-            raise ValueError
-        return tiktoken.Encoding(d['name'], pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    except Exception as e: # json, base64, regex, tiktoken: of the last nothing is documented
-        raise ValueError(f"{file} is no tiktoken Encoding of all bytes with ids below "
-                         f"{meta['vocab_size']} ({type(e).__name__}): prepare its data set again"
-                         ) from None
+    file = Path(folder) / meta['tokenizer']
+    raw = file.read_bytes() if file.exists() else b''
+    if hashlib.sha256(raw).hexdigest() != meta.get('tokenizer_sha256'):
+        raise ValueError(f"{file} cannot be read: it is missing, or damaged (not the sha256 in its "
+                         "meta.json); prepare its data set again")
+    parts = json.loads(raw)
+    ranks = {base64.b64decode(token): i for token, i in parts.pop('mergeable_ranks').items()}
+    return tiktoken.Encoding(mergeable_ranks=ranks, **parts)
 
 def encoding_to_json(enc):
     """A tiktoken Encoding as the bytes of a tokenizer.json."""
     ranks = {base64.b64encode(token).decode(): i for token, i in enc._mergeable_ranks.items()}
-    parts = dict(name=enc.name, pat_str=enc._pat_str, mergeable_ranks=ranks,
-                 special_tokens=enc._special_tokens)
-    return json.dumps(parts, indent=0).encode()
+    return json.dumps(dict(name=enc.name, pat_str=enc._pat_str, mergeable_ranks=ranks,
+                           special_tokens=enc._special_tokens), indent=0).encode()
 
 def named_encoding(name):
     """tiktoken.get_encoding, with its many ways to fail made one sentence."""
@@ -226,8 +180,8 @@ def named_encoding(name):
 
 def token_bytes(enc, vocab_size):
     """
-    A list of vocab_size bytes: what each id stands for, b'' for ids without (padding, gaps). A
-    token may be half of a UTF-8 character, hence bytes. Special tokens give their names.
+    A list of vocab_size bytes: what each id stands for, b'' for ids without (padding, gaps).
+    Special tokens give their names. A token may be half of a UTF-8 character.
     """
     pieces = {i: token for token, i in enc._mergeable_ranks.items()}
     pieces |= {i: name.encode() for name, i in enc._special_tokens.items()}
@@ -236,19 +190,14 @@ def token_bytes(enc, vocab_size):
 # --------------------------------------------------------------------------------------------------
 # writing
 
-def token_dtype(vocab_size):
-    return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
-
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
     """
     Writes a data set, whole or not at all, and returns its meta.
     train_iter, val_iter: yield arrays or lists of token ids; memory stays at one of them.
-    tokenizer: a tiktoken Encoding, which is kept in the data set, so that no network is needed; or
-    the name of one.
-    All is written to a temporary folder first: a failure until then leaves an older data set as it
-    was. Then its meta.json goes, the files are moved, and the new meta.json comes last: a kill in
-    between leaves a folder that counts as not prepared. Raises ValueError for ids outside the
-    vocabulary and for a split without tokens.
+    tokenizer: a tiktoken Encoding, which is kept in the data set; or the name of one.
+    Raises ValueError for ids outside the vocabulary and for a split without tokens. An older data
+    set stays as it was until all is written. Then its meta.json goes first, and the new one comes
+    last: a kill in between leaves a folder that counts as not prepared.
     """
     out, dtype = data_dir(name_or_path), token_dtype(vocab_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -258,36 +207,30 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
     with tempfile.TemporaryDirectory(suffix='.tmp', dir=out) as temp:
         temp = Path(temp)
         for split, pieces in zip(SPLITS, (train_iter, val_iter)):
-            raw = (to_bytes(ids, vocab_size, split) for ids in pieces)
-            size, meta[f'{split}_sha256'] = write(temp / f'{split}.bin', raw)
-            meta[f'{split}_tokens'] = size // dtype.itemsize
-            if size == 0:
+            n, digest = 0, hashlib.sha256()
+            with open(temp / f'{split}.bin', 'wb') as f:
+                for ids in pieces:
+                    raw = to_bytes(ids, vocab_size)
+                    f.write(raw)
+                    digest.update(raw)
+                    n += len(raw) // dtype.itemsize
+            if n == 0:
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
+            meta |= {f'{split}_tokens': n, f'{split}_sha256': digest.hexdigest()}
         if not named:
-            raw = [encoding_to_json(tokenizer)]
-            _, meta['tokenizer_sha256'] = write(temp / 'tokenizer.json', raw)
-        files = sorted(temp.iterdir())
-        write(temp / 'meta.json', [json.dumps(meta, indent=1).encode()])
+            raw = encoding_to_json(tokenizer)
+            (temp / 'tokenizer.json').write_bytes(raw)
+            meta['tokenizer_sha256'] = hashlib.sha256(raw).hexdigest()
+        (temp / 'meta.json').write_text(json.dumps(meta, indent=1))
         (out / 'meta.json').unlink(missing_ok=True)
-        for file in [*files, temp / 'meta.json']:
+        for file in sorted(temp.iterdir(), key=lambda file: file.name == 'meta.json'):
             os.replace(file, out / file.name)
     return meta
 
-def write(file, pieces):
-    """Writes the pieces down to the disk; returns (bytes, sha256)."""
-    digest = hashlib.sha256()
-    with open(file, 'wb') as f:
-        for raw in pieces:
-            f.write(raw)
-            digest.update(raw)
-        f.flush()
-        os.fsync(f.fileno())
-        return f.tell(), digest.hexdigest()
-
-def to_bytes(ids, vocab_size, split):
+def to_bytes(ids, vocab_size):
     """Token ids as they stand in the file. Checked first: numpy makes a uint16 4464 of 70000."""
     ids = np.asarray(ids)
     if ids.size and (ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"token ids for {split}.bin must be integers from 0 to {vocab_size - 1}, "
+        raise ValueError(f"token ids must be integers from 0 to {vocab_size - 1}, "
                          f"got {ids.dtype.name} from {ids.min()} to {ids.max()}")
     return ids.astype(token_dtype(vocab_size)).tobytes()
