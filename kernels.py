@@ -377,6 +377,15 @@ def _chunks(h, F, k):
     size = 2 * h.numel() * h.element_size()
     return max(1, min(size // (33 * 2**20), h.shape[0] * k // (56 * F), 65535 // F))
 
+@jit
+def _pair_keys(values, indices, key, P, per_chunk, F: tl.constexpr, RUNS: tl.constexpr,
+               SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """What _sort_pairs sorts by, for P pairs, per_chunk of them a chunk: ten kernels in torch."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = tl.load(values + i, mask=i < P, other=0.0) != 0
+    run = tl.load(indices + i, mask=i < P, other=0) + i // per_chunk * F
+    tl.store(key + i, (tl.where(live, run, RUNS) - SHIFT).to(key.dtype.element_ty), mask=i < P)
+
 def _sort_pairs(values, indices, F, chunks):
     """
     The active (token, slot) pairs in order of run = chunk * F + feature, where tokens are cut into
@@ -384,13 +393,15 @@ def _sort_pairs(values, indices, F, chunks):
     (chunks F + 1,) int32: a run has order[starts[run] : starts[run + 1]], by token, as the sort is
     stable. Pairs of value 0 come last. int16 takes half of int32's radix passes: hence the shift.
     """
-    (N, _), runs = values.shape, chunks * F
+    (N, K), runs = values.shape, chunks * F
     shift, dtype = (32768, torch.int16) if runs < 65536 else (0, torch.int32)
-    chunk = torch.arange(N, device=values.device, dtype=torch.int32) // -(-N // chunks)   # (N,)
-    run = torch.where(values != 0, indices + (chunk * F - shift)[:, None], runs - shift)  # (N, K)
-    run, order = run.to(dtype).flatten().sort(stable=True)
-    bounds = torch.arange(-shift, runs + 1 - shift, device=run.device, dtype=dtype)
-    return order.int(), torch.searchsorted(run, bounds, out_int32=True)
+    key = torch.empty(N * K, dtype=dtype, device=values.device)
+    _pair_keys[(triton.cdiv(N * K, 1024),)](
+        values, indices, key, N * K, triton.cdiv(N, chunks) * K, F=F, RUNS=runs, SHIFT=shift,
+        BLOCK=1024, num_warps=4)
+    key, order = key.sort(stable=True)
+    bounds = torch.arange(-shift, runs + 1 - shift, device=key.device, dtype=dtype)
+    return order.int(), torch.searchsorted(key, bounds, out_int32=True)
 
 # ---------------------------------------------------------------------------- matmuls with more
 @jit
@@ -464,12 +475,26 @@ def _fused_matmul(epilogue, a, b, out, tile, act=None, bias=None, maxima=None):
     return out
 
 # ---------------------------------------------------------------------------- the layer
+@jit
+def _fold_b_dec(W_enc, b_enc, b_dec, W, bias, C: tl.constexpr, BLOCK: tl.constexpr):
+    """W = W_enc in h's type, and bias = b_enc - W b_dec: so h needs no copy less b_dec."""
+    f = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    w = tl.load(W_enc + f * C + c, mask=c < C, other=0.0).to(W.dtype.element_ty)
+    tl.store(W + f * C + c, w, mask=c < C)
+    dot = tl.sum(w.to(tl.float32) * tl.load(b_dec + c, mask=c < C, other=0.0), axis=0)
+    tl.store(bias + f, tl.load(b_enc + f).to(tl.float32) - dot)
+
 @torch.library.custom_op("sae::topk_autoencode", mutates_args=())
 def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int,
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> y, values, indices, fired; and _sort_pairs' order and starts, for the backward pass."""
     h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
-    W, b_dec = W_enc.to(h.dtype).contiguous(), b_dec.float().contiguous()
+    b_dec = b_dec.float().contiguous()
+    W = torch.empty(F, C, dtype=h.dtype, device=h.device)
+    bias = torch.empty(F, device=h.device)
+    _fold_b_dec[(F,)](W_enc.contiguous(), b_enc.contiguous(), b_dec, W, bias, C=C,
+                      BLOCK=triton.next_power_of_2(C), num_warps=4)
     values = torch.empty(N, k, device=h.device)
     indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
     slices = _slices(N, F * h.element_size(), BUFFER_MB)
@@ -477,7 +502,6 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
     # few K and groups, or _select's lists grow long
     fused = _fits_matmul(h, C, F) and 2 * SPAN * k <= F <= 2**17
     with torch.autocast(h.device.type, enabled=False):
-        bias = b_enc.float() - W_enc.float() @ b_dec   # so h needs no copy less b_dec
         for s in slices:
             pre, maxima = buffer[:s.stop - s.start], None                   # (rows, F)
             if fused:
