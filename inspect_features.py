@@ -39,10 +39,11 @@ from rich.table import Table
 from rich.text import Text
 
 import configurator
-from features import (SETTLED, caption, feature_timeline, open_run, open_timeline, parse_feature,
-                      pieces, prompt_rows, prompt_text, safe, settled_at, write_safetensors)
-from scanning import (BINS, accuracy, choose_features, feature_numbers, find, fires_on, open_index,
-                      overview_numbers, pooled_codes, read_labels, removal_effect, split)
+from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
+                      parse_feature, pieces, prompt_rows, prompt_text, safe, settled_at,
+                      write_safetensors)
+from scanning import (BINS, feature_numbers, find, fires_on, open_index, overview_numbers,
+                      pooled_codes, probe, read_labels, removal_effect)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -146,7 +147,7 @@ def table_of(columns, rows):
     table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
                   show_header=any(columns))
     for column in columns[:-1]:
-        side = 'left' if column in ('feature', 'token', 'label') else 'right'
+        side = 'left' if column in ('feature', 'token', 'label', 'code') else 'right'
         table.add_column(column, justify=side, no_wrap=True)
     table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
     for row in rows:
@@ -468,27 +469,30 @@ def find_view(options, console):
 def probe_view(options, console):
     labels, texts = read_labels(options.probe)
     kinds, y = np.unique(np.array(labels, object), return_inverse=True)
-    train, test = split(y, options.seed)
-    scans, codes = chosen(options, index_of(options)), pooled_codes(run_of(options), texts)
+    scans, run = chosen(options, index_of(options)), run_of(options)
+    tokens = [encode(run, text) for text in texts]
     for scan in scans:
-        X = codes[scan.layer]
-        alone, best = choose_features(X[train], y[train], min(5, scan.F))
-        percents = lambda X: f'{100 * accuracy(X, y, train, test):.1f} %'
-        yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels, '
-                   f'{len(train):,} to train on, {len(test):,} held out')
-        yield dim("each text is its features' strongest activations; logistic regression on k of "
-                  f"them; accuracy on the held-out texts, of which one is {percent(1 / len(test))}")
-        for k in sorted({1, min(2, scan.F), min(5, scan.F)}):
-            features = ' '.join(f'F{f}' for f in best[:k])
-            yield f'  k = {k:<7}{percents(X[:, best[:k]]):>8}   {features}'
-        majority = 100 * (y[test] == np.bincount(y[train]).argmax()).mean()
-        yield f'  all {scan.F:<7,}{percents(X):>8}   dense probe on the same activations'
-        yield f'  majority   {majority:>6.1f} %'
-        means = np.stack([X[train][y[train] == k].mean(0) for k in range(len(kinds))])
-        rows = [(scan, f, percents(X[:, [f]]), caption(kinds[means[:, f].argmax()].encode()))
-                for f in alone[:options.rows]]
-        yield from feature_table('Single features', 'accuracy of each alone; the label on which '
-                                 'it is strongest', ('alone', 'label'), rows)
+        yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels')
+        yield dim('held-out accuracy in % of a logistic regression on the k best features of mean '
+                  'codes (A: unscaled ranking): one label against the rest, balanced; means over '
+                  'labels, +- over 3 splits')
+        rows = []
+        for code, X in pooled_codes(run.model, scan.layer, tokens, options.seed).items():
+            ks = (1, 5, 20, X.shape[1]) if code == 'channels' else (1, 5, 20)
+            scores, top = probe(X, y, options.seed, ks)
+            cells = []
+            for key in [('B', 1), ('B', 5), ('B', 20), ('B', X.shape[1]), ('A', 1)]:
+                by_split = 100 * scores.get(key, np.zeros((1, 1))).mean(0)       # (splits,)
+                cells.append(f'{by_split.mean():.1f} +-{by_split.std():.1f}' if key in scores else '')
+            rows.append((code, *cells))
+            if code == 'features':
+                best, alone = top, scores['B', 1].mean(1)
+        rows.append(('chance', *['50.0'] * 5))
+        yield table_of(('code', 'k=1', 'k=5', 'k=20', 'all', 'A, k=1'), rows)
+        labels = kinds[-len(best):]
+        yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
+            (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
+            for f, score, label in zip(best, alone, labels)])
         yield ''
 
 # --------------------------------------------------------------------------------------------------

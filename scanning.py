@@ -18,8 +18,9 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from data.dataset import eval_batches, load_dataset
-from features import (VERSION, codes, device_of, encode, forward, load_npz, open_run, read,
-                      read_file, save_npz, token_statistics)
+from features import (VERSION, codes, device_of, forward, load_npz, open_run, read_file, save_npz,
+                      token_statistics)
+from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
@@ -293,57 +294,100 @@ def read_labels(path):
                          "and of each 4 texts or more, to train on some and test on the others")
     return labels, texts
 
-def pooled_codes(run, texts):
-    """{block: X (n, F)}: for each text each feature's strongest activation on any token."""
-    X = {layer: np.zeros((len(texts), sae.n_features), np.float32)
-         for layer, sae in run.model.saes().items()}
-    skip = 0 if run.meta['eot'] is None else 1               # not what end-of-text sets off
-    for n, text in enumerate(texts):
-        _, values, indices = read(run.model, encode(run, text))
-        for s, layer in enumerate(X):
-            acts, features = values[s, skip:].flatten().numpy(), indices[s, skip:].flatten().numpy()
-            order = np.abs(acts).argsort()                   # the strongest last, and so it stays
-            X[layer][n, features[order]] = acts[order]
+@torch.no_grad()
+def pooled_codes(model, layer, texts, seed):
+    """
+    What the SAE of a block makes of texts, lists of token ids that begin with end-of-text: means
+    over the tokens after it, up to 128. {'features': X (n, F), 'random directions': X (n, F),
+    'channels': X (n, C)}. Random directions are F random unit rows on what the SAE reads, relu, the
+    K largest of each token: without them no accuracy says anything (arXiv 2602.14111).
+    """
+    sae, device, read_by_sae = model.saes()[layer], device_of(model), []
+    hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
+    s, K, F = list(model.saes()).index(layer), int(sae.k), sae.n_features
+    width = len(sae.fill)
+    rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
+    rows = normalize(rows, dim=-1).to(device)                                # (F, C)
+    lengths = np.array([min(len(text), 129, model.config.block_size) for text in texts])
+    order = np.argsort(lengths, kind='stable')               # texts of like length share a batch
+    X = {name: np.zeros((len(texts), n), np.float32) for name, n in
+         (('features', F), ('random directions', F), ('channels', width))}
+    for part in np.array_split(order, -(-len(texts) // 64)):
+        idx = torch.zeros(len(part), int(lengths[part].max()), dtype=torch.long)
+        share = torch.zeros(idx.shape)                       # of each token in its text's mean
+        for row, n in enumerate(part):
+            idx[row, :lengths[n]] = torch.tensor(texts[n][:lengths[n]])
+            share[row, 1:lengths[n]] = 1 / max(1, lengths[n] - 1)
+        share = share.to(device)                                             # (B, T)
+        _, out = forward(model, idx)
+        x = read_by_sae.pop()
+        h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
+        values, indices = (h @ rows.T).relu().topk(K, dim=-1)                # (B, T, K)
+        X['features'][part] = pool(out.values[s], out.indices[s], share, F)
+        X['random directions'][part] = pool(values, indices, share, F)
+        X['channels'][part] = (h * share[..., None]).sum(1).cpu().numpy()
+    hook.remove()
     return X
 
-def split(y, seed):
-    """Indices of train and test texts: 70 % and 30 % of each class, drawn at random."""
-    order = np.random.default_rng(seed).permutation(len(y))
-    order = order[np.argsort(y[order], kind='stable')]       # class by class
-    train = np.concatenate([np.arange(n) < 0.7 * n for n in np.bincount(y)])
-    return order[train], order[~train]
+def pool(values, indices, share, n_features):
+    """values, indices (B, T, K), share (B, T) -> the mean code of each text (B, F)."""
+    B = len(values)
+    slots = indices + torch.arange(B, device=indices.device)[:, None, None] * n_features
+    means = torch.zeros(B * n_features, device=values.device)
+    means.index_add_(0, slots.flatten(), (values.float() * share[..., None]).flatten())
+    return means.view(B, n_features).cpu().numpy()
 
-def choose_features(X, y, k):
+def logistic(X, y):
     """
-    The columns of X (n, F) that tell the classes y (n,) apart: all those of any use, the best alone
-    first; and the best k together, by orthogonal matching pursuit on one-hot labels.
+    Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,), the
+    last of them the bias: the least sum of losses + |weights|^2 / 2 (L2, C = 1).
     """
-    X, Y = X - X.mean(0), np.eye(y.max() + 1)[y]
-    Y = Y - Y.mean(0)
-    power = np.maximum(np.square(X).sum(0), 1e-6)                            # (F,)
-    score = np.square(X.T @ Y).sum(1) / power                # what each column alone explains
-    alone = np.argsort(-score, kind='stable')[:int((score > 0).sum())]
-    chosen = []
-    for _ in range(k):
-        score[chosen] = -1
-        chosen.append(int(score.argmax()))
-        rest = Y - X[:, chosen] @ np.linalg.lstsq(X[:, chosen], Y, rcond=None)[0]
-        score = np.square(X.T @ rest).sum(1) / power
-    return alone, chosen
+    X = np.hstack((X, np.ones((len(X), 1))))
+    penalty = np.append(np.ones(X.shape[1] - 1), 1e-9)       # the bias is free
+    cost = lambda w: np.logaddexp(0, X @ w).sum() - y @ (X @ w) + penalty @ w ** 2 / 2
+    w = np.zeros(X.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-X @ w))
+        gradient = X.T @ (p - y) + penalty * w
+        if np.abs(gradient).max() < 1e-6:
+            break
+        step = np.linalg.solve((X.T * (p * (1 - p))) @ X + np.diag(penalty), gradient)
+        while cost(w - step) > cost(w) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        w = w - step
+    return w
 
-def accuracy(X, y, train, test):
-    """Held-out accuracy of multinomial logistic regression (L2 0.01, standardised inputs)."""
-    X = (X - X[train].mean(0)) / np.maximum(X[train].std(0), 1e-3)
-    X, y = torch.from_numpy(X.astype(np.float32)), torch.from_numpy(y)
-    w = torch.zeros(X.size(1), int(y.max()) + 1, requires_grad=True)
-    b = torch.zeros(w.size(1), requires_grad=True)
-    optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn='strong_wolfe')
-
-    def closure():
-        optimizer.zero_grad()
-        loss = cross_entropy(X[train] @ w + b, y[train]) + 0.01 * w.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float(((X[test] @ w + b).argmax(1) == y[test]).float().mean())
+def probe(X, y, seed, ks=(1, 5, 20), splits=3):
+    """
+    How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
+    texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
+    of each class (classes,) by protocol B. Columns are ranked on the training part by the difference
+    of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard deviation, so
+    that loud features have no advantage, A (SAEBench) does not. Of two classes one is probed.
+    """
+    classes = np.unique(y)
+    classes = classes[1:] if len(classes) == 2 else classes
+    scores = {(how, k): np.zeros((len(classes), splits)) for how in 'BA' for k in ks}
+    best = np.zeros(len(classes), int)
+    for c, split in np.ndindex(len(classes), splits):
+        rng = np.random.default_rng((seed, c, split))
+        own, rest = (rng.permutation(np.flatnonzero(part))
+                     for part in (y == classes[c], y != classes[c]))
+        n = min(len(own), len(rest))
+        cut = round(0.8 * n)
+        train, test = (np.concatenate((own[part], rest[part]))
+                       for part in (slice(cut), slice(cut, n)))
+        t, t_test = y[train] == classes[c], y[test] == classes[c]
+        rows = X[train]
+        gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
+        for how, score in (('B', gap / (deviation + 0.01 * deviation.max() + 1e-12)), ('A', gap)):
+            ranked = np.argsort(-score, kind='stable')
+            if how == 'B' and split == 0:
+                best[c] = ranked[0]
+            for k in ks:
+                some = ranked[:k]
+                mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
+                w = logistic((rows[:, some] - mean) / scale, t)
+                guess = (X[test][:, some] - mean) / scale @ w[:-1] + w[-1] > 0
+                scores[how, k][c, split] = (guess == t_test).mean()
+    return scores, best
