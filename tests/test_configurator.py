@@ -71,7 +71,7 @@ def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
     path = write(tmp_path / 'c.py', "n_layre = 3\n")
     in_file, on_line, no_value, far, no_dashes = errors(
-        [path, '--leraning_rate=1', '--compil', '--zzzz=1', 'n_layer=3'], capsys)
+        [path, '--leraning_rate=1', '--compil', '--zzzz=none', 'n_layer=3'], capsys)
     assert f"unknown key 'n_layre' in {path}: did you mean 'n_layer'?" in in_file
     assert "'leraning_rate' on the command line: did you mean 'learning_rate'?" in on_line
     assert "unknown key 'compil' on the command line: did you mean 'compile'?" in no_value
@@ -174,7 +174,7 @@ def test_fuzz(capsys):
     rng = random.Random(0)
     pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '1e999',
               '9' * 99, 'inf', *',()[]{}', *string.punctuation]
-    keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__']
+    keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__', 'none']
     refused = 0
     for _ in range(10_000):
         argv = []
