@@ -148,7 +148,8 @@ def test_files(tmp_path):
     assert configure(DEFAULTS, ['--n_layer=5', c])['n_layer'] == 12
 
 @pytest.mark.parametrize('text', ["n_layer = ", "n_layer = 1/0", "import no_such_module", "exit()",
-                                  "raise ValueError", "\x00", "n_layer = oops"])
+                                  "raise SystemExit", "\x00", "n_layer = oops", "yield 1",
+                                  "import sys; sys.exit(0)", "globals().clear(); n_layer"])
 def test_broken_files(tmp_path, text, capsys):
     """A config file that does not run is one sentence with its name and the reason."""
     path = write(tmp_path / 'c.py', text)

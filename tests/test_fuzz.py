@@ -2,7 +2,7 @@
 Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches the
 user.
 
-    python -m pytest tests/test_fuzz.py             1,200 cases; more in test_configurator.py
+    python -m pytest tests/test_fuzz.py             700 cases; more in test_configurator.py
     python -m pytest tests/test_fuzz.py --slow      also damaged files, and more of each
 
 Seeded: a failure names its case and comes again. All runs in this process, on conftest.py's run.
@@ -14,7 +14,6 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from configurator import configure
 from data.dataset import load_dataset, load_tokenizer
 from model import GPT, GPTConfig, load_checkpoint, load_model
 
@@ -90,32 +89,6 @@ def test_strange_checkpoints(n, tmp_path, capsys):
         torch.save(rng.choice([bad, bad, bad, bad, list(bad), None]), tmp_path / 'ckpt.pt')
         load_model(load_checkpoint(str(tmp_path)))
     assert 0.5 * n < refusals(n, 3, attempt) < n
-
-@pytest.mark.filterwarnings('ignore::SyntaxWarning')
-@times(500)
-def test_strange_config_files(n, tmp_path, capsys):
-    """Files of random lines: configured with the right types, or refused with exit code 2."""
-    defaults = dict(out_dir='out', n_layer=12, lr=1e-3, compile=True, layers=(6,))
-    rng, refused = random.Random(4), 0
-    lines = ["n_layer = 3", "lr = n_layer", "layers = [1, 2]", "import os", "_x = 1", "exit()",
-             "def f(): pass", "n_layre = 1", "del n_layer", "lr = float('nan')", "out_dir = open",
-             "layers = lambda: 1", "compile = not compile", "class A: pass", "raise SystemExit",
-             "assert False", "for i in range(3): lr += i", "n_layer = 10**50", "'", "\t", "\x0c",
-             "# é", "layers = (True,)", "out_dir *= 3", "import sys; sys.exit(0)", "yield 1",
-             "lr = 1j", "layers = layers, layers", "globals().clear()", "print = 3"]
-    for case in range(n):
-        file = tmp_path / 'c.py'
-        file.write_bytes('\n'.join(rng.choices(lines, k=rng.randint(1, 4))).encode())
-        if rng.random() < 0.1:
-            file.write_bytes(damage(file.read_bytes(), rng))
-        try:
-            got = configure(defaults, [str(file)])
-            kinds = [type(v) for v in defaults.values()]
-            assert [type(v) for v in got.values()] == kinds, file.read_text()
-        except SystemExit as e:
-            refused += 1
-            assert e.code == 2 and 'error: ' in capsys.readouterr().err, file.read_text()
-    assert 0.3 * n < refused < n
 
 # --------------------------------------------------------------------------------------------------
 # viewer and sampler
