@@ -39,15 +39,15 @@ def configure(defaults, argv, check=lambda config: []):
             given, where = read_file(arg, config, problems), f"in {arg}"
         for key, value in given.items():
             kind = type(defaults.get(key))
-            new = convert(value, kind)
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
                 problems.append(f"unknown key {key!r} {where}: {hint}")
-            elif new is None:
-                expected = f"expected {EXPECTED[kind]}"
-                problems.append(f"--{key}: expected --{key}={EXPECTED[kind]}" if value is ...
-                                else f"{key}={show(value)} {where}: {expected}")
+            elif (new := convert(value, kind)) is None:
+                said = f"{key}={show(value)} {where}: expected "
+                if value is ...: # --key without =
+                    said = f"--{key}: expected --{key}="
+                problems.append(said + EXPECTED[kind])
                 unread.append(key)
             elif kind is list and config[key] is not defaults[key]: # given before
                 config[key] = config[key] + new
@@ -101,10 +101,9 @@ def read_file(path, config, problems):
         problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e}); "
                         "options are written --key=value")
         return {}
-    tools = [name for name, value in names.items() if callable(value) or ismodule(value)]
-    return {name: value for name, value in names.items()
-            if (value is not config[name] if name in config
-                else name[0] != '_' and name not in tools)}
+    changed = {n: v for n, v in names.items() if n not in config or v is not config[n]}
+    own = [n for n, v in changed.items() if n.startswith('_') or callable(v) or ismodule(v)]
+    return {n: v for n, v in changed.items() if n in config or n not in own}
 
 def convert(value, kind):
     """value as that type, or None where it cannot be understood."""
@@ -128,7 +127,4 @@ def convert(value, kind):
     return kind(value) if ok else None
 
 def show(value):
-    try:
-        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    except ValueError: # Python will not print more than 4,300 digits
-        return "a very long number"
+    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -2,28 +2,23 @@
 Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches the
 user.
 
-    python -m pytest tests/test_fuzz.py             2,000 cases; more in test_configurator.py
+    python -m pytest tests/test_fuzz.py             700 cases; more in test_configurator.py
     python -m pytest tests/test_fuzz.py --slow      also damaged files, and more of each
 
 Seeded: a failure names its case and comes again. All runs in this process, on conftest.py's run.
 """
-import hashlib
-import json
 import random
 import shutil
-import string
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import torch
 
-from configurator import configure
-from data.dataset import get_batch, load_dataset, load_tokenizer, token_bytes
+from data.dataset import load_dataset, load_tokenizer
 from model import GPT, GPTConfig, load_checkpoint, load_model
 
-JUNK = [None, True, 0, -1, 7, 2**70, 1.5, float('nan'), '', 'x', '../..', 'é\x00\n', [], [1], {},
-        {'a': 1}, 'gpt2', 'uint32']
+JUNK = [None, True, 0, -1, 7, 1.5, float('nan'), '', 'x', 'é\x00\n', [], [1], {}, {'a': 1},
+        torch.ones(3), torch.ones(0), torch.ones(8, 4).long()]
 FILES = ['meta.json', 'meta.json', 'train.bin', 'val.bin', 'tokenizer.json']
 
 def times(few, many=10_000):
@@ -76,23 +71,6 @@ def test_damaged_data(n, tiny_data, tmp_path):
         assert load_tokenizer(got.dir, got.meta).n_vocab == 257 <= got.meta['vocab_size'], case
     assert refusals(n, 0, attempt) > 0.9 * n
 
-@times(500)
-def test_strange_meta(n, tiny_data, tmp_path):
-    """A meta.json by another hand, with any JSON in it: refused in one sentence, or it serves."""
-    shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
-    good = json.loads((tmp_path / 'meta.json').read_text())
-    def attempt(rng, case):
-        meta = dict(good)
-        for _ in range(rng.randint(1, 3)):
-            meta[rng.choice(list(good))] = rng.choice(JUNK)
-        if rng.random() < 0.2:
-            del meta[rng.choice(list(meta))]
-        (tmp_path / 'meta.json').write_text(json.dumps(meta))
-        data = load_dataset(tmp_path, check_hash=True)
-        assert get_batch(data.train, 16, 2, 0, case, 0, 1)[0].max() < data.meta['vocab_size']
-        load_tokenizer(data.dir, data.meta)
-    assert 0.5 * n < refusals(n, 1, attempt) < n
-
 @times(100)
 def test_strange_checkpoints(n, tmp_path, capsys):
     """Files that are whole, of another version or program, with any value anywhere: a model, or
@@ -100,7 +78,6 @@ def test_strange_checkpoints(n, tmp_path, capsys):
     config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, sae_layers=(0,),
                        sae_ratio=2, sae_k=2, sae_cap=0)
     good = dict(model=GPT(config).state_dict(), model_args=asdict(config), step=1)
-    junk = [x for x in JUNK if x != 2**70] + [torch.ones(3), torch.ones(0), torch.ones(8, 4).long()]
     def attempt(rng, case):
         bad = dict(good, model=dict(good['model']), model_args=dict(good['model_args']))
         where = rng.choice([bad, bad['model'], bad['model_args'], bad['model_args']])
@@ -108,36 +85,10 @@ def test_strange_checkpoints(n, tmp_path, capsys):
         if rng.random() < 0.2:
             where['a' + key] = where.pop(key)
         else:
-            where[key] = rng.choice(junk)
+            where[key] = rng.choice(JUNK)
         torch.save(rng.choice([bad, bad, bad, bad, list(bad), None]), tmp_path / 'ckpt.pt')
         load_model(load_checkpoint(str(tmp_path)))
     assert 0.5 * n < refusals(n, 3, attempt) < n
-
-@pytest.mark.filterwarnings('ignore::SyntaxWarning')
-@times(500)
-def test_strange_config_files(n, tmp_path, capsys):
-    """Files of random lines: configured with the right types, or refused with exit code 2."""
-    defaults = dict(out_dir='out', n_layer=12, lr=1e-3, compile=True, layers=(6,))
-    rng, refused = random.Random(4), 0
-    lines = ["n_layer = 3", "lr = n_layer", "layers = [1, 2]", "import os", "_x = 1", "exit()",
-             "def f(): pass", "n_layre = 1", "del n_layer", "lr = float('nan')", "out_dir = open",
-             "layers = lambda: 1", "compile = not compile", "class A: pass", "raise SystemExit",
-             "assert False", "for i in range(3): lr += i", "n_layer = 10**5000", "'", "\t", "\x0c",
-             "# é", "layers = (True,)", "out_dir *= 3", "import sys; sys.exit(0)", "yield 1",
-             "lr = 1j", "layers = layers, layers", "globals().clear()", "print = 3"]
-    for case in range(n):
-        file = tmp_path / 'c.py'
-        file.write_bytes('\n'.join(rng.choices(lines, k=rng.randint(1, 4))).encode())
-        if rng.random() < 0.1:
-            file.write_bytes(damage(file.read_bytes(), rng))
-        try:
-            got = configure(defaults, [str(file)])
-            kinds = [type(v) for v in defaults.values()]
-            assert [type(v) for v in got.values()] == kinds, file.read_text()
-        except SystemExit as e:
-            refused += 1
-            assert e.code == 2 and 'error: ' in capsys.readouterr().err, file.read_text()
-    assert 0.3 * n < refused < n
 
 # --------------------------------------------------------------------------------------------------
 # viewer and sampler

@@ -108,6 +108,7 @@ if __name__ == '__main__':
     patterns = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
     options = [arg for arg in sys.argv[1:] if arg.startswith('-')]
     if not patterns:
-        sys.exit(__doc__)
-    c = configure(dict(out='mytext', encoding='gpt2'), options)
+        print(__doc__)
+    problems = [] if patterns else ["no text is named"]
+    c = configure(dict(out='mytext', encoding='gpt2'), options, lambda c: problems)
     run(prepare, patterns, c['out'], c['encoding'])
