@@ -383,29 +383,58 @@ def test_read_dense():
 # --------------------------------------------------------------------------------------------------
 # probe
 
-def test_probe_finds_the_features_that_matter(out):
+def test_logistic_is_the_least_cost():
+    """Newton's weights are those of plain gradient descent on the same cost."""
     rng = np.random.default_rng(0)
-    y = np.repeat(np.arange(3), 40)
-    X = rng.random((120, 50)).astype(np.float32)
-    X[:, 7] += 3 * (y == 0)
-    X[:, 11] += 3 * (y == 1)
-    alone, chosen = scanning.choose_features(X, y, 2)
-    assert set(chosen) == {7, 11} == set(alone[:2].tolist())
-    train, test = scanning.split(y, 0)
-    assert not set(train) & set(test) and len(train) + len(test) == 120 and len(test) == 36
-    assert scanning.accuracy(X[:, chosen], y, train, test) == 1.0
-    assert scanning.accuracy(X[:, [20]], y, train, test) < 0.6
+    X = rng.normal(size=(60, 3))
+    y = (X @ [1, -2, 0] + rng.normal(size=60) > 0.5).astype(float)
+    w = np.zeros(4)
+    for _ in range(20_000):
+        error = 1 / (1 + np.exp(-(X @ w[:3] + w[3]))) - y
+        w -= 0.02 * np.append(X.T @ error + w[:3], error.sum())
+    np.testing.assert_allclose(scanning.logistic(X, y), w, atol=1e-4)
+
+def test_probe_finds_what_holds_the_label():
+    """A column that holds the label reaches 1 and is named; a loud one is chosen before a quiet
+    one by protocol A only; columns without the label are at chance."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(3), 200)
+    X = rng.random((600, 40)).astype(np.float32)
+    scores, _ = scanning.probe(X, y, 0)
+    assert all(abs(score.mean() - 0.5) < 0.08 for score in scores.values())
+    X[:, 7], X[:, 11] = y == 0, y == 1
+    X[:, 5] = 5 * rng.normal(size=600) + 3 * (y == 0)
+    scores, best = scanning.probe(X, y, 0, ks=(1, 5))
+    assert list(best[:2]) == [7, 11] and scores['B', 1].shape == (3, 3)
+    assert (scores['B', 1][:2] == 1).all() and (scores['B', 5][:2] == 1).all()
+    assert scores['A', 1][0].mean() < 0.8
+    two, best = scanning.probe(X, np.minimum(y, 1), 0, ks=(1,))
+    assert two['B', 1].shape == (1, 3) and best.tolist() == [7]
+
+@torch.no_grad()
+def test_pooled_codes_by_brute_force(out):
+    """Texts of all lengths at once are each read alone; padding and end-of-text do not count."""
     run = features.open_run(out, device='cpu')
-    texts = ['ab', 'cc c', 'a' * 25]
-    X = scanning.pooled_codes(run, texts)[2]
-    for row, text in zip(X, texts):
-        with torch.no_grad():
-            seen = run.model(torch.tensor([[EOT] + run.tokenizer.encode_ordinary(text)]))[2]
-        want = np.zeros(len(row))
-        for values, indices in zip(seen.values[1, 0, 1:].tolist(), seen.indices[1, 0, 1:].tolist()):
-            for a, f in zip(values, indices):
-                want[f] = max(want[f], a)
-        assert row == pytest.approx(want, rel=1e-5)
+    texts = [features.encode(run, text) for text in ('ab', 'cc c' * 9, 'a' * 25, 'b')]
+    got = scanning.pooled_codes(run.model, 2, texts, seed=3)
+    sae, block = run.model.saes()[2], run.model.transformer.h[2]
+    rows = torch.randn(sae.n_features, 16, generator=torch.Generator().manual_seed(3))
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    for n, text in enumerate(texts):
+        idx, before = torch.tensor([text[:T]]), []
+        hook = block.sae.register_forward_pre_hook(lambda _, args: before.append(args[0]))
+        out = run.model(idx)[2]
+        hook.remove()
+        h = before[0][0] / before[0][0].square().mean(-1, keepdim=True).sqrt()
+        want, chance = torch.zeros(2, idx.size(1), sae.n_features)
+        for t in range(1, idx.size(1)):
+            want[t, out.indices[1, 0, t]] = out.values[1, 0, t]
+            a = (rows @ h[t]).clamp_min(0)
+            kept = a.argsort(descending=True)[:int(sae.k)]
+            chance[t, kept] = a[kept]
+        for name, codes in (('features', want), ('random directions', chance), ('channels', h)):
+            torch.testing.assert_close(torch.from_numpy(got[name][n]), codes[1:].mean(0),
+                                       rtol=1e-3, atol=1e-4)
 
 # --------------------------------------------------------------------------------------------------
 # timeline

@@ -158,8 +158,9 @@ def test_probe_view(out, index, tmp_path, capsys):
     lines = [f'{c}-texts\t{c * n} {c}\n' for c in 'ab' for n in range(1, 12)]
     (tmp_path / 'labels.tsv').write_text(''.join(lines))
     text = look(capsys, out, f'--probe={tmp_path}/labels.tsv', '--layer=2')
-    assert '22 texts of 2 labels, 16 to train on, 6 held out' in text and 'dense probe' in text
-    assert re.search(r'k = 1 +100.0 %', text) and re.search(r'majority +50.0 %', text)
+    assert '22 texts of 2 labels' in text and re.search(r'features +100.0 ', text)
+    assert re.search(r'random directions +\d', text) and re.search(r'channels +\d', text)
+    assert re.search(r'L2.F\d+ +100.0 % +b-texts', text)
 
 def test_timeline_views(out, index, tmp_path, capsys):
     """A folder with features/ and an index, as kept under results/, needs no checkpoint."""
