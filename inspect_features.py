@@ -547,7 +547,7 @@ def for_page(scan, context):
 def export(options, console):
     """
     The SAEs as folders L<block> that SAELens loads with SAE.load_from_disk: architecture topk, on
-    the layer's normalised input norm(x). The token skip, which no SAE of SAELens has, stays behind.
+    the layer's normalised input norm(x). Nothing is left behind.
     """
     run = run_of(options)
     config = run.model.config
