@@ -108,6 +108,7 @@ def test_accidents(what, whole, tiny_data, tmp_path):
         f.write('{"event": "log", "step": 2, "lo') # torn
     resume(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
+    assert [r['at_step'] for r in records(tmp_path, 'start')] == [0, step]
 
 @pytest.mark.parametrize('interval', ['save_interval', 'eval_interval'])
 def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
