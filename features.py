@@ -250,7 +250,8 @@ def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
     live = (density > 0).float().mean(1)
     busiest = density.topk(math.ceil(density.size(1) / 100)).values.sum(1) / l0.clamp_min(1e-12)
     rows = torch.stack((l0, fvu, live, busiest), dim=1).tolist()
-    record['sae'] = {i: dict(zip(('l0', 'fvu', 'live', 'busiest'), row)) for i, row in zip(saes, rows)}
+    names = ('l0', 'fvu', 'live', 'busiest')
+    record['sae'] = {layer: dict(zip(names, row)) for layer, row in zip(saes, rows)}
     return record
 
 # --------------------------------------------------------------------------------------------------

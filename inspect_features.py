@@ -473,21 +473,19 @@ def probe_view(options, console):
     tokens = [encode(run, text) for text in texts]
     for scan in scans:
         yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels')
-        yield dim('held-out accuracy in % of a logistic regression on the k best features of mean '
-                  'codes (A: unscaled ranking): one label against the rest, balanced; means over '
-                  'labels, +- over 3 splits')
+        yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
+                  'ranked unscaled); one label against the rest, chance 50; +- over 3 splits')
         rows = []
         for code, X in pooled_codes(run.model, scan.layer, tokens, options.seed).items():
             ks = (1, 5, 20, X.shape[1]) if code == 'channels' else (1, 5, 20)
             scores, top = probe(X, y, options.seed, ks)
             cells = []
-            for key in [('B', 1), ('B', 5), ('B', 20), ('B', X.shape[1]), ('A', 1)]:
-                by_split = 100 * scores.get(key, np.zeros((1, 1))).mean(0)       # (splits,)
-                cells.append(f'{by_split.mean():.1f} +-{by_split.std():.1f}' if key in scores else '')
+            for key in (('B', 1), ('B', 5), ('B', 20), ('B', X.shape[1]), ('A', 1)):
+                score = 100 * scores.get(key, np.zeros((1, 3))).mean(0)          # (splits,)
+                cells.append(f'{score.mean():.1f} +-{score.std():.1f}' if score.any() else '')
             rows.append((code, *cells))
             if code == 'features':
                 best, alone = top, scores['B', 1].mean(1)
-        rows.append(('chance', *['50.0'] * 5))
         yield table_of(('code', 'k=1', 'k=5', 'k=20', 'all', 'A, k=1'), rows)
         labels = kinds[-len(best):]
         yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
@@ -570,8 +568,6 @@ def export(options, console):
         weights = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
         write_safetensors(folder / 'sae_weights.safetensors', weights)
         yield f'SAE of block {layer} -> {folder}'
-
-# --------------------------------------------------------------------------------------------------
 
 VIEWS = { # the options that choose it, in alphabetical order: the view
     '': overview,

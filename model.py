@@ -39,7 +39,7 @@ class GPTConfig:
     sae_k: int = 64               # K, active features a token
     sae_k_start: int = 0          # K annealing begins here; 0 = off
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
-    sae_nudge: float = 0.05       # moves b_enc where a feature fires too rarely or too often; 0 = off
+    sae_nudge: float = 0.05       # a step of b_enc where one fires too rarely or too often
     sae_silent_steps: int = 4     # too rarely: not once in so many steps
     sae_cap: float = 0.1          # too often: on a larger share of the tokens; 0 = no such bound
 

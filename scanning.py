@@ -361,8 +361,8 @@ def probe(X, y, seed, ks=(1, 5, 20), splits=3):
     """
     How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
     texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
-    of each class (classes,) by protocol B. Columns are ranked on the training part by the difference
-    of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard deviation, so
+    of each class (classes,) by protocol B. Columns are ranked on the training part by the
+    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard deviation, so
     that loud features have no advantage, A (SAEBench) does not. Of two classes one is probed.
     """
     classes = np.unique(y)

@@ -112,7 +112,8 @@ def test_captions_never_call_a_live_feature_dead(index):
     for f in np.flatnonzero(index[1].count):
         assert '%' in view.captions(index[1], f)
     assert view.captions(index[1], 5) == 'dead'
-    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000, 1000], top_tokens=np.array([[1, 0]] * 2),
+    tokens = np.array([[1, 0]] * 2)
+    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000, 1000], top_tokens=tokens,
                            top_counts=np.array([[996, 4], [4, 3]])) # small shares are left out
     assert view.captions(scan, 0) == '·b 100%' and view.captions(scan, 1) == '·b 0%'
 
