@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from data.dataset import load_meta, load_tokenizer, token_bytes
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 2   # of index.npz and timeline.npz: another one is made again
+VERSION = 3   # of index.npz and timeline.npz: another one is made again
 SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
 # --------------------------------------------------------------------------------------------------
@@ -430,3 +430,13 @@ def pieces(scan, context):
             raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
         out.append((raw, act, peak))
     return [(safe(raw), act, peak) for raw, act, peak in out]
+
+def for_page(scan, context):
+    """[text, (text, activation, is it the peak), text, ...], where, times."""
+    parts = ['']
+    for text, act, peak in pieces(scan, context):
+        if act:
+            parts += [(text, act, peak), '']
+        else:
+            parts[-1] += text
+    return parts, context['where'], context['times']

@@ -39,11 +39,11 @@ from rich.table import Table
 from rich.text import Text
 
 import configurator
-from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
-                      parse_feature, pieces, prompt_rows, prompt_text, safe, settled_at,
-                      write_safetensors)
-from scanning import (BINS, feature_numbers, find, fires_on, open_index, overview_numbers,
-                      pooled_codes, probe, read_labels, removal_effect)
+from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
+                      open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
+                      settled_at, write_safetensors)
+from scanning import (BINS, by_concept, feature_numbers, find, fires_on, open_index,
+                      overview_numbers, pooled_codes, probe, read_labels, removal_effect, words_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -160,6 +160,13 @@ def feature_table(title, note, columns, rows):
     table = table_of(('feature', *columns, 'fires on'), rows)
     return [heading(title, note), table] if rows else []
 
+def examples(scan, features, options, console, said):
+    """A line of each feature, with what is said of it, and its three strongest contexts."""
+    for f, text in zip(features, said):
+        yield line('  ', bold(name(scan, f)), '  ', text)
+        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
+            yield one_line(scan, c, scan.max[f], console.width)
+
 RANKED = ('rank', 'entropy', 'density')
 
 def ranked(scan, f):
@@ -244,9 +251,6 @@ def rows_of_prompt(options):
     text = prompt_text(options.prompt, options.prompt_file)
     return prompt_rows(run_of(options), text, options.top)
 
-# --------------------------------------------------------------------------------------------------
-# the views
-
 def overview(options, console):
     for scan in chosen(options, index_of(options)):
         yield from overview_of(scan, options, console)
@@ -267,6 +271,12 @@ def overview_of(scan, options, console):
         yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
+    named = by_concept(scan)[:options.rows]
+    if named:
+        yield heading('Concepts', 'words that keep company: coherence, density, words, contexts')
+        yield from examples(scan, named, options, console, [
+            f'{scan.coherence[f]:.2f}  {percent(scan.count[f] / scan.N)}  {words_of(scan, f)}'
+            for f in named])
     by_rank = np.argsort(scan.rank, kind='stable')
     known = by_rank[scan.count[by_rank] >= SHOWN_FROM]
     _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
@@ -281,10 +291,9 @@ def overview_of(scan, options, console):
     if len(known) > 3 * options.rows:
         yield heading('In between', "evenly spaced by rank; their strongest contexts")
         places = np.linspace(0, len(known) - 1, options.rows + 2)[1:-1]
-        for f in known[places.astype(int)]:
-            yield line('  ', bold(name(scan, f)), '  ', captions(scan, f))
-            for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-                yield one_line(scan, c, scan.max[f], console.width)
+        between = known[places.astype(int)]
+        yield from examples(scan, between, options, console,
+                            [captions(scan, f) for f in between])
     some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
     yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
     yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
@@ -531,16 +540,6 @@ def page(options, console):
     temporary.write_text(TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
     os.replace(temporary, path)
     yield f'{len(features):,} features -> {path}, {path.stat().st_size / 1e6:.1f} MB'
-
-def for_page(scan, context):
-    """[text, (text, activation, is it the peak), text, ...], where, times."""
-    parts = ['']
-    for text, act, peak in pieces(scan, context):
-        if act:
-            parts += [(text, act, peak), '']
-        else:
-            parts[-1] += text
-    return parts, context['where'], context['times']
 
 def export(options, console):
     """

@@ -7,8 +7,10 @@ Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active 
 n_embd, V vocabulary, P places where a feature fires.
 """
 import contextlib
+import functools
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from data.dataset import eval_batches, load_dataset
 from features import (VERSION, codes, device_of, forward, load_npz, open_run, read_file, save_npz,
-                      token_statistics)
+                      safe, token_statistics)
 from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
@@ -44,6 +46,8 @@ def scan_val(run, wanted, key, track):
     for s, layer in enumerate(saes):
         writes = model.writes(layer).detach().float()                        # (F, C)
         found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
+        where = found[-1]['order'] // features.shape[2]      # by feature
+        found[-1] |= concepts(found[-1]['count'], where, tokens, run.names)
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
     arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
@@ -83,6 +87,67 @@ def scan_statistics(values, features, tokens, writes, wte):
         found[name] = torch.cat([top.indices for top in tops]).int().cpu().numpy()
         found[f'{name}_value'] = torch.cat([top.values for top in tops]).cpu().numpy()
     return found
+
+def concepts(count, where, tokens, names):
+    """
+    What makes features nameable, found without labels or a judge: of each that fires 20 times or
+    more and on at most 2 % of tokens (N,), the words on which it fires far more often than they
+    occur, and how far these keep company. count (F,); where (P,): positions, feature by feature;
+    names (V,) bytes ->
+      words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
+                       count * log(share of its firings / share of all tokens), one a stem; -1: none
+      coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
+                       of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
+                       fewer than 4 words
+      word_share (F,)  of its firings, on words of three letters or more
+    """
+    N, first = len(tokens), np.cumsum(count) - count
+    is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
+    often = np.bincount(tokens, minlength=len(names)) / N                    # (V,)
+    window = np.arange(N) // 64
+
+    @functools.cache
+    def windows_with(token):
+        return np.bincount(window[tokens == token], minlength=window[-1] + 1) > 0
+
+    words = np.full((len(count), 8), -1, np.int32)
+    coherence, word_share = np.full(len(count), np.nan, np.float32), np.zeros(len(count), np.float32)
+    for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
+        types, times = np.unique(tokens[where[first[f]:first[f] + count[f]]], return_counts=True)
+        types, times = types[is_word[types]], times[is_word[types]]
+        word_share[f] = times.sum() / count[f]
+        score = times * np.log(times / count[f] / often[types])
+        chosen = {}
+        for i in np.argsort(-score, kind='stable'):
+            if times[i] >= 3 and score[i] > 0 and len(chosen) < 8:
+                chosen.setdefault(names[types[i]].strip().lower()[:5], types[i])
+        chosen = list(chosen.values())
+        words[f, :len(chosen)] = chosen
+        if len(chosen) >= 4:
+            present = np.stack([windows_with(token) for token in chosen]).astype(np.float32)
+            joint = present @ present.T / len(present[0])                    # (n, n)
+            alone = joint.diagonal()
+            with np.errstate(divide='ignore', invalid='ignore'):
+                npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
+            npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
+            coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
+    return dict(words=words, coherence=coherence, word_share=word_share)
+
+def by_concept(scan):
+    """Live features, the most nameable first: coherence times the share of firings on words. Of
+    those that share more than half of their words the first one is there alone."""
+    value = np.where(np.isnan(scan.coherence), -1, scan.coherence * scan.word_share)
+    shown, seen = [], []
+    for f in np.argsort(-value, kind='stable'):
+        words = set(scan.words[f].tolist()) - {-1}
+        if value[f] > 0 and all(len(words & others) <= len(words) / 2 for others in seen):
+            shown.append(int(f))
+            seen.append(words)
+    return shown
+
+def words_of(scan, f):
+    """The words on which a feature fires far more often than they occur, as text."""
+    return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
 def read_index(out_dir):
     """

@@ -381,6 +381,51 @@ def test_read_dense():
     assert losses.shape == (2,) and values is None and indices is None
 
 # --------------------------------------------------------------------------------------------------
+# concepts
+
+def test_concepts_by_brute_force():
+    """Words, coherence and share of words against loops; features that fire too rarely, or on more
+    than 2 % of the tokens, have none."""
+    rng = np.random.default_rng(0)
+    names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
+    tokens = rng.integers(0, len(names), 3000)
+    tokens[:1200] = 6                                        # windows without a word
+    count, where = np.array([50, 10, 45, 200]), []
+    for n in count:
+        where.append(np.sort(rng.choice(np.arange(1000, 3000), n, replace=False)))
+    got = scanning.concepts(count, np.concatenate(where), tokens, names)
+    assert np.isnan(got['coherence'][[1, 3]]).all() and (got['words'][[1, 3]] == -1).all()
+    windows = [set(tokens[i:i + 64].tolist()) for i in range(0, 3000, 64)]
+    for f in (0, 2):
+        fires = tokens[where[f]].tolist()
+        words = [v for v in set(fires) if v not in (5, 6)]
+        assert got['word_share'][f] == pytest.approx(sum(fires.count(v) for v in words) / count[f])
+        score = {v: fires.count(v) * math.log(fires.count(v) / count[f] / np.mean(tokens == v))
+                 for v in words if fires.count(v) >= 3}
+        best, stems = [], []
+        for v in sorted(score, key=lambda v: (-score[v], v)):
+            stem = names[v].strip()[:5]
+            if score[v] > 0 and stem not in stems:
+                best.append(v)
+                stems.append(stem)
+        assert [v for v in got['words'][f] if v >= 0] == best
+        values = []
+        for n, a in enumerate(best):
+            for b in best[:n]:
+                p, q, both = (sum(test(w) for w in windows) / len(windows) for test in (
+                    lambda w: a in w, lambda w: b in w, lambda w: a in w and b in w))
+                values.append(math.log(both / (p * q)) / -math.log(both) if both else -1)
+        assert len(best) >= 4 and got['coherence'][f] == pytest.approx(np.mean(values), abs=1e-5)
+
+def test_by_concept():
+    """Coherence times the share of words; of features with half of their words in common one."""
+    scan = SimpleNamespace(coherence=np.array([0.2, np.nan, 0.3, 0.25, -0.1]),
+                           word_share=np.array([1, 0, 0.5, 0.4, 1]),
+                           words=np.array([[1, 2, 3, 4], [-1] * 4, [5, 6, 7, 8], [5, 6, 7, 9],
+                                           [10, 11, 12, 13]]))
+    assert scanning.by_concept(scan) == [0, 2]
+
+# --------------------------------------------------------------------------------------------------
 # probe
 
 def test_logistic_is_the_least_cost():
