@@ -25,7 +25,7 @@ def configure(defaults, argv, check=lambda config: []):
     defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
     keys. int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of
     ints; a key whose default is a list may be given several times. check: (config) -> what else
-    is wrong with it, sentences with key=value in them. All problems are listed at once, exit code 2.
+    is wrong with it, sentences with key=value in them. All problems come at once, exit code 2.
     """
     config, problems, unread = dict(defaults), [], []
     for arg in argv:
