@@ -14,6 +14,8 @@ import sys
 from contextlib import suppress
 from inspect import ismodule
 
+PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
+         'results', 'plot') # of all scripts: keys in which ~ is the home folder
 EXPECTED = {
     str: "text", list: "text", bool: "true or false", float: "a finite number",
     int: "a whole number below 2**63", tuple: "whole numbers separated by commas, e.g. 2,5"}
@@ -22,9 +24,8 @@ def configure(defaults, argv, check=lambda config: []):
     """
     defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
     keys. int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of
-    ints; a key whose default is a list may be given several times; ~/ is the home folder. check:
-    (config) -> what else is wrong with it, sentences with key=value in them. All problems are
-    listed at once, and the exit code is 2.
+    ints; a key whose default is a list may be given several times. check: (config) -> what else
+    is wrong with it, sentences with key=value in them. All problems come at once, exit code 2.
     """
     config, problems, unread = dict(defaults), [], []
     for arg in argv:
@@ -52,7 +53,7 @@ def configure(defaults, argv, check=lambda config: []):
             elif kind is list and config[key] is not defaults[key]: # given before
                 config[key] = config[key] + new
             else:
-                config[key] = new
+                config[key] = os.path.expanduser(new) if key in PATHS else new
     # what the check says of a key that could not be read would be about the default
     problems += [p for p in check(config) if not any(f'{key}=' in p for key in unread)]
     stop_if(problems)
@@ -107,9 +108,7 @@ def read_file(path, config, problems):
 
 def convert(value, kind):
     """value as that type, or None where it cannot be understood."""
-    if kind is str and str(value).startswith('~/'):
-        value = os.path.expanduser(value)
-    elif kind is list and isinstance(value, str):
+    if kind is list and isinstance(value, str):
         value = [value]
     elif kind is not str and isinstance(value, str):
         text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing

@@ -46,9 +46,9 @@ def test_home_folder(monkeypatch, tmp_path):
     """~ is the home folder, in keys that are paths, on the command line and in a file."""
     monkeypatch.setenv('HOME', '/home/me')
     path = write(tmp_path / 'c.py', "dataset = '~/set'\n")
-    got = configure(DEFAULTS, [path, '--out_dir=~/runs/a', '--prompt=~/x'])
+    got = configure(DEFAULTS | {'find': ''}, [path, '--out_dir=~/runs/a', '--find=~/x'])
     assert got['dataset'] == '/home/me/set' and got['out_dir'] == '/home/me/runs/a'
-    assert got['prompt'] == ['~/x']
+    assert got['find'] == '~/x'
 
 @pytest.mark.parametrize('arg, expected', [
     ('n_layer=2.0', 'a whole number'), ('n_layer=two', 'a whole number'),
@@ -60,8 +60,7 @@ def test_home_folder(monkeypatch, tmp_path):
     ('sae_layers=1.5', 'whole numbers separated by commas'),
 ])
 def test_wrong_types(arg, expected, capsys):
-    """A sentence with key, value, where it stands, and what was expected; exit code 2. The same
-    where the value is left out."""
+    """A sentence with key, value, place and what was expected; also where the value is left out."""
     key = '--' + arg.partition('=')[0]
     whole, empty = errors(['--' + arg, key], capsys)
     assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
@@ -87,8 +86,7 @@ def test_every_problem_at_once(tmp_path, capsys):
     assert sum(f'in {path}: expected' in line for line in lines) == 5
 
 def test_values_that_do_not_fit_are_listed_too(capsys):
-    """What `check` finds comes in the same list; but nothing about a key that could not be read,
-    which has its default."""
+    """What `check` finds comes in the same list; but nothing about a key that was not read."""
     def check(c):
         return [f"{key}={c[key]} is too large" for key in ('n_layer', 'learning_rate', 'compile')]
     with pytest.raises(SystemExit) as e:
@@ -96,7 +94,6 @@ def test_values_that_do_not_fit_are_listed_too(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and [line.split('=')[0] for line in lines] == [
         'error: n_layer', 'error: --compile: expected --compile', 'error: learning_rate']
-    assert configure(DEFAULTS, [], lambda c: [])
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):
     """The others say only their first problem, with their number: it may be theirs alone."""
@@ -136,8 +133,7 @@ def test_ladder_results(tmp_path):
         assert text.startswith(f'error: {said}'), text
 
 def test_files(tmp_path):
-    """A file is Python: it may import, compute, use values set so far, define what it needs, and
-    keep names of its own that begin with _; a byte order mark at its head is none of it."""
+    """A file may import, compute, use values set so far, define, and keep _names of its own."""
     a = write(tmp_path / 'a.py', "\ufeffimport math\n_half = 4\nn_layer = 2 * _half\n"
                                  "learning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
     b = write(tmp_path / 'b.py', "n_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
@@ -147,9 +143,8 @@ def test_files(tmp_path):
     c = write(tmp_path / 'c.py', "n_layer = 12\n")
     assert configure(DEFAULTS, ['--n_layer=5', c])['n_layer'] == 12
 
-@pytest.mark.parametrize('text', ["n_layer = ", "n_layer = 1/0", "import no_such_module", "exit()",
-                                  "raise SystemExit", "\x00", "n_layer = oops", "yield 1",
-                                  "import sys; sys.exit(0)", "globals().clear(); n_layer"])
+@pytest.mark.parametrize('text', ["n_layer = ", "import no_such_module", "exit()", "\x00",
+                                  "yield 1", "raise SystemExit", "globals().clear(); n_layer"])
 def test_broken_files(tmp_path, text, capsys):
     """A config file that does not run is one sentence with its name and the reason."""
     path = write(tmp_path / 'c.py', text)
@@ -163,8 +158,7 @@ def test_lists_repeat():
 
 @pytest.mark.filterwarnings('ignore::SyntaxWarning')
 def test_fuzz(capsys):
-    """10,000 random command lines: each is either understood with the right types, or refused with
-    code 2 in sentences."""
+    """10,000 random command lines: understood, with the right types, or refused in sentences."""
     rng = random.Random(0)
     pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '1e999',
               '9' * 99, 'inf', *',()[]{}', *string.punctuation]
@@ -205,6 +199,5 @@ def test_ctrl_c():
     """Exit code 130, no traceback."""
     def interrupted():
         raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit, match='^130$'):
         run(interrupted)
-    assert e.value.code == 130

@@ -68,8 +68,7 @@ def test_ranks_see_what_one_rank_sees():
 
 @pytest.mark.parametrize("n", [17, 18, 32, 33, 47, 48, 1000, 1001])
 def test_epoch_shows_every_window_once(n):
-    """Within an epoch the windows are disjoint, at one phase, and none is left out; the phase
-    moves between epochs. Down to one window, and with epochs that end within a batch."""
+    """Disjoint, at one phase, which moves between epochs; also where these end within a batch."""
     tokens, block = np.arange(n, dtype=np.uint16), 16
     per_epoch = windows_per_epoch(n, block)
     assert per_epoch * block > n - 2 * block - 1, "windows are wasted"
@@ -78,22 +77,19 @@ def test_epoch_shows_every_window_once(n):
     firsts = np.array([int(row[0]) for row in rows]).reshape(9, per_epoch)
     for epoch in np.sort(firsts):
         assert (np.diff(epoch) == block).all() and epoch[-1] + block < n
-    if n >= 2 * block:
-        assert len({epoch.min() % block for epoch in firsts}) > 1
+    assert n < 2 * block or len({epoch.min() % block for epoch in firsts}) > 1
 
 @pytest.mark.parametrize("n,batch_size,n_tokens", [(1000, 4, 320), (1000, 4, 10**9), (40, 4, 320),
                                                    (17, 4, 1), (1000, 1, 16)])
 def test_eval_batches(n, batch_size, n_tokens):
-    """Always the same disjoint windows, spread from the first token to the last, in batches of one
-    shape (another one would recompile the model)."""
+    """Disjoint windows, from the first token to the last, in batches of one shape."""
     tokens = np.arange(n, dtype=np.uint16)
     batches = [x for x, y in eval_batches(tokens, 16, batch_size, n_tokens) if (y == x + 1).all()]
     starts = [int(row[0]) for x in batches for row in x]
     assert starts[0] == 0 and (np.diff(starts) >= 16).all()
     assert len(starts) * 16 <= max(16, min(n_tokens, n))
     assert len({x.shape for x in batches}) == 1
-    if len(starts) > 1:
-        assert starts[-1] == n - 17
+    assert len(starts) == 1 or starts[-1] == n - 17
 
 def test_too_short_is_said():
     """Fewer tokens than a window needs: nanoGPT dies of `random_ expects 'from' < 'to'` there."""
@@ -139,7 +135,6 @@ def edit_meta(path, **changes):
     (lambda p: (p / "train.bin").write_bytes(b"x"), "has 1 bytes, .* 1,000 tokens of uint16"),
     (lambda p: (p / "val.bin").write_bytes(b"\xff" * 600), "token id 65535, .* ends at 4999"),
     (lambda p: (p / "meta.json").write_text('{"vocab_si'), "meta.json is torn"),
-    (lambda p: (p / "meta.json").write_bytes(b"\xff\x00"), "meta.json is torn"),
     (lambda p: (p / "meta.json").write_text("[]"), "meta.json is torn"),
     (lambda p: edit_meta(p, vocab_size="5000"), "meta.json is torn"),
     (lambda p: edit_meta(p, eot=5000), "meta.json is torn"),
@@ -147,8 +142,7 @@ def edit_meta(path, **changes):
     (lambda p: edit_meta(p, train_tokens=0), "has 2,000 bytes"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, damage, message):
-    """Every kind of missing, torn or mixed-up file is refused by name and in one sentence, before
-    a token of it reaches an embedding."""
+    """Every kind of missing, torn or mixed-up file is refused by name and in one sentence."""
     make(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as e:
@@ -272,8 +266,7 @@ def test_stdlib(tmp_path, monkeypatch):
     assert sum(len(doc.encode()) for doc in train) > 2 * len(data.train)
 
 def test_stdlib_leaves_out_tests_and_tables():
-    """Tests and tables are left out, help topics and sources are in, and about a 13th is for
-    validation: decided by name, so the same on every machine."""
+    """Help topics and sources are in; about a 13th is for validation, decided by name."""
     names = [name for name, _ in stdlib.documents()]
     assert {"argparse.py", "json/decoder.py", "help topic assignment"} <= set(names)
     assert not {"html/entities.py", "locale.py", "_compat_pickle.py"} & set(names)
@@ -348,12 +341,10 @@ def test_boundaries(tmp_path, big_encoding, capsys):
     (tmp_path / "b.txt").write_text("<|endoftext|>\r\n" + "<|endoftext|> \r\n".join(stories[40:]))
     train, val, _ = prepare_text(tmp_path, big_encoding, "*.txt")
     assert sorted(train + val) == sorted(stories)
-    out = capsys.readouterr().out
-    assert "60 documents (a line <|endoftext|> in a text begins another)" in out
+    assert "60 documents (a line <|endoftext|> in a text begins" in capsys.readouterr().out
 
 def test_long_documents(tmp_path, big_encoding, monkeypatch):
-    """Documents beyond LONGEST, without a line end and with characters across the borders; 600 k of
-    spaces, which overflow tiktoken's stack in one go. Nothing is lost between pieces."""
+    """Nothing is lost between pieces; 600 k of spaces overflow tiktoken's stack in one go."""
     monkeypatch.setattr(text, "LONGEST", 10_001)
     long = ["first\n", "é" * 300_000, " " * 600_000, "€uro" * 60_000 + "\n" * 100_000]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in long[:3]))
@@ -370,7 +361,6 @@ def test_long_documents(tmp_path, big_encoding, monkeypatch):
     ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}', "a.jsonl:2 is not .*txt"),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is not"),
     ("a.jsonl", b'{"text": "\xff"}', "a.jsonl is not UTF-8"),
-    ("a.csv", b"1,2", "no .txt, .md, .jsonl file matches"),
     ("empty.d/a.csv", b"1,2", "no .txt, .md, .jsonl file matches"),
 ])
 def test_bad_text_is_named(tmp_path, big_encoding, name, raw, message):
@@ -380,9 +370,6 @@ def test_bad_text_is_named(tmp_path, big_encoding, name, raw, message):
     with pytest.raises(ValueError, match=message) as e:
         text.prepare([str(tmp_path / name.partition("/")[0])], tmp_path / "out")
     assert "\n" not in str(e.value) and not list((tmp_path).glob("out/*"))
-
-# --------------------------------------------------------------------------------------------------
-# the command lines
 
 @pytest.mark.parametrize("command,message", [
     ("stdlib/prepare.py --vocab=9", "error: unknown key 'vocab' on the command line"),
@@ -401,9 +388,9 @@ def test_command_line_errors_are_one_sentence(tmp_path, command, message):
 # --------------------------------------------------------------------------------------------------
 # data/fineweb
 
-def shard(ids, magic=20240520, version=1, n=None):
+def shard(ids, magic=20240520, n=None):
     header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(ids) if n is None else n
+    header[:3] = magic, 1, len(ids) if n is None else n
     return header.tobytes() + np.asarray(ids, "<u2").tobytes()
 
 def test_fineweb(tmp_path, monkeypatch):
@@ -441,13 +428,12 @@ def test_fineweb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("raw,message", [
     (shard([1, 2], magic=20240801), "begins with .20240801, 1, 2., not with 20240520"),
-    (shard([1, 2], version=2), "begins with .20240520, 2, 2., not"),
     (shard([1, 2], n=3), "has 1,028 bytes and begins with .20240520, 1, 3."),
     (shard([]), "has 1,024 bytes"),
     (b"<!DOCTYPE html>", "begins with "),
 ])
 def test_fineweb_refuses_what_is_no_shard(tmp_path, raw, message):
-    """Wrong magic, version or length, or a login page: said, and deleted."""
+    """Wrong magic or length, or a login page: said, and deleted."""
     (tmp_path / "a.bin").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         fineweb.read_shard(tmp_path / "a.bin")

@@ -90,9 +90,6 @@ def test_strange_checkpoints(n, tmp_path, capsys):
         load_model(load_checkpoint(str(tmp_path)))
     assert 0.5 * n < refusals(n, 3, attempt) < n
 
-# --------------------------------------------------------------------------------------------------
-# viewer and sampler
-
 VALUES = ['', '0', '1', '-1', '3', '63', '64', '999999', 'L1.F3', 'L0.F3', 'F3,L1.F4', '1.5', 'x',
           'é\U0001f600', '\x1b[31m', 'true', 'false', '.', '(', 'a|b', '[a', 'a' * 50,
           'no/such/file', 'L1.F3=8', 'L1.F3=x2', 'L1.F3=0,1', 'cpu', 'cuda', '1e99', '-5', '2']
