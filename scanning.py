@@ -111,7 +111,8 @@ def concepts(count, where, tokens, names):
         return np.bincount(window[tokens == token], minlength=window[-1] + 1) > 0
 
     words = np.full((len(count), 8), -1, np.int32)
-    coherence, word_share = np.full(len(count), np.nan, np.float32), np.zeros(len(count), np.float32)
+    coherence = np.full(len(count), np.nan, np.float32)
+    word_share = np.zeros(len(count), np.float32)
     for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
         types, times = np.unique(tokens[where[first[f]:first[f] + count[f]]], return_counts=True)
         types, times = types[is_word[types]], times[is_word[types]]
@@ -427,8 +428,9 @@ def probe(X, y, seed, ks=(1, 5, 20), splits=3):
     How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
     texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
     of each class (classes,) by protocol B. Columns are ranked on the training part by the
-    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard deviation, so
-    that loud features have no advantage, A (SAEBench) does not. Of two classes one is probed.
+    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
+    deviation, so that loud features have no advantage, A (SAEBench) does not. Of two classes one is
+    probed.
     """
     classes = np.unique(y)
     classes = classes[1:] if len(classes) == 2 else classes

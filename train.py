@@ -31,8 +31,8 @@ from datetime import timedelta
 from importlib.util import find_spec
 from itertools import islice
 
-# Before torch is loaded: on a CPU, threads that wait for each other spin for some microseconds, then
-# sleep. To sleep at once is a third slower; to spin on, many times where a core is kept busy.
+# Before torch is loaded: on a CPU, threads that wait for each other spin for some microseconds,
+# then sleep. To sleep at once is a third slower; to spin on, many times where a core is kept busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 
