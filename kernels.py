@@ -89,8 +89,9 @@ def _key(a):
 @jit
 def _collect(pre, b_enc, groups, n_groups, found, above, F: tl.constexpr, G: tl.constexpr,
              EIGHTS: tl.constexpr, LIST: tl.constexpr, CAP: tl.constexpr):
-    """Write the listed groups' entries > above to found, CAP at most -> how many there are. An
-    entry is key << 32 | (2^31 - 1 - index): larger is better, and no two are equal."""
+    """Write the listed groups' entries > above (int64; int32: whose key is) to found, CAP at most
+    -> how many there are. An entry is key << 32 | (2^31 - 1 - index): larger is better, and no two
+    are equal."""
     n = 0
     for start in range(0, F, 8 * EIGHTS * G):
         first = 0
@@ -103,7 +104,7 @@ def _collect(pre, b_enc, groups, n_groups, found, above, F: tl.constexpr, G: tl.
             a = tl.load(pre + i, mask=i < F, other=float("-inf")).to(tl.float32)
             key = _key(a + tl.load(b_enc + i, mask=i < F, other=0.0))
             entry = (key.to(tl.int64) << 32) | (0x7FFFFFFF - i)
-            hit = (entry > above).to(tl.int32)
+            hit = ((key if above.dtype == tl.int32 else entry) > above).to(tl.int32)
             each = tl.sum(hit, axis=1)
             before = tl.cumsum(each, axis=0) - each
             at = n + before[:, None] + tl.cumsum(hit, axis=1) - hit
@@ -166,10 +167,10 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
     tl.debug_barrier()
 
     # 3. what reaches the bound
-    lo = (bound.to(tl.int64) << 32) - 1
-    n = _collect(pre, b_enc, groups, n_groups, found, lo, F, G, EIGHTS, KP, CAP)
+    n = _collect(pre, b_enc, groups, n_groups, found, bound - 1, F, G, EIGHTS, KP, CAP)
 
     # 4. too many: a higher bound. All entries differ, so one can be met by K to CAP of them
+    lo = (bound.to(tl.int64) << 32) - 1
     hi = (top.to(tl.int64) << 32) | 0x7FFFFFFF
     while n > CAP:
         tl.debug_barrier()   # the next entries take the place of the last ones
@@ -257,7 +258,7 @@ def _pairs(order, i, end, R: tl.constexpr):
     """The next R pairs, each n * K + k."""
     pairs = ()
     for r in tl.static_range(R):
-        pairs += (tl.load(order + i + r, mask=i + r < end, other=0),)
+        pairs += (tl.load(order + i + r, mask=i + r < end, other=0).to(tl.int32),)
     return pairs
 
 @jit
@@ -380,7 +381,7 @@ def _chunks(h, F, k):
 @jit
 def _pair_keys(values, indices, key, P, per_chunk, F: tl.constexpr, RUNS: tl.constexpr,
                SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """What _sort_pairs sorts by, for P pairs, per_chunk of them a chunk: ten kernels in torch."""
+    """What _sort_pairs sorts P pairs by, per_chunk of them a chunk: many kernels in torch."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = tl.load(values + i, mask=i < P, other=0.0) != 0
     run = tl.load(indices + i, mask=i < P, other=0) + i // per_chunk * F
@@ -389,7 +390,7 @@ def _pair_keys(values, indices, key, P, per_chunk, F: tl.constexpr, RUNS: tl.con
 def _sort_pairs(values, indices, F, chunks):
     """
     The active (token, slot) pairs in order of run = chunk * F + feature, where tokens are cut into
-    equal chunks: order (N K,) int32, where pair n K + k is slot k of token n, and starts
+    equal chunks: order (N K,) int64, where pair n K + k is slot k of token n, and starts
     (chunks F + 1,) int32: a run has order[starts[run] : starts[run + 1]], by token, as the sort is
     stable. Pairs of value 0 come last. int16 takes half of int32's radix passes: hence the shift.
     """
@@ -401,7 +402,7 @@ def _sort_pairs(values, indices, F, chunks):
         BLOCK=1024, num_warps=4)
     key, order = key.sort(stable=True)
     bounds = torch.arange(-shift, runs + 1 - shift, device=key.device, dtype=dtype)
-    return order.int(), torch.searchsorted(key, bounds, out_int32=True)
+    return order, torch.searchsorted(key, bounds, out_int32=True)
 
 # ---------------------------------------------------------------------------- matmuls with more
 @jit
@@ -491,8 +492,7 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
     """-> y, values, indices, fired; and _sort_pairs' order and starts, for the backward pass."""
     h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
     b_dec = b_dec.float().contiguous()
-    W = torch.empty(F, C, dtype=h.dtype, device=h.device)
-    bias = torch.empty(F, device=h.device)
+    W, bias = torch.empty(F, C, dtype=h.dtype, device=h.device), torch.empty(F, device=h.device)
     _fold_b_dec[(F,)](W_enc.contiguous(), b_enc.contiguous(), b_dec, W, bias, C=C,
                       BLOCK=triton.next_power_of_2(C), num_warps=4)
     values = torch.empty(N, k, device=h.device)
@@ -510,6 +510,7 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
             else:
                 torch.mm(h[s], W.t(), out=pre)
             select(pre, bias, values[s], indices[s], maxima)
+    del buffer, pre, W   # room for what follows
     y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
     chunks = _chunks(h, F, k)
     order, starts = _sort_pairs(values, indices, F, chunks)
@@ -519,9 +520,10 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
 @_autoencode.register_fake
 def _(h, W_enc, b_enc, W_dec, b_dec, k):
     N, F = h.shape[0], W_enc.shape[0]
-    ints = (N, k), (F,), (N * k,), (_chunks(h, F, k) * F + 1,)
-    return (h.new_empty(h.shape), h.new_empty(N, k, dtype=torch.float32),
-            *[h.new_empty(shape, dtype=torch.int32) for shape in ints])
+    values, order = h.new_empty(N, k, dtype=torch.float32), h.new_empty(N * k, dtype=torch.int64)
+    ints = (N, k), (F,), (_chunks(h, F, k) * F + 1,)
+    indices, fired, starts = [h.new_empty(shape, dtype=torch.int32) for shape in ints]
+    return h.new_empty(h.shape), values, indices, fired, order, starts
 
 @torch.library.custom_op("sae::topk_autoencode_backward", mutates_args=())
 def _autoencode_backward(
