@@ -4,6 +4,7 @@ bench.py in its tiny version: what it writes has the fields that the README's ta
     python -m pytest tests/test_bench.py      (20 seconds; the numbers of a CPU mean nothing)
 """
 import json
+import subprocess
 
 import pytest
 
@@ -14,31 +15,25 @@ import kernels
 def test_every_number(tmp_path, capsys):
     """Layer, head, step: each field is there and positive; the file and what is printed agree."""
     out = tmp_path / 'bench.json'
-    bench.main(['--steps=4', '--rounds=1', f'--out={out}'])
+    bench.main([f'--out={out}'])
     result, text = json.loads(out.read_text()), capsys.readouterr().out
     assert json.loads(text[text.index('{'):]) == result
     row, = result['layer']
-    timed = 'plain plain_compiled scatter dense_ae encoder topk floor select_floor'
+    timed = 'plain plain_compiled scatter dense_ae encoder topk floor'
     if kernels.available('cpu'):
         timed += ' fast fast_skewed select'
     for name in timed.split():
         assert row[f'{name}_ms'] > 0, name
     assert result['head']['fused_ms'] > 0 and result['head']['compiled_ms'] > 0
     assert result['copy_tb_s'] > 0 and result['matmul_tflop_s'] > 0
-    assert set(result['step']) == {'dense_tok_s', 'dense_tflop_s', 'sae_tok_s', 'sae_tflop_s'}
-    assert all(value > 0 for value in result['step'].values())
+    step = result['step']
+    assert step['dense_tok_s'] > 0 and step['sae_tok_s'] > 0 and step['sae_share'] < 1
 
-def test_a_failing_step_keeps_the_layer(tmp_path, monkeypatch):
+def test_a_failing_step_keeps_the_layer(tmp_path, monkeypatch, capfd):
     """What train.py said last is shown, and what was measured before is in the file."""
-    monkeypatch.setattr(bench, 'TINY', bench.TINY | dict(n_head=3))
+    monkeypatch.setattr(bench, 'TRAIN', bench.TRAIN | dict(n_head=3))
     monkeypatch.setattr(bench, 'SHAPES', [])
-    with pytest.raises(RuntimeError, match=r"dense-1 ended with code 2:\s.*n_head=3"):
+    with pytest.raises(subprocess.CalledProcessError):
         bench.main([f'--out={tmp_path}/b.json'])
+    assert "n_head=3" in capfd.readouterr().err
     assert json.loads((tmp_path / 'b.json').read_text())['head']['fused_ms'] > 0
-
-def test_options(capsys):
-    with pytest.raises(SystemExit) as e:
-        bench.main(['--parts=layers', '--steps=1'])
-    assert e.value.code == 2
-    error = capsys.readouterr().err
-    assert "'layers' is not one of layer, step" in error and "steps=1" in error
