@@ -1,8 +1,4 @@
-"""
-bench.py in its tiny version: what it writes has the fields that the README's table is made of.
-
-    python -m pytest tests/test_bench.py      (20 seconds; the numbers of a CPU mean nothing)
-"""
+"""bench.py in its tiny version: what it writes has what the README's table is made of."""
 import json
 import subprocess
 
