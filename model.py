@@ -6,8 +6,8 @@ the sparse layer in sae.py. What differs from GPT-2:
 - blocks named in `sae_layers` pass what `sae_site` says through K of F features (see sae.py)
 With sae_layers = () it is a plain dense GPT, the twin that every SAE model is compared with.
 
-Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers, F
-features, K active.
+Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers,
+F features, K active.
 """
 import math
 import os

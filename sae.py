@@ -61,9 +61,9 @@ class SAEOut(NamedTuple):
 def topk(a, score, k, k_max):
     """
     The selection rule: a, score (..., F) -> values (..., k_max) of a, indices (..., k_max), the
-    largest score first. Slots from k on, a tensor, are 0. TopK SAEs: arXiv 2406.04093. Per token.
-    Batch-level TopK would let later tokens decide which features an earlier token may use: it leaks
-    the future into a causal model.
+    largest score first. Slots from k on, a tensor, are 0. TopK SAEs: arXiv 2406.04093.
+    It chooses per token. Batch-level TopK would let later tokens decide which features an earlier
+    token may use: it leaks the future into a causal model.
     """
     indices = torch.topk(score, k_max, dim=-1).indices
     kept = torch.arange(k_max, device=a.device) < k
@@ -115,8 +115,8 @@ class SAE(nn.Module):
         self.register_buffer('silent', steps) # steps since a feature last fired
         share = torch.zeros(self.n_features)
         self.register_buffer('share', share) # of tokens on which it fires, a mean over some steps
-        # Interventions, for evaluation and sampling only: z <- scale * z + add, and y <- gate * y +
-        # fill.
+        # Interventions, for evaluation and sampling only: z <- scale * z + add in the code,
+        # y <- gate * y + fill in what is written.
         self.steer = None # or (scale, add), each (F,)
         self.register_buffer('gate', torch.ones(()), persistent=False)
         self.register_buffer('fill', torch.zeros(width), persistent=False)
