@@ -559,7 +559,7 @@ def export(options, console):
                         hook_name=f'blocks.{layer}.{hooks[config.sae_site]}',
                         context_size=config.block_size, step=run.checkpoint['step'],
                         input='RMS-normalised: x / sqrt(mean(x^2))')
-        about = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=int(sae.k),
+        about = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=sae.k,
                      dtype='float32', device='cpu', apply_b_dec_to_input=True,
                      normalize_activations='none', reshape_activations='none',
                      rescale_acts_by_decoder_norm=False, metadata=metadata)

@@ -37,7 +37,6 @@ class GPTConfig:
     sae_site: str = 'resid'       # resid, mlp, attn, hidden, stream
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
     sae_k: int = 64               # K, active features a token
-    sae_k_start: int = 0          # K annealing begins here; 0 = off
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
     sae_nudge: float = 0.05       # a step of b_enc where one fires too rarely or too often
     sae_silent_steps: int = 4     # too rarely: not once in so many steps
@@ -52,9 +51,8 @@ class GPTConfig:
         found = []
         for field in fields(self):
             value = getattr(self, field.name)
-            low = 0 if field.name == 'sae_k_start' else 1
-            if field.type is int and value < low:
-                found.append(f"{field.name}={value} must be at least {low}")
+            if field.type is int and value < 1:
+                found.append(f"{field.name}={value} must be at least 1")
             if field.type is float and not 0 <= value < math.inf:
                 found.append(f"{field.name}={value} must be 0 or more, and finite")
         if self.dropout >= 1:
@@ -71,16 +69,13 @@ class GPTConfig:
         if wrong or len(set(layers)) < len(layers):
             found.append(f"sae_layers={layers} must be different block indices in "
                          f"0..{self.n_layer - 1}")
-        if layers and max(self.sae_k, self.sae_k_start) > self.n_features:
-            found.append(f"sae_k={self.sae_k} (sae_k_start={self.sae_k_start}) must not exceed the "
-                         f"{self.n_features} features of site {self.sae_site}")
+        if layers and self.sae_k > self.n_features:
+            found.append(f"sae_k={self.sae_k} must not exceed the {self.n_features} features of "
+                         f"site {self.sae_site}")
         elif layers and 0 < self.sae_cap <= self.sae_k / self.n_features:
             found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {self.sae_k} / "
                          f"{self.n_features}, the share of tokens on which a feature fires on "
                          "average")
-        elif 0 < self.sae_k_start < self.sae_k:
-            found.append(f"sae_k_start={self.sae_k_start} must be 0 (off) or at least "
-                         f"sae_k={self.sae_k}")
         return found
 
 class KVCache:
@@ -242,7 +237,7 @@ class GPT(nn.Module):
         """What each feature of the SAE in that block writes, in rows (F, C)."""
         sae = self.transformer.h[layer].sae
         if sae.site.own:
-            return sae.W_dec
+            return sae.scale * sae.W_dec
         if sae.site.name == 'hidden':
             return self.transformer.h[layer].mlp.c_proj.weight.T
         return torch.eye(sae.n_features, device=sae.alpha.device) # stream: a feature is a channel

@@ -5,18 +5,19 @@ The sparse autoencoder (SAE) layer: a place in a GPT through which only K of F f
     a = relu(W_enc (h - b_dec) + b_enc)         (N, F)  how strongly each feature fires
     z = the K largest of each token's a, the rest 0
     y = z W_dec + b_dec
-    x <- (1 - alpha) x + alpha y
+    x <- (1 - alpha) x + alpha scale y
 
 It is part of the model: after the hand-over (alpha = 1) the language model's own loss trains it,
 and there is no reconstruction error to explain away. Before (alpha = 0) it only watches, and learns
-to reconstruct h. This file knows nothing of GPTs; model.py calls it.
+to reconstruct h; scale is how long x is on average, as it was then. Rows of W_dec have one length.
+This file knows nothing of GPTs; model.py calls it.
 
 Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*T, S SAE layers.
 Row f of W_enc (F, C) is what feature f reads, row f of W_dec (F, C) is what it writes.
 
-The training strategies: the blend alpha and K annealing in blend_alpha() and k_at(), both held in
-buffers, so that changing them never recompiles; the reconstruction loss in SAE.forward(); the nudge
-of features that fire too rarely or too often in SAE.balance().
+The training strategies: the blend in blend_alpha(), held in a buffer, so that changing it never
+recompiles; the reconstruction loss in SAE.forward(); scale, the rows of W_dec, and the nudge of
+features that fire too rarely or too often in SAE.after_step().
 """
 import math
 from typing import NamedTuple
@@ -53,21 +54,21 @@ class SAEOut(NamedTuple):
     fired: torch.Tensor    # (F,) int32, on how many tokens of this batch each feature is active
     l0: torch.Tensor       # () mean number of active features a token
     fvu: torch.Tensor      # () fraction of variance unexplained, |h - y|^2 / |h - mean h|^2
+    length: torch.Tensor   # () mean length of x, over sqrt(C)
     loss: torch.Tensor     # () sae_recon * fvu while alpha is 0, then 0
 
 # --------------------------------------------------------------------------------------------------
 # selection
 
-def topk(a, score, k, k_max):
+def topk(a, score, k):
     """
-    The selection rule: a, score (..., F) -> values (..., k_max) of a, indices (..., k_max), the
-    largest score first. Slots from k on, a tensor, are 0. TopK SAEs: arXiv 2406.04093.
+    The selection rule: a, score (..., F) -> values (..., k) of a, indices (..., k), the largest
+    score first. TopK SAEs: arXiv 2406.04093.
     It chooses per token. Batch-level TopK would let later tokens decide which features an earlier
     token may use: it leaks the future into a causal model.
     """
-    indices = torch.topk(score, k_max, dim=-1).indices
-    kept = torch.arange(k_max, device=a.device) < k
-    return a.gather(-1, indices) * kept, indices
+    indices = torch.topk(score, k, dim=-1).indices
+    return a.gather(-1, indices), indices
 
 def count_fired(values, indices, n_features):
     """values, indices (..., K) -> (F,) int32: on how many tokens each feature is active."""
@@ -95,8 +96,7 @@ class SAE(nn.Module):
         super().__init__()
         self.site = SITES[config.sae_site]
         self.n_embd, self.n_features = config.n_embd, config.n_features
-        self.k_final = config.sae_k
-        self.k_max = max(config.sae_k, config.sae_k_start) # the slots of a code
+        self.k = config.sae_k
         self.recon = config.sae_recon if self.site.own else 0.0
         self.nudge, self.cap = config.sae_nudge, config.sae_cap
         self.silent_steps = config.sae_silent_steps
@@ -110,7 +110,7 @@ class SAE(nn.Module):
         else:
             self.register_buffer('b_enc', torch.zeros(self.n_features))
         self.register_buffer('alpha', torch.ones(()))
-        self.register_buffer('k', torch.tensor(self.k_final))
+        self.register_buffer('scale', torch.ones(()))
         steps = torch.zeros(self.n_features, dtype=torch.long)
         self.register_buffer('silent', steps) # steps since a feature last fired
         share = torch.zeros(self.n_features)
@@ -131,11 +131,16 @@ class SAE(nn.Module):
                 a token's code reads: what an untrained decoder writes stays below the stream's size
         b_enc, b_dec   zeros
         """
-        C, F_, K = self.n_embd, self.n_features, self.k_final
-        nn.init.normal_(self.W_enc, std=C ** -0.5)
-        self.W_enc.copy_(F.normalize(self.W_enc, dim=-1))
-        rows = F.normalize(torch.randn_like(self.W_enc), dim=-1)
-        self.W_dec.copy_(rows / (1 + 2 * K * math.log(max(F_ / K, 2)) / C))
+        self.W_enc.copy_(F.normalize(torch.randn_like(self.W_enc), dim=-1))
+        self.W_dec.normal_()
+        self.normalize_rows()
+
+    @torch.no_grad()
+    def normalize_rows(self):
+        """Gives the rows of W_dec their length: what a feature does is all in its activation."""
+        C, F_, K = self.n_embd, self.n_features, self.k
+        length = 1 / (1 + 2 * K * math.log(max(F_ / K, 2)) / C)
+        self.W_dec.copy_(length * F.normalize(self.W_dec, dim=-1))
 
     def encode(self, h):
         """h (..., C), normalised as in forward -> values (..., K), indices (..., K)."""
@@ -145,7 +150,7 @@ class SAE(nn.Module):
         else:
             a = h.float()                                                   # (..., F)
             score = a.abs() + self.b_enc
-        return self.select(a, score, self.k, self.k_max)
+        return self.select(a, score, self.k)
 
     def decode(self, z):
         """A dense code z (..., F) -> what it writes (..., C); z itself at hidden and stream."""
@@ -171,23 +176,23 @@ class SAE(nn.Module):
             y = (self.gate * y + self.fill).type_as(y)
         fvu = fraction_unexplained(h.detach(), y if self.recon else y.detach())
         loss = torch.where(self.alpha > 0, 0.0, self.recon * fvu)
-        if self.posthoc:
-            y = y * x.float().square().mean(-1, keepdim=True).sqrt()
+        lengths = x.detach().float().square().mean(-1, keepdim=True).sqrt() # (B, T, 1)
+        y = y * (lengths if self.posthoc else self.scale)
         new_x = (1 - self.alpha) * x + self.alpha * y
         l0 = (values != 0).sum() / values[..., 0].numel()
-        return new_x.type_as(x), SAEOut(values, indices, fired, l0, fvu.detach(), loss)
+        out = SAEOut(values, indices, fired, l0, fvu.detach(), lengths.mean(), loss)
+        return new_x.type_as(x), out
 
     def fast_path(self, h):
         """
         The same y, values, indices and fired from kernels.py; None where its kernels do not run,
-        or do not know what is asked for: steering, K annealing, another selection.
+        or do not know what is asked for: steering, another selection.
         """
-        plain = not self.site.own or self.select is not topk or self.steer is not None
-        if plain or self.k_max != self.k_final:
+        if not self.site.own or self.select is not topk or self.steer is not None:
             return None
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        rows, F_, K = h.flatten(0, -2), self.n_features, self.k_max               # (N, C)
+        rows, F_, K = h.flatten(0, -2), self.n_features, self.k                   # (N, C)
         if not kernels.fits(len(rows), F_, self.n_embd, K, h.dtype, h.device):
             return None
         y, values, indices, fired = kernels.topk_autoencode(
@@ -196,13 +201,17 @@ class SAE(nn.Module):
         return y.view_as(h), values.view(shape), indices.long().view(shape), fired
 
     @torch.no_grad()
-    def balance(self, fired, tokens):
+    def after_step(self, fired, tokens, length):
         """
-        Called once a step. fired (F,): on how many of the step's tokens, over all micro-steps and
-        ranks, each feature was active. b_enc moves by `nudge`, without any gradient: up where a
-        feature was silent over the last `silent_steps` steps, down where its share of tokens is
-        above `cap` (the idea of loss-free balancing in mixtures of experts, arXiv 2408.15664).
+        Called once a step, after the optimizer's. fired (F,): on how many of the step's tokens,
+        over all micro-steps and ranks, each feature was active; length (): the mean of SAEOut's.
+        b_enc moves by `nudge`, without any gradient: up where a feature was silent over the last
+        `silent_steps` steps, down where its share of tokens is above `cap` (the idea of loss-free
+        balancing in mixtures of experts, arXiv 2408.15664).
         """
+        if self.site.own:
+            self.normalize_rows()
+            self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
         self.share.lerp_(fired / tokens, 0.1)
         self.b_enc.add_(self.nudge * self.is_silent())
@@ -218,16 +227,10 @@ def fraction_unexplained(h, y):
     return (h - y).square().sum() / (h - h.mean(0)).square().sum().clamp_min(1e-12)
 
 # --------------------------------------------------------------------------------------------------
-# schedules, as functions of the share of training done
+# schedule, as a function of the share of training done
 
 def blend_alpha(progress, start, end):
     """0 up to `start`, then linearly to 1 at `end`, then 1. start = end = 0: 1 from step 0 on."""
     if progress >= end:
         return 1.0
     return 0.0 if progress < start else (progress - start) / (end - start)
-
-def k_at(progress, k_start, k, end):
-    """K annealing: geometrically from k_start to k at `end` of training. k_start = 0: always k."""
-    if not k_start or progress >= end:
-        return k
-    return round(k_start * (k / k_start) ** (progress / end))

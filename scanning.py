@@ -370,7 +370,7 @@ def pooled_codes(model, layer, texts, seed):
     """
     sae, device, read_by_sae = model.saes()[layer], device_of(model), []
     hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    s, K, F = list(model.saes()).index(layer), int(sae.k), sae.n_features
+    s, K, F = list(model.saes()).index(layer), sae.k, sae.n_features
     width = len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1).to(device)                                # (F, C)

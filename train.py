@@ -1,7 +1,7 @@
 """
 Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
-are pure functions of (seed, step, micro-batch), so resuming is exact; two schedules more (the blend
-alpha and K); features that fire too rarely or too often are nudged after each step; every eval also
+are pure functions of (seed, step, micro-batch), so resuming is exact; one schedule more (the blend
+alpha); features that fire too rarely or too often are nudged after each step; every eval also
 asks what the model loses without its features; checkpoints are atomic.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
@@ -45,7 +45,7 @@ from configurator import configure, stop_if, writable
 from data.dataset import data_dir, eval_batches, get_batch, load_dataset
 from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
-from sae import blend_alpha, k_at
+from sae import blend_alpha
 
 # --------------------------------------------------------------------------------------------------
 # defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
@@ -67,21 +67,20 @@ gradient_accumulation_steps = 8 # micro-batches a step, over all ranks together
 # model: the keys of GPTConfig in model.py, with its defaults; vocab_size is the data's
 model_keys = [key for key in asdict(GPTConfig()) if key != 'vocab_size']
 globals().update({key: getattr(GPTConfig(), key) for key in model_keys})
-# schedules of the sparse layers, as shares of max_iters
-sae_blend_start = 0.3     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
-sae_blend_end = 0.35      # and 1 from here; both 0: the SAE replaces the stream from step 0
-sae_k_end = 0.3           # K annealing ends here
-sae_posthoc = False       # freeze all but the SAE, which learns to reconstruct; evals splice it in
+# the hand-over to the sparse layers, as shares of max_iters
+sae_blend_start = 0.7     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
+sae_blend_end = 0.75      # and 1 from here; both 0: the SAE replaces the stream from step 0
+sae_posthoc = False       # freeze all but the SAE; evals splice it in
 # optimiser
 optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all
 learning_rate = 3e-3
-sae_lr_factor = 1.0       # the SAE's learning rate is this times the model's
+sae_lr_factor = 0.5       # the SAE's learning rate is this times the model's
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0           # 0: no clipping
-lr_schedule = 'cosine'    # 'cosine', or 'wsd' (constant, then linear decay over the last 20 %)
+lr_schedule = 'wsd'       # constant, then linear decay over the last 20 %; or 'cosine'
 warmup_iters = 200
 min_lr_ratio = 0.1        # of learning_rate, at the end
 # system
@@ -108,7 +107,7 @@ def problems(c):
                gradient_accumulation_steps=1, rank_timeout=1, learning_rate=1e-12,
                sae_lr_factor=1e-12) # of all others 0
     high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
-                sae_blend_start=1, sae_blend_end=1, sae_k_end=1, min_lr_ratio=1)
+                sae_blend_start=1, sae_blend_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
             a, b = low.get(key, 0), high.get(key, math.inf)
@@ -339,13 +338,12 @@ def learning_rate_factor(step):
 
 def set_schedules(step):
     progress = step / max(1, max_iters)
-    alpha = 0.0 if sae_posthoc else blend_alpha(progress, sae_blend_start, sae_blend_end)
+    alpha = blend_alpha(progress, sae_blend_start, sae_blend_end)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = learning_rate * group['lr_factor'] * learning_rate_factor(step)
     for sae in saes.values():
         sae.alpha.fill_(alpha)
-        sae.k.fill_(k_at(progress, sae_k_start, sae_k, sae_k_end))
     return alpha
 
 # --------------------------------------------------------------------------------------------------
@@ -522,6 +520,7 @@ while True:
 
     # one step: micro-batches, forward and backward
     fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
+    lengths = torch.zeros(len(saes), device=device)
     for i in range(local_micros):
         if ddp: # gradients are averaged over ranks with the last; to be set before the forward pass
             model.require_backward_grad_sync = i == local_micros - 1
@@ -531,9 +530,12 @@ while True:
             _, loss, out = model(x, y)
         total, scores = loss, loss.new_zeros(2)
         if saes:
-            total = out.loss.sum() if sae_posthoc else loss + out.loss.sum()
+            total = loss + out.loss.sum()
+            if sae_posthoc and not alpha: # nothing of the loss depends on the SAE
+                total = out.loss.sum()
             scores = torch.stack((out.l0.mean(), out.fvu.mean()))
             fired += out.fired
+            lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
@@ -547,8 +549,9 @@ while True:
     scaler.update()
     raw_model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
-    for sae, counts in zip(saes.values(), fired):
-        sae.balance(counts, tokens_per_step)
+    all_reduce(lengths)
+    for sae, counts, length in zip(saes.values(), fired, lengths):
+        sae.after_step(counts, tokens_per_step, length)
     # read only where the GPU is waited for anyway; an fp16 overflow is the scaler's business
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)

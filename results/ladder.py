@@ -39,10 +39,10 @@ def rows(size):
     L, C = SIZES[size]['n_layer'], SIZES[size]['n_embd']
     every = tuple(range(L))
     at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
-    hidden = at_once | dict(sae_site='hidden', sae_layers=every, sae_cap=0.0)
     slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
     naive = at_once | dict(sae_nudge=0.0)
-    posthoc = dict(sae_posthoc=True)   # on the frozen dense twin
+    # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss
+    posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0)
     return {
         'dense': dict(sae_layers=()),
         'dense adamw': dict(sae_layers=(), optimizer='adamw'),
@@ -51,9 +51,12 @@ def rows(size):
         'default': {},
         'posthoc': posthoc,
         'posthoc K=32': posthoc | dict(sae_k=32),
+        'posthoc 95%': posthoc | dict(sae_blend_start=0.95, sae_blend_end=0.95),
+        'posthoc 50%': posthoc | dict(sae_blend_start=0.5, sae_blend_end=0.5),
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
+        'at 30%': dict(sae_blend_start=0.3, sae_blend_end=0.35),
         'at 50%': dict(sae_blend_start=0.5, sae_blend_end=0.55),
         'K=16': dict(sae_k=16),
         'K=32': dict(sae_k=32),
@@ -68,8 +71,8 @@ def rows(size):
         'all blocks': dict(sae_layers=every),
         'mlp': dict(sae_site='mlp'),
         'attn': dict(sae_site='attn'),
-        'hidden K=C/4': hidden | dict(sae_k=C // 4),
-        'hidden anneal K=C/4': hidden | dict(sae_k=C // 4, sae_k_start=2 * C, sae_k_end=0.9),
+        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every, sae_k=C // 4,
+                                      sae_cap=0.0),
         'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,), sae_k=C // 4,
                                 sae_cap=0.0),
         'wider 12%': dict(n_embd=C * 9 // 8),

@@ -112,9 +112,9 @@ def test_another_number_of_ranks(first, then, whole, tiny_data, tmp_path):
 def diverge():
     """Rank 1 nudges a little differently from rank 0: what a forgotten all-reduce does."""
     import sae
-    balance = sae.SAE.balance
+    after = sae.SAE.after_step
     if os.environ['RANK'] == '1':
-        sae.SAE.balance = lambda self, *args: (balance(self, *args), self.b_enc.data.add_(1e-4))
+        sae.SAE.after_step = lambda self, *args: (after(self, *args), self.b_enc.data.add_(1e-4))
 
 @pytest.mark.parametrize('what, code, words', [
     (diverge, 4, 'at step 3 the ranks hold different values of transformer.h.1.sae.b_enc'),

@@ -164,15 +164,15 @@ def test_sae_out_and_writes(site):
     assert out.values.shape == out.indices.shape == (2, 2, 16, 4) and out.fired.shape == (2, F)
     assert out.l0.shape == out.fvu.shape == out.loss.shape == (2,)
     assert 0 <= out.indices.min() and out.indices.max() < F
-    model.saes()[1].k.fill_(2)
-    assert model(tokens())[2].l0.tolist() == [2, 4] and list(model.saes()) == [1, 2]
+    assert list(model.saes()) == [1, 2] and out.length.shape == (2,)
     sae, mlp = model.saes()[1], model.transformer.h[1].mlp
     z = torch.zeros(2, F)
     z[1, 3] = 1.0
+    sae.scale.fill_(3.0 if sae.site.own else 1.0)
     wrote = sae.decode(z)[1] - sae.decode(z)[0]
     wrote = mlp.c_proj(wrote) if site == 'hidden' else wrote
     assert model.writes(1).shape == (F, 16)
-    torch.testing.assert_close(model.writes(1)[3], wrote)
+    torch.testing.assert_close(model.writes(1)[3], sae.scale * wrote)
 
 # --------------------------------------------------------------------------------------------------
 # init, parameter groups, config
@@ -224,19 +224,18 @@ def test_flops_by_hand():
 def test_all_problems_of_a_config_at_once():
     """Every contradiction is named in one go, with its value; a sound config has none."""
     keys = lambda config: sorted(problem.split('=')[0] for problem in config.problems())
-    for sound in (TINY, replace(TINY, sae_k_start=4), GPTConfig()):
+    for sound in (TINY, GPTConfig()):
         assert sound.problems() == []
     bad = replace(TINY, dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1)
     assert keys(bad) == ['dropout', 'n_head', 'sae_ratio', 'sae_site']
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
         GPT(replace(TINY, n_embd=15, sae_layers=(1, 3)))
-    cases = dict(sae_k=65, sae_k_start=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
+    cases = dict(sae_k=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
                  sae_layers=(1, 1), n_head=16, sae_ratio=0, block_size=-1, sae_silent_steps=0,
                  sae_cap=0.0625)
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
-    assert keys(replace(TINY, sae_k_start=2)) == ['sae_k_start']
     assert keys(replace(TINY, sae_site='hidden', sae_k=33)) == ['sae_k']
     assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
 
@@ -302,17 +301,16 @@ def test_evaluation_and_sampling_leave_the_model_untouched(site):
 @pytest.mark.parametrize('backend, rtol', [
     ('aot_eager', 1e-5), pytest.param('inductor', 1e-3, marks=pytest.mark.slow)])
 def test_compiled_equals_eager_and_compiles_once(backend, rtol):
-    """alpha and K are buffers: a whole run, with both changing, is one graph without breaks, and
+    """alpha is a buffer: a whole run, with it changing, is one graph without breaks, and
     computes the same. inductor, which train.py uses, needs a C++ compiler."""
     for site in ('resid', 'hidden', 'stream'):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend(backend)
-        model = make(sae_site=site, n_layer=1, sae_layers=(0,), sae_k_start=8, sae_recon=0.1)
+        model = make(sae_site=site, n_layer=1, sae_layers=(0,), sae_recon=0.1)
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        for alpha, k in ((0.0, 8), (0.3, 6), (0.7, 5), (1.0, 4)):
+        for alpha in (0.0, 0.3, 0.7, 1.0):
             for sae in model.saes().values():
                 sae.alpha.fill_(alpha)
-                sae.k.fill_(k)
             results = []
             for m in (compiled, model):
                 model.zero_grad()

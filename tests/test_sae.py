@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as functional
 
 from model import GPTConfig
-from sae import SAE, SITES, blend_alpha, fraction_unexplained, k_at, norm
+from sae import SAE, SITES, blend_alpha, fraction_unexplained, norm
 
 C, F, K = 16, 64, 4
 OWN = [name for name, site in SITES.items() if site.own]
@@ -39,10 +39,9 @@ def inputs(site='resid', B=2, T=8, seed=1):
 
 @pytest.mark.parametrize('site', SITES)
 def test_l0_equals_k(site):
-    """Exactly K features are active on every token, also after the buffer k changed (annealing)."""
-    sae = make(site, sae_k_start=12)
-    for k in (12, 7, K):
-        sae.k.fill_(k)
+    """Exactly K features are active on every token."""
+    for k in (12, K):
+        sae = make(site, sae_k=k)
         _, out = sae(inputs(site))
         assert ((out.values != 0).sum(-1) == k).all()
         assert out.l0 == k and out.fired.sum() == 16 * k
@@ -105,7 +104,7 @@ def test_another_selection_rule():
     """A rule is one function, to be set as SAE.select: here, every positive feature."""
     sae, x = make(sae_k=F), inputs()
     want = sae(x)[0]
-    sae.select = lambda a, score, k, k_max: (a, torch.arange(F).expand(a.shape))
+    sae.select = lambda a, score, k: (a, torch.arange(F).expand(a.shape))
     torch.testing.assert_close(sae(x)[0], want)
 
 # --------------------------------------------------------------------------------------------------
@@ -143,6 +142,27 @@ def test_reconstruction_loss(site):
     sae.recon = 0.0
     assert not sae(x)[1].loss.requires_grad
 
+@pytest.mark.parametrize('site', SITES)
+def test_scale_and_rows(site):
+    """Up to the hand-over scale is the stream's mean length, which an SAE gives to what it writes;
+    then it stays. Rows of W_dec get back their length and keep their direction."""
+    sae, x = make(site), 5 * inputs(site)
+    torch.testing.assert_close(sae(x)[1].length, x.square().mean(-1).sqrt().mean())
+    before = sae(x)[0]
+    for alpha, length in ((0.0, 2.0), (0.0, 3.0), (0.5, 4.0), (1.0, 5.0)):
+        sae.alpha.fill_(alpha)
+        sae.after_step(torch.ones(sae.n_features), 1000, torch.tensor(length))
+    if site in OWN:
+        want = functional.cosine_similarity(sae.W_dec, make(site).W_dec)
+        torch.testing.assert_close(want, torch.ones(F))
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), SAE(GPTConfig(
+            n_embd=C, sae_ratio=F // C, sae_k=K)).W_dec.norm(dim=-1))
+        values, indices = sae.encode(norm(x))
+        code = torch.zeros(2, 8, F).scatter(-1, indices, values)
+        torch.testing.assert_close(sae(x)[0], 3 * sae.decode(code))
+    else:
+        torch.testing.assert_close(sae(x)[0], before)
+
 # --------------------------------------------------------------------------------------------------
 # silent features
 
@@ -154,15 +174,15 @@ def test_silence_is_counted_in_steps():
     fired = torch.arange(F).clamp(max=10) % 10 # 0 and those from 10 on are silent
     silent = fired == 0
     assert silent.sum() == F - 9
-    sae.balance(fired, 100)
+    sae.after_step(fired, 100, 1.0)
     assert torch.equal(sae.silent, silent.long()) and torch.equal(sae.b_enc, before['b_enc'])
-    sae.balance(fired, 100)
+    sae.after_step(fired, 100, 1.0)
     assert torch.equal(sae.silent, 2 * silent) and torch.equal(sae.is_silent(), silent)
     assert torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
-    sae.balance(torch.ones(F), 100)
+    sae.after_step(torch.ones(F), 100, 1.0)
     assert not sae.silent.any() and torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
     for key, t in sae.state_dict().items():
-        assert key in ('silent', 'share', 'b_enc') or torch.equal(t, before[key])
+        assert key in ('silent', 'share', 'b_enc', 'W_dec') or torch.equal(t, before[key])
 
 def test_cap_by_hand():
     """b_enc falls by the nudge in each step in which the mean share of tokens, of which a step is
@@ -172,13 +192,13 @@ def test_cap_by_hand():
     fired[3], fired[5] = 90, 26 # of 100 tokens
     share = torch.zeros(F)
     for step in range(40):
-        sae.balance(fired, 100)
+        sae.after_step(fired, 100, 1.0)
         share += 0.1 * (fired / 100 - share)
         b_enc[share > 0.25] -= 0.5
         torch.testing.assert_close(sae.share, share)
         torch.testing.assert_close(sae.b_enc, b_enc)
     assert b_enc[3] < sae.b_enc.median() - 15 and share[5] > 0.25 and 0.5 > sae.share[4]
-    sae.balance(torch.zeros(F), 100)
+    sae.after_step(torch.zeros(F), 100, 1.0)
     assert sae.share[3] < share[3]
 
 @pytest.mark.parametrize('site', SITES)
@@ -190,7 +210,7 @@ def test_silent_feature_fires_again_under_the_nudge(site):
     assert not sae(x)[1].fired[f]
     for step in range(300):
         fired = sae(x)[1].fired
-        sae.balance(fired, 16)
+        sae.after_step(fired, 16, 1.0)
         if fired[f]:
             break
     assert fired[f] and sae.silent[f] == 0
@@ -218,13 +238,6 @@ def test_blend_alpha():
     assert blend_alpha(0.3, 0.2, 0.6) == pytest.approx(0.25)
     assert blend_alpha(0, 0, 0) == 1
     assert (blend_alpha(0.49, 0.5, 0.5), blend_alpha(0.5, 0.5, 0.5)) == (0, 1)
-
-def test_k_annealing():
-    """From k_start down to k, never outside, reached at the end of annealing; 0 is off."""
-    ks = [k_at(p / 100, 256, 16, 0.5) for p in range(101)]
-    assert ks[0] == 256 and ks[25] == 64 and ks[50:] == [16] * 51
-    assert ks == sorted(ks, reverse=True)
-    assert k_at(0, 0, 16, 0.5) == 16 and k_at(0, 256, 16, 0) == 16
 
 def test_layer_metrics_by_hand():
     """L0, on how many tokens each feature fired, and FVU, |h - y|^2 / |h - mean|^2, equal loops

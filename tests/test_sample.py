@@ -210,7 +210,7 @@ def test_show_features(capsys, run):
 def test_show_features_by_size_of_value(capsys):
     """At stream -3 comes before 2, both are magnitudes. Slots that are not active are not shown."""
     model = tiny_model('stream', sae_layers=(1,))
-    model.saes()[1].k.fill_(3) # as in K annealing: the fourth slot is switched off
+    model.saes()[1].k = 3
     sample.print_features(model, [1, 2, 3], [b'a'] * 257, 4)
     for line, code in zip(capsys.readouterr().out.splitlines(), codes(model, [1, 2, 3], 1)):
         strongest = [f'{v:.2f}' for v in sorted(code.values(), key=abs)[::-1]]
@@ -221,7 +221,8 @@ def test_measure_counts_active_slots_only():
     model = tiny_model()
     tokens = torch.randint(257, (30,)).tolist()
     f = max(range(64), key=lambda f: brute_force(model, tokens, 1, f)[1])
-    model.saes()[1].k.fill_(1)
+    for sae in model.saes().values():
+        sae.k = 1
     loss, share = sample.measure(model, tokens, 2, [(1, f)])
     assert (loss, 100 * share) == pytest.approx(brute_force(model, tokens, 1, f), abs=1e-4)
 

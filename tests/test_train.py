@@ -52,8 +52,8 @@ def test_the_undisturbed_run(whole, tiny_data):
     events = [(r['event'], r['step']) for r in log[1:]]
     assert events == [('eval', 0), ('log', 2), ('eval', 3), ('log', 4), ('log', 6), ('eval', 6),
                       ('log', 8), ('eval', 8)]
-    first, middle = records(whole, 'log')[0], records(whole, 'log')[2]
-    assert 0 < middle['alpha'] < 1 and 4 < middle['l0'] < first['l0'] # mid-blend, K annealing
+    middle = records(whole, 'log')[2]
+    assert 0 < middle['alpha'] < 1                                    # mid-blend
     assert 0 < middle['live'] < 1                                     # the nudge acts
     assert load_checkpoint(str(whole))['model']['transformer.h.1.sae.silent'].any()
     start, checkpoint = log[0], load_checkpoint(str(whole))
@@ -257,7 +257,7 @@ def test_fp16(whole, tiny_data, tmp_path):
 
 RANGES = dict(dropout=2, sae_site='middle', batch_size=0, learning_rate=-1, warmup_iters=-1,
               min_lr_ratio=2, optimizer='sgd', lr_schedule='linear', dtype='int8', device='abacus',
-              seed=-1, grad_clip=-1, beta1=1, eval_tokens=0, sae_k_end=1.5, sae_silent_steps='many')
+              seed=-1, grad_clip=-1, beta1=1, eval_tokens=0, sae_silent_steps='many')
 CONTRADICTIONS = dict(sae_layers=7, n_embd=18, sae_k=99, sae_posthoc='true', device='cuda:99',
                       sae_blend_start=0.95, bolck_size=3)
 NUMBERS = [key for key, value in TINY.items() if type(value) in (int, float)] + [
@@ -329,7 +329,7 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
             changed[key] = not value if type(value) is bool else value + 4
     changed |= dict(
         sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1',
-        dropout=0.2, beta1=0.5, beta2=0.5, min_lr_ratio=0.2, sae_k_end=0.7, sae_blend_start=0.2,
+        dropout=0.2, beta1=0.5, beta2=0.5, min_lr_ratio=0.2, sae_blend_start=0.2,
         sae_blend_end=0.8, sae_recon=2, sae_nudge=2, sae_cap=0.5, sae_lr_factor=2,
         weight_decay=2, grad_clip=2, learning_rate=2, n_embd=36, max_iters=7, wandb_project='x',
         sae_posthoc=False, wandb_log=False) # the last two cannot be on here
@@ -394,14 +394,20 @@ def test_resume_of_another_version(key, value, whole, tiny_data, tmp_path):
 
 def test_posthoc_trains_the_sae_alone(dense, tiny_data, tmp_path):
     """The classic SAE, for comparison: the frozen model's weights stay, the SAE learns to
-    reconstruct, and evals splice it in."""
-    finish(tmp_path, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1,
-           learning_rate=0.01, max_iters=15, eval_interval=1, eval_tokens=64)
-    a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(tmp_path))['model']
-    assert all(torch.equal(a[key], b[key]) for key in a) and b['transformer.h.1.sae.alpha'] == 0
-    evals = records(tmp_path, 'eval')
-    assert evals[-1]['sae']['1']['fvu'] < evals[0]['sae']['1']['fvu']
-    assert evals[-1]['val_loss'] != evals[-1]['val_loss_zeroed']
+    reconstruct, from the hand-over on by the frozen model's loss, and evals splice it in."""
+    last = {}
+    for start in (1, 0.2):
+        out = tmp_path / str(start)
+        finish(out, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1, sae_nudge=0,
+               learning_rate=0.01, max_iters=30, eval_interval=1, eval_tokens=64,
+               sae_blend_start=start, sae_blend_end=start)
+        a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(out))['model']
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        evals = records(out, 'eval')
+        assert evals[-1]['val_loss'] != evals[-1]['val_loss_zeroed']
+        last[start] = evals[-1]['val_loss'], evals[-1]['sae']['1']['fvu']
+    assert last[1][1] < evals[0]['sae']['1']['fvu'] and last[1][1] < last[0.2][1]
+    assert last[0.2][0] < last[1][0]
 
 VARIANTS = [dict(sae_site=site) for site in ('mlp', 'attn', 'hidden', 'stream')] + [
     dict(optimizer='adamw'), dict(sae_layers='0,1'), dict(max_iters=0),
@@ -459,7 +465,6 @@ def test_train_loss_by_brute_force(tiny_data, tmp_path):
     torch.manual_seed(TINY['seed'])
     model = GPT(GPTConfig(**checkpoint['model_args']))
     model.saes()[1].alpha.zero_()
-    model.saes()[1].k.fill_(8)
     tokens, losses = load_dataset(tiny_data).train, []
     for micro in range(4):
         _, loss, out = model(*get_batch(tokens, 16, 2, TINY['seed'], 0, micro, 4))
@@ -478,7 +483,6 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
     model = load_model(load_checkpoint(str(tmp_path)))
     sae, tokens = model.saes()[1], load_dataset(tiny_data).val
     sae.alpha.fill_(1.0) # the last eval is at progress 1
-    sae.k.fill_(4)
     @torch.no_grad()
     def loss(gate, fill):
         sae.gate.fill_(gate)
@@ -506,7 +510,6 @@ def test_snapshot_of_training(whole, tiny_data):
     """features/<step>.npz is what features.py says of the model at that step, on the probe."""
     model = load_model(load_checkpoint(str(whole)))
     model.saes()[1].alpha.fill_(1.0)
-    model.saes()[1].k.fill_(4)
     probe = eval_batches(load_dataset(tiny_data).val, 16, 2, TINY['probe_tokens'])
     with torch.no_grad():
         want = snapshot(model, (x for x, _ in probe)) | dict(step=8, tokens=8 * 128)
