@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ ACCIDENTS = {
                         'error: RuntimeError: an accident'),
     'out of memory': (partial(at_loss, STEP_4, out_of_memory), 1, 3,
                       'error: out of memory with batch_size=2: halve it'),
+    'no compiler': (partial(at_loss, STEP_4, runs.no_compiler), 1, 3,
+                    'error: the model cannot be compiled here: give --compile=False (No working'),
     'disk full': (partial(at_call, 'torch.save', 2, runs.disk_full), 1, 3, 'No space left'),
     'SIGTERM': (partial(at_loss, STEP_4, terminate), 143, 5, STOPPED),
     'Ctrl-C': (partial(at_loss, STEP_4, partial(send, signal.SIGINT)), 130, 5, STOPPED),
@@ -120,17 +123,20 @@ def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
     assert [r['step'] for r in records(tmp_path, 'eval')] == [0]
 
 def terminal_closed():
-    """What nohup and a pipe whose reader has gone leave: SIGHUP ignored, stdout broken."""
+    """Under nohup, which ignores SIGHUP; from step 4 on stdout is a pipe that nobody reads."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at_loss(STEP_4, partial(send, signal.SIGHUP))
-    read, write = os.pipe()
-    os.dup2(write, 1)
-    os.close(read)
-    os.close(write)
+    def close(function, *args, **kwargs):
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
+        os.close(write)
+        return send(signal.SIGHUP, function, *args, **kwargs)
+    at_loss(STEP_4, close)
 
 def test_terminal_closed(whole, tiny_data, tmp_path):
     """The run ends as if somebody read what it prints."""
-    assert train(tmp_path, tiny_data, terminal_closed) == (0, '')
+    text = finish(tmp_path, tiny_data, terminal_closed)
+    assert 'step     4/8' in text and 'step     6/8' not in text and 'error' not in text
     assert_same_run(whole, tmp_path)
 
 def test_never_saved(whole, tiny_data, tmp_path):
@@ -353,6 +359,56 @@ def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
     assert step_in(tmp_path / 'out') == 10
     assert [r['step'] for r in records(tmp_path / 'out', 'log')] == [2, 4, 6, 8, 9, 10]
 
+def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_data, tmp_path):
+    """Schedules are shares of max_iters, but alpha stays at 1 and K at 4, unless a key asks for
+    another schedule; also after a stop. Another learning rate is said."""
+    end = records(whole, 'eval')[-1]
+    def began_at(out, at=0):
+        log = records(out, 'log')
+        assert [r['alpha'] for r in log if r['step'] > at] == [1] * 4
+        assert all(r['l0'] <= 4 for r in log if r['step'] > at)
+        return records(out, 'eval')[-2]
+    shutil.copytree(whole, tmp_path / 'longer')
+    text = resume(tmp_path / 'longer', tiny_data, max_iters=16, eval_interval=8)
+    assert began_at(tmp_path / 'longer', 8) == end
+    assert 'learning rate at step 8: 0.0003 with max_iters=8, now 0.00274\n' in text
+    fresh = dict(init_from=whole, eval_interval=8, save_interval=8)
+    finish(tmp_path / 'tuned', tiny_data, **fresh)
+    assert began_at(tmp_path / 'tuned')['val_loss'] == end['val_loss']
+    assert train(tmp_path / 'stopped', tiny_data, partial(at_loss, STEP_4, terminate),
+                 **fresh)[0] == 143
+    text = resume(tmp_path / 'stopped', tiny_data, eval_interval=8)
+    assert_same_run(tmp_path / 'tuned', tmp_path / 'stopped')
+    assert 'learning rate' not in text
+    finish(tmp_path / 'anew', tiny_data, sae_blend_start=0.2, sae_k_end=0.9, **fresh)
+    assert records(tmp_path / 'anew', 'log')[0]['alpha'] == 0
+    assert records(tmp_path / 'anew', 'log')[0]['l0'] > 4
+
+def set_beside_the_code(folder):
+    dataset.ROOT = folder
+
+def test_the_checkpoint_knows_its_data(tiny_data, tmp_path):
+    """It keeps the tokenizer, and where the data is, from wherever that is seen: the path as an
+    absolute one, a folder of data/ by its name."""
+    folder = Path(tiny_data)
+    for name, data, accident in (
+            ('path', os.path.relpath(folder), None),
+            ('name', folder.name, partial(set_beside_the_code, folder.parent))):
+        finish(tmp_path / name, data, accident, max_iters=1)
+        checkpoint = load_checkpoint(str(tmp_path / name))
+        assert checkpoint['dataset'] == (folder.name if accident else tiny_data)
+        assert checkpoint['tokenizer'] == dict(
+            meta=dict(tokenizer='tokenizer.json', eot=256, vocab_size=257),
+            json=(folder / 'tokenizer.json').read_text())
+
+def ascii_only():
+    sys.stdout.reconfigure(encoding='ascii', errors='strict')
+
+def test_ascii_terminal(tiny_data, tmp_path):
+    """What a terminal cannot show is a question mark there, and a hint can be pasted."""
+    text = finish(tmp_path / 'mes données', tiny_data, ascii_only, max_iters=0)
+    assert f"inspect_features.py --out_dir='{tmp_path}/mes donn?es'\n" in text
+
 @pytest.fixture(scope='module')
 def dense(tiny_data, tmp_path_factory):
     """out_dir of a dense run."""
@@ -368,7 +424,9 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     # alpha is 0 at step 0: still the dense model
     assert records(dense, 'eval')[-1]['val_loss'] == records(out, 'eval')[0]['val_loss']
     other = runs.write_tiny_data(tmp_path / 'other', vocab_size=300) # padded to 320 like 257
+    named = runs.write_tiny_data(tmp_path / 'named', name='another')
     for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch'),
+                                  (named, {}, 'their tokenizer is another than that of'),
                                   (other, {}, 'their vocabulary has 257 tokens, that of')):
         code, text = train(tmp_path / 'new', data, init_from=dense, **changes)
         assert code == 1 and 'do not fit this model' in text and reason in text, text
