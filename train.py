@@ -43,10 +43,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, stop_if, writable
-from data.dataset import ROOT, data_dir, eval_batches, get_batch, load_dataset
+from data.dataset import (ROOT, data_dir, eval_batches, get_batch, load_dataset,
+                          windows_per_epoch)
 from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
-from sae import blend_alpha, k_at
+from sae import SITES, blend_alpha, k_at
 
 # --------------------------------------------------------------------------------------------------
 # defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
@@ -132,10 +133,11 @@ def problems(c):
         found.append(str(e))
     if c['wandb_log'] and find_spec('wandb') is None:
         found.append("wandb_log=True needs wandb: pip install wandb")
-    sound = c['init_from'] != 'scratch' and c['sae_layers'] and c['sae_recon']
-    if c['sae_posthoc'] and not sound:
+    own = [name for name, site in SITES.items() if site.own]
+    sound = c['sae_layers'] and c['sae_recon'] and c['sae_site'] in own
+    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not sound):
         found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, "
-                     "sae_layers, and sae_recon above 0")
+                     f"sae_layers, sae_recon above 0, and a sae_site of {', '.join(own)}")
     if not writable(c['out_dir']):
         found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
     if c['init_from'] != 'resume' and glob.glob(os.path.join(c['out_dir'], 'ckpt*.pt')):
@@ -158,7 +160,6 @@ torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 if dtype == 'auto' and cuda:
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
 elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
@@ -239,10 +240,8 @@ resuming = init_from == 'resume'
 source = out_dir if resuming else init_from
 try:
     data = load_dataset(dataset, check_hash=local_rank == 0) # one rank of a node, about 1 GB/s
-    for name, tokens in (('train', data.train), ('val', data.val)):
-        if len(tokens) <= block_size:
-            raise ValueError(f"{data.dir}/{name}.bin has {len(tokens)} tokens; "
-                             f"block_size={block_size} needs at least one more")
+    for tokens in data.train, data.val:
+        windows_per_epoch(len(tokens), block_size) # for its error
     checkpoint = None if init_from == 'scratch' else load_checkpoint(source)
 except ValueError as e:
     fail(e)
@@ -290,17 +289,12 @@ for sae in saes.values():
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less.
 groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
-for g in groups:
-    g['params'] = [p for p in g['params'] if p.requires_grad]
-groups = [g for g in groups if g['params']]
 for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
 for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
 optimizers = []
 if for_muon:
     optimizers.append(torch.optim.Muon(for_muon, adjust_lr_fn='match_rms_adamw'))
-if for_adamw:
-    fused = device_type in ('cuda', 'cpu')
-    optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=fused))
+optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 log_sums = torch.zeros(4, dtype=wide, device=device)
@@ -442,15 +436,11 @@ def save():
             dataset=place, tokenizer=tokenizer, versions=versions))
     wait_for_all()
 
-def duration(seconds):
-    return timedelta(seconds=int(seconds))
-
 def git_commit():
     folder = os.path.dirname(os.path.abspath(__file__))
     command = ['git', '-C', folder, 'rev-parse', '--short', 'HEAD']
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() or None
+    with suppress(OSError): # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 versions = dict(torch=str(torch.__version__), numpy=str(np.__version__),
                 python=platform.python_version(), commit=git_commit(),
@@ -551,7 +541,7 @@ while True:
         wait_for_all()
     last_log += time.time() - pause # tokens a second are those of training
     if step == max_iters:
-        say(f"done in {duration(time.time() - started)}: {out_dir}")
+        say(f"done in {timedelta(seconds=int(time.time() - started))}: {out_dir}")
         if saes:
             say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
         break
@@ -609,7 +599,7 @@ while True:
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
         write_log(record)
-        left = duration((max_iters - step) * tokens_per_step / tok_s)
+        left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
         say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
         log_sums.zero_()
         last_log, last_step = now, step

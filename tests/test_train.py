@@ -315,7 +315,7 @@ def test_unusable_data(tiny_data, tmp_path):
     raw[500] ^= 1
     (tmp_path / 'data' / 'val.bin').write_bytes(raw)
     for data, words in ((tmp_path / 'data', 'val.bin is damaged'),
-                        (tiny_data, 'train.bin has 3000 tokens; block_size=4000 needs')):
+                        (tiny_data, '3,000 tokens are too few for block_size=4000')):
         code, text = train(tmp_path / 'out', data, block_size=4000 if '4000' in words else 16)
         assert code == 1 and words in text and text.count('\n') == 1, text
 
