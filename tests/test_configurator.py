@@ -33,7 +33,8 @@ def write(path, text):
 @pytest.mark.parametrize('arg, value', [
     ('learning_rate=1', 1.0), # int for float: nanoGPT dies on a bare assertion
     ('learning_rate=3e-4', 3e-4), ('n_layer=1_000', 1000), ('compile=false', False),
-    ('compile=True', True), ('compile', True), ('out_dir=a=b', 'a=b'), # split at the first =: nanoGPT crashes
+    ('compile=True', True), ('compile', True),
+    ('out_dir=a=b', 'a=b'), # split at the first =: nanoGPT crashes
     ('out_dir=', ''), ('out_dir=12', '12'), ('sae_layers=1,2', (1, 2)), ('sae_layers=', ()),
     ('sae_layers=[1, 2]', (1, 2)), ('sae_layers=(3,)', (3,)), ('sae_layers=3', (3,)),
 ])
