@@ -20,14 +20,17 @@ EXPECTED = {
     str: "text", list: "text", bool: "true or false", float: "a finite number",
     int: "a whole number below 2**63", tuple: "whole numbers separated by commas, e.g. 2,5"}
 
-def configure(defaults, argv, check=lambda config: []):
+def configure(defaults, argv, check=lambda config: [], given=None):
     """
     defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
-    keys. int is accepted for float; true/false for bool; "1,2", "[1, 2]" or "3" for a tuple of
-    ints; a key whose default is a list may be given several times. check: (config) -> what else
-    is wrong with it, sentences with key=value in them. All problems come at once, exit code 2.
+    keys. int is accepted for float; true/false for bool, and --key alone is true; "1,2", "[1, 2]"
+    or "3" for a tuple of ints; a key whose default is a list may be given several times. check:
+    (config) -> what else is wrong with it, sentences with key=value in them. given: a set, to which
+    the keys that argv names are added. All problems come at once, exit code 2.
     """
+    sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     config, problems, unread = dict(defaults), [], []
+    given = set() if given is None else given
     for arg in argv:
         key, equals, value = arg.removeprefix('--').partition('=')
         if arg in ('--help', '-h'):
@@ -35,10 +38,11 @@ def configure(defaults, argv, check=lambda config: []):
                   *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
             sys.exit(0)
         elif arg.startswith('--'):
-            given, where = {key: value if equals else ...}, "on the command line"
+            named, where = {key: value if equals else ...}, "on the command line"
         else:
-            given, where = read_file(arg, config, problems), f"in {arg}"
-        for key, value in given.items():
+            named, where = read_file(arg, config, problems), f"in {arg}"
+        given.update(named)
+        for key, value in named.items():
             kind = type(defaults.get(key))
             if key not in defaults:
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
@@ -71,10 +75,8 @@ def stop_if(problems):
 def run(main, *args):
     """
     A script as a program: ValueError and OSError, which say what the user can mend, are a sentence
-    and exit code 1; Ctrl-C is 130; `| head` is no error; what is not UTF-8 gets question marks.
+    and exit code 1; Ctrl-C is 130; `| head` is no error.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='replace')
     try:
         main(*args)
         sys.stdout.flush()
@@ -108,7 +110,9 @@ def read_file(path, config, problems):
 
 def convert(value, kind):
     """value as that type, or None where it cannot be understood."""
-    if kind is list and isinstance(value, str):
+    if kind is bool and value is ...:
+        value = True
+    elif kind is list and isinstance(value, str):
         value = [value]
     elif kind is not str and isinstance(value, str):
         text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing

@@ -290,14 +290,15 @@ class GPT(nn.Module):
 
     def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor):
         """
-        Parameter groups: the matrices of the blocks and the embedding decay; the SAE's parameters
-        do not (decay would silence rare features, which get few gradients), and have their own
-        learning rate.
+        Groups of the parameters that are not frozen: the matrices of the blocks and the embedding
+        decay; the SAE's parameters do not (decay would silence rare features, which get few
+        gradients), and have their own learning rate.
         """
         groups = dict(matrices=[], embedding=[], sae=[])
         for name, p in self.named_parameters():
             kind = 'sae' if '.sae.' in name else 'embedding' if 'wte' in name else 'matrices'
-            groups[kind].append(p)
+            if p.requires_grad:
+                groups[kind].append(p)
         factor = dict(matrices=1.0, embedding=1.0, sae=sae_lr_factor)
         return [dict(params=params, name=kind, weight_decay=0.0 if kind == 'sae' else weight_decay,
                      lr=learning_rate * factor[kind], lr_factor=factor[kind])

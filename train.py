@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,10 +43,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, stop_if, writable
-from data.dataset import data_dir, eval_batches, get_batch, load_dataset
+from data.dataset import (ROOT, data_dir, eval_batches, get_batch, load_dataset,
+                          windows_per_epoch)
 from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
-from sae import blend_alpha
+from sae import SITES, blend_alpha
 
 # --------------------------------------------------------------------------------------------------
 # defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
@@ -130,10 +132,11 @@ def problems(c):
         found.append(str(e))
     if c['wandb_log'] and find_spec('wandb') is None:
         found.append("wandb_log=True needs wandb: pip install wandb")
-    sound = c['init_from'] != 'scratch' and c['sae_layers'] and c['sae_recon']
-    if c['sae_posthoc'] and not sound:
+    own = [name for name, site in SITES.items() if site.own]
+    sound = c['sae_layers'] and c['sae_recon'] and c['sae_site'] in own
+    if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not sound):
         found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, "
-                     "sae_layers, and sae_recon above 0")
+                     f"sae_layers, sae_recon above 0, and a sae_site of {', '.join(own)}")
     if not writable(c['out_dir']):
         found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
     if c['init_from'] != 'resume' and glob.glob(os.path.join(c['out_dir'], 'ckpt*.pt')):
@@ -141,7 +144,8 @@ def problems(c):
                      "else give another --out_dir, or delete that folder first")
     return found
 
-config = configure(defaults, sys.argv[1:], problems)
+given = set() # the keys that files and the command line name
+config = configure(defaults, sys.argv[1:], problems, given)
 globals().update(config)
 
 # --------------------------------------------------------------------------------------------------
@@ -155,7 +159,6 @@ torch.set_float32_matmul_precision('high') # TF32 on GPUs; no effect on CPUs
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 if dtype == 'auto' and cuda:
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
 elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
@@ -190,6 +193,9 @@ def on_error(kind, e, trace):
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in message:
         message = (f"out of memory with batch_size={batch_size}: halve it, and double "
                    "gradient_accumulation_steps, or take a smaller model")
+    elif kind.__module__.startswith(('torch._inductor', 'torch._dynamo')):
+        reason = message.partition('\n')[0] # no C++ compiler, say
+        message = f"the model cannot be compiled here: give --compile=False ({reason})"
     elif not issubclass(kind, OSError): # which says itself what is wrong: a full disk, say
         sys.__excepthook__(kind, e, trace)
         message = f"{kind.__name__}: {e}"
@@ -233,16 +239,20 @@ resuming = init_from == 'resume'
 source = out_dir if resuming else init_from
 try:
     data = load_dataset(dataset, check_hash=local_rank == 0) # one rank of a node, about 1 GB/s
-    for name, tokens in (('train', data.train), ('val', data.val)):
-        if len(tokens) <= block_size:
-            raise ValueError(f"{data.dir}/{name}.bin has {len(tokens)} tokens; "
-                             f"block_size={block_size} needs at least one more")
+    for tokens in data.train, data.val:
+        windows_per_epoch(len(tokens), block_size) # for its error
     checkpoint = None if init_from == 'scratch' else load_checkpoint(source)
 except ValueError as e:
     fail(e)
+# kept in the checkpoint: one may look from another folder, after the data set was made anew
+place = data.dir.name if data.dir.parent == ROOT else os.path.abspath(data.dir)
+names = 'tokenizer', 'eot', 'vocab_size'
+tokenizer = dict(meta={key: data.meta[key] for key in names}, json=None)
+if data.meta['tokenizer'].endswith('.json'):
+    tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
 
 step = checkpoint['step'] if resuming else 0
-anew = f"begin another run with its weights, --init_from={out_dir} --out_dir=..."
+anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
@@ -272,21 +282,17 @@ model.requires_grad_(not sae_posthoc)
 for sae in saes.values():
     sae.requires_grad_(True)
     sae.posthoc = sae_posthoc
+    sae.alpha.zero_() # a checkpoint may bring one that is further: see set_schedules
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less.
 groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
-for g in groups:
-    g['params'] = [p for p in g['params'] if p.requires_grad]
-groups = [g for g in groups if g['params']]
 for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
 for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
 optimizers = []
 if for_muon:
     optimizers.append(torch.optim.Muon(for_muon, adjust_lr_fn='match_rms_adamw'))
-if for_adamw:
-    fused = device_type in ('cuda', 'cpu')
-    optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=fused))
+optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 log_sums = torch.zeros(4, dtype=wide, device=device)
@@ -297,6 +303,9 @@ if checkpoint is not None:
         n = checkpoint['model_args']['vocab_size']
         if n != vocab_size:
             raise ValueError(f"their vocabulary has {n} tokens, that of {data.dir} {vocab_size}")
+        theirs = checkpoint.get('tokenizer', tokenizer)
+        if not resuming and theirs['json'] != tokenizer['json']:
+            raise ValueError(f"their tokenizer is another than that of {data.dir}")
         missing = model.load_state_dict(checkpoint['model'], strict=resuming).missing_keys
         missing = [key for key in missing if '.sae.' not in key] # SAEs may be new
         if missing:
@@ -311,6 +320,10 @@ if checkpoint is not None:
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         reason = str(e).strip().split('\n')[-1].strip()
         fail(f"{misfit} ({reason})")
+    asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
+    for sae in saes.values():
+        if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:
+            sae.alpha.zero_()
 checkpoint = None # free the memory
 
 if compile:
@@ -323,28 +336,32 @@ if ddp:
                 gradient_as_bucket_view=True) # a copy of the gradients less
 
 # --------------------------------------------------------------------------------------------------
-# schedules, as functions of the step alone
+# schedules
 
-def learning_rate_factor(step):
+def learning_rate_at(step, max_iters):
     # 1) linear warm-up
     if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
+        return learning_rate * (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
     # 2) cosine down to min_lr_ratio
-    if lr_schedule == 'cosine':
-        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-    # 3) warmup-stable-decay: constant, then linear to min_lr_ratio over the last fifth
-    return min(1.0, min_lr_ratio + (1 - min_lr_ratio) * (1 - progress) / 0.2)
+    decay = 0.5 * (1 + math.cos(math.pi * progress))
+    # 3) or warmup-stable-decay: constant, then linear to min_lr_ratio over the last fifth
+    if lr_schedule == 'wsd':
+        decay = min(1.0, (1 - progress) / 0.2)
+    return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
+    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
+    # or a new run begins with it
     progress = step / max(1, max_iters)
-    alpha = blend_alpha(progress, sae_blend_start, sae_blend_end)
     for opt in optimizers:
         for group in opt.param_groups:
-            group['lr'] = learning_rate * group['lr_factor'] * learning_rate_factor(step)
+            group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
     for sae in saes.values():
-        sae.alpha.fill_(alpha)
-    return alpha
+        sae.alpha.clamp_(min=blend_alpha(progress, sae_blend_start, sae_blend_end))
+
+def alpha_now():
+    return min((sae.alpha.item() for sae in saes.values()), default=1.0)
 
 # --------------------------------------------------------------------------------------------------
 # evaluation
@@ -409,18 +426,14 @@ def save():
             model=raw_model.state_dict(), model_args=asdict(raw_model.config),
             optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
             step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
-            dataset=str(dataset), versions=versions))
+            dataset=place, tokenizer=tokenizer, versions=versions))
     wait_for_all()
-
-def duration(seconds):
-    return timedelta(seconds=int(seconds))
 
 def git_commit():
     folder = os.path.dirname(os.path.abspath(__file__))
     command = ['git', '-C', folder, 'rev-parse', '--short', 'HEAD']
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-        return done.stdout.strip() or None
+    with suppress(OSError): # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 versions = dict(torch=str(torch.__version__), numpy=str(np.__version__),
                 python=platform.python_version(), commit=git_commit(),
@@ -446,6 +459,11 @@ sparse = f"SAE at {sae_site} of block {blocks}: {raw_model.config.n_features} fe
 say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dense, no SAE layer'}\n"
     f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
     f"{world_size} x {device_type}, {dtype}")
+if resuming:
+    before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
+    if before != now:
+        say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
+            f"{now:.3g}")
 
 stop_signal = 0 # the one that came to this rank
 def on_signal(signum, frame):
@@ -481,9 +499,10 @@ started = last_log = time.time()
 last_step = saved_step = step
 stop = 0
 broken = torch.full((), -1, device=device) # the first step that was not finite
+watching = saes.values() if sae_posthoc else () # while they train; for evals they are spliced in
 
 while True:
-    alpha = set_schedules(step)
+    set_schedules(step)
 
     # once in a while: save, then evaluate (in that order: a crash in the eval loses nothing)
     pause = time.time()
@@ -496,12 +515,14 @@ while True:
         if ddp:
             check_replicas()
         model.eval()
-        for sae in saes.values(): # post hoc it only watches while it trains; here it is spliced in
-            sae.alpha.fill_(1.0 if sae_posthoc else alpha)
+        for sae in watching:
+            sae.alpha.fill_(1.0)
         record = evaluate(eval_model, saes, val_batches, autocast, all_reduce)
+        for sae in watching:
+            sae.alpha.zero_()
         set_schedules(step) # alpha as it was
         tokens = step * tokens_per_step
-        write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha, **record))
+        write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha_now(), **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
             live = min(sae['live'] for sae in record['sae'].values())
@@ -514,8 +535,9 @@ while True:
         wait_for_all()
     last_log += time.time() - pause # tokens a second are those of training
     if step == max_iters:
-        hint = f". Look at its features: python inspect_features.py --out_dir={out_dir}"
-        say(f"done in {duration(time.time() - started)}: {out_dir}{hint if saes else ''}")
+        say(f"done in {timedelta(seconds=int(time.time() - started))}: {out_dir}")
+        if saes:
+            say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
         break
 
     # one step: micro-batches, forward and backward
@@ -531,8 +553,6 @@ while True:
         total, scores = loss, loss.new_zeros(2)
         if saes:
             total = loss + out.loss.sum()
-            if sae_posthoc and not alpha: # nothing of the loss depends on the SAE
-                total = out.loss.sum()
             scores = torch.stack((out.l0.mean(), out.fvu.mean()))
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
@@ -564,19 +584,19 @@ while True:
         now = time.time()
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
         record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
-                      lr=learning_rate * learning_rate_factor(step - 1),
-                      grad_norm=float(grad_norm), tok_s=tok_s)
+                      lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm),
+                      tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
             silent = torch.stack([sae.is_silent().to(wide).mean() for sae in saes.values()])
-            live = 1 - silent.mean().item()
+            live, alpha = 1 - silent.mean().item(), alpha_now()
             record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
             line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"
                      f" | live {100 * live:.1f} % | alpha {alpha:.2f}")
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
         write_log(record)
-        left = duration((max_iters - step) * tokens_per_step / tok_s)
+        left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
         say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
         log_sums.zero_()
         last_log, last_step = now, step

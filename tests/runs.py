@@ -39,10 +39,10 @@ TINY = dict(
     lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
     log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32', compile='false')
 
-def write_tiny_data(out, train_tokens=3000, vocab_size=257):
+def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):
     """Random letters with a byte-level tokenizer of 257 tokens; returns the folder as text."""
     import tiktoken
-    enc = tiktoken.Encoding('bytes', pat_str='.', special_tokens={'<|endoftext|>': 256},
+    enc = tiktoken.Encoding(name, pat_str='.', special_tokens={'<|endoftext|>': 256},
                             mergeable_ranks={bytes([i]): i for i in range(256)})
     alphabet = np.frombuffer(b'aaaabbbccd   \n', dtype=np.uint8)
     letters = np.random.default_rng(0).choice(alphabet, train_tokens + 500)
@@ -169,6 +169,10 @@ def crash(*args, **kwargs):
 
 def out_of_memory(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+def no_compiler(*args, **kwargs):
+    from torch._inductor.exc import InvalidCxxCompiler # what torch.compile raises, in a wrapping
+    raise InvalidCxxCompiler
 
 def oversleep(function, *args, **kwargs):
     time.sleep(3)

@@ -33,7 +33,8 @@ def write(path, text):
 @pytest.mark.parametrize('arg, value', [
     ('learning_rate=1', 1.0), # int for float: nanoGPT dies on a bare assertion
     ('learning_rate=3e-4', 3e-4), ('n_layer=1_000', 1000), ('compile=false', False),
-    ('compile=True', True), ('out_dir=a=b', 'a=b'), # split at the first =: nanoGPT crashes
+    ('compile=True', True), ('compile', True),
+    ('out_dir=a=b', 'a=b'), # split at the first =: nanoGPT crashes
     ('out_dir=', ''), ('out_dir=12', '12'), ('sae_layers=1,2', (1, 2)), ('sae_layers=', ()),
     ('sae_layers=[1, 2]', (1, 2)), ('sae_layers=(3,)', (3,)), ('sae_layers=3', (3,)),
 ])
@@ -62,9 +63,10 @@ def test_home_folder(monkeypatch, tmp_path):
 def test_wrong_types(arg, expected, capsys):
     """A sentence with key, value, place and what was expected; also where the value is left out."""
     key = '--' + arg.partition('=')[0]
-    whole, empty = errors(['--' + arg, key], capsys)
+    whole, *empty = errors(['--' + arg, key], capsys)
     assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
-    assert empty.startswith(f'error: {key}: expected {key}={expected}')
+    if key != '--compile': # alone it is true
+        assert empty[0].startswith(f'error: {key}: expected {key}={expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
@@ -90,10 +92,10 @@ def test_values_that_do_not_fit_are_listed_too(capsys):
     def check(c):
         return [f"{key}={c[key]} is too large" for key in ('n_layer', 'learning_rate', 'compile')]
     with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile'], check)
+        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile=1'], check)
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and [line.split('=')[0] for line in lines] == [
-        'error: n_layer', 'error: --compile: expected --compile', 'error: learning_rate']
+        'error: n_layer', 'error: compile', 'error: learning_rate']
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):
     """The others say only their first problem, with their number: it may be theirs alone."""
@@ -187,13 +189,6 @@ def test_closed_pipe_is_no_error():
     p.stdout.readline()
     p.stdout.close()
     assert p.stderr.read() == b'' and p.wait() == 0
-
-def test_not_utf_8():
-    """A terminal that cannot show a character gets a question mark, in errors too."""
-    code = "from configurator import run; run(lambda: [print('é'), open('né')])"
-    env = os.environ | dict(PYTHONIOENCODING='ascii')
-    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True)
-    assert p.returncode == 1 and p.stdout == b'?\n' and b"n?'" in p.stderr
 
 def test_ctrl_c():
     """Exit code 130, no traceback."""

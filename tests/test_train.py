@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,11 +53,11 @@ def test_the_undisturbed_run(whole, tiny_data):
     events = [(r['event'], r['step']) for r in log[1:]]
     assert events == [('eval', 0), ('log', 2), ('eval', 3), ('log', 4), ('log', 6), ('eval', 6),
                       ('log', 8), ('eval', 8)]
-    middle = records(whole, 'log')[2]
+    start, middle = log[0], log[5]
     assert 0 < middle['alpha'] < 1                                    # mid-blend
     assert 0 < middle['live'] < 1                                     # the nudge acts
-    assert load_checkpoint(str(whole))['model']['transformer.h.1.sae.silent'].any()
-    start, checkpoint = log[0], load_checkpoint(str(whole))
+    checkpoint = load_checkpoint(str(whole))
+    assert checkpoint['model']['transformer.h.1.sae.silent'].any()
     _, adamw = checkpoint['optimizers'] # Muon has the matrices
     shapes = [tuple(state['exp_avg'].shape) for state in adamw['state'].values()]
     assert sorted(shapes) == [(16,), (64,), (64, 16), (64, 16), (320, 16)] # of the SAE, and wte
@@ -82,6 +83,8 @@ ACCIDENTS = {
                         'error: RuntimeError: an accident'),
     'out of memory': (partial(at_loss, STEP_4, out_of_memory), 1, 3,
                       'error: out of memory with batch_size=2: halve it'),
+    'no compiler': (partial(at_loss, STEP_4, runs.no_compiler), 1, 3,
+                    'error: the model cannot be compiled here: give --compile=False (No working'),
     'disk full': (partial(at_call, 'torch.save', 2, runs.disk_full), 1, 3, 'No space left'),
     'SIGTERM': (partial(at_loss, STEP_4, terminate), 143, 5, STOPPED),
     'Ctrl-C': (partial(at_loss, STEP_4, partial(send, signal.SIGINT)), 130, 5, STOPPED),
@@ -120,17 +123,20 @@ def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
     assert [r['step'] for r in records(tmp_path, 'eval')] == [0]
 
 def terminal_closed():
-    """What nohup and a pipe whose reader has gone leave: SIGHUP ignored, stdout broken."""
+    """Under nohup, which ignores SIGHUP; from step 4 on stdout is a pipe that nobody reads."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    at_loss(STEP_4, partial(send, signal.SIGHUP))
-    read, write = os.pipe()
-    os.dup2(write, 1)
-    os.close(read)
-    os.close(write)
+    def close(function, *args, **kwargs):
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
+        os.close(write)
+        return send(signal.SIGHUP, function, *args, **kwargs)
+    at_loss(STEP_4, close)
 
 def test_terminal_closed(whole, tiny_data, tmp_path):
     """The run ends as if somebody read what it prints."""
-    assert train(tmp_path, tiny_data, terminal_closed) == (0, '')
+    text = finish(tmp_path, tiny_data, terminal_closed)
+    assert 'step     4/8' in text and 'step     6/8' not in text and 'error' not in text
     assert_same_run(whole, tmp_path)
 
 def test_never_saved(whole, tiny_data, tmp_path):
@@ -309,7 +315,7 @@ def test_unusable_data(tiny_data, tmp_path):
     raw[500] ^= 1
     (tmp_path / 'data' / 'val.bin').write_bytes(raw)
     for data, words in ((tmp_path / 'data', 'val.bin is damaged'),
-                        (tiny_data, 'train.bin has 3000 tokens; block_size=4000 needs')):
+                        (tiny_data, '3,000 tokens are too few for block_size=4000')):
         code, text = train(tmp_path / 'out', data, block_size=4000 if '4000' in words else 16)
         assert code == 1 and words in text and text.count('\n') == 1, text
 
@@ -323,16 +329,13 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     shutil.copytree(whole, tmp_path / 'out')
     other = runs.write_tiny_data(tmp_path / 'other', train_tokens=2999)
     config = load_checkpoint(str(whole))['config']
-    changed = {}
-    for key, value in config.items():
-        if type(value) in (bool, int):
-            changed[key] = not value if type(value) is bool else value + 4
+    other_value = {bool: lambda x: not x, int: lambda x: x + 4, float: lambda x: x / 2 + 0.1}
+    changed = {key: other_value[type(value)](value) for key, value in config.items()
+               if type(value) in other_value}
     changed |= dict(
         sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1',
-        dropout=0.2, beta1=0.5, beta2=0.5, min_lr_ratio=0.2, sae_blend_start=0.2,
-        sae_blend_end=0.8, sae_recon=2, sae_nudge=2, sae_cap=0.5, sae_lr_factor=2,
-        weight_decay=2, grad_clip=2, learning_rate=2, n_embd=36, max_iters=7, wandb_project='x',
-        sae_posthoc=False, wandb_log=False) # the last two cannot be on here
+        n_embd=36, max_iters=7, wandb_project='x',
+        sae_posthoc=False, wandb_log=False) # these two cannot be on here
     before = contents(tmp_path / 'out')
     code, text = train(tmp_path / 'out', other, init_from='resume', **changed)
     assert code == 2 and contents(tmp_path / 'out') == before
@@ -353,6 +356,54 @@ def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
     assert step_in(tmp_path / 'out') == 10
     assert [r['step'] for r in records(tmp_path / 'out', 'log')] == [2, 4, 6, 8, 9, 10]
 
+def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_data, tmp_path):
+    """The hand-over is a share of max_iters, but alpha stays at 1, also after a stop, unless a key
+    asks for another one. Another learning rate is said."""
+    def goes_on(out, step):
+        log = [r for r in records(out, 'log') if r['step'] > step]
+        assert [r['alpha'] for r in log] == [1] * 4
+        return records(out, 'eval')[-2]['val_loss'] == records(whole, 'eval')[-1]['val_loss']
+    longer, tuned, stopped = tmp_path / 'longer', tmp_path / 'tuned', tmp_path / 'stopped'
+    shutil.copytree(whole, longer)
+    text = resume(longer, tiny_data, max_iters=16, eval_interval=8)
+    assert goes_on(longer, 8)
+    assert 'learning rate at step 8: 0.0003 with max_iters=8, now 0.00274\n' in text
+    new = dict(init_from=whole, eval_interval=8)
+    finish(tuned, tiny_data, **new)
+    assert goes_on(tuned, 0)
+    assert train(stopped, tiny_data, partial(at_loss, STEP_4, terminate), **new)[0] == 143
+    assert 'learning rate' not in resume(stopped, tiny_data, eval_interval=8)
+    assert_same_run(tuned, stopped)
+    for asks, alpha in (dict(sae_blend_start=0.2), 0), (dict(sae_k=6), 1):
+        finish(tmp_path / str(alpha), tiny_data, **new, **asks)
+        first = records(tmp_path / str(alpha), 'log')[0]
+        assert first['alpha'] == alpha and first['l0'] > asks.get('sae_k', 4) - 2
+
+def set_beside_the_code(folder):
+    dataset.ROOT = folder
+
+def test_the_checkpoint_knows_its_data(tiny_data, tmp_path):
+    """It keeps the tokenizer, and where the data is, from wherever that is seen: the path as an
+    absolute one, a folder of data/ by its name."""
+    folder = Path(tiny_data)
+    for name, data, accident in (
+            ('path', os.path.relpath(folder), None),
+            ('name', folder.name, partial(set_beside_the_code, folder.parent))):
+        finish(tmp_path / name, data, accident, max_iters=1)
+        checkpoint = load_checkpoint(str(tmp_path / name))
+        assert checkpoint['dataset'] == (folder.name if accident else tiny_data)
+        assert checkpoint['tokenizer'] == dict(
+            meta=dict(tokenizer='tokenizer.json', eot=256, vocab_size=257),
+            json=(folder / 'tokenizer.json').read_text())
+
+def ascii_only():
+    sys.stdout.reconfigure(encoding='ascii', errors='strict')
+
+def test_ascii_terminal(tiny_data, tmp_path):
+    """What a terminal cannot show is a question mark there, and a hint can be pasted."""
+    text = finish(tmp_path / 'mes données', tiny_data, ascii_only, max_iters=0)
+    assert f"inspect_features.py --out_dir='{tmp_path}/mes donn?es'\n" in text
+
 @pytest.fixture(scope='module')
 def dense(tiny_data, tmp_path_factory):
     """out_dir of a dense run."""
@@ -368,7 +419,9 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     # alpha is 0 at step 0: still the dense model
     assert records(dense, 'eval')[-1]['val_loss'] == records(out, 'eval')[0]['val_loss']
     other = runs.write_tiny_data(tmp_path / 'other', vocab_size=300) # padded to 320 like 257
+    named = runs.write_tiny_data(tmp_path / 'named', name='another')
     for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch'),
+                                  (named, {}, 'their tokenizer is another than that of'),
                                   (other, {}, 'their vocabulary has 257 tokens, that of')):
         code, text = train(tmp_path / 'new', data, init_from=dense, **changes)
         assert code == 1 and 'do not fit this model' in text and reason in text, text
@@ -408,6 +461,9 @@ def test_posthoc_trains_the_sae_alone(dense, tiny_data, tmp_path):
         last[start] = evals[-1]['val_loss'], evals[-1]['sae']['1']['fvu']
     assert last[1][1] < evals[0]['sae']['1']['fvu'] and last[1][1] < last[0.2][1]
     assert last[0.2][0] < last[1][0]
+    code, text = train(tmp_path / 'hidden', tiny_data, init_from=dense, sae_posthoc='true',
+                       sae_site='hidden')
+    assert code == 2 and 'a sae_site of resid, mlp, attn' in text # which has something to train
 
 VARIANTS = [dict(sae_site=site) for site in ('mlp', 'attn', 'hidden', 'stream')] + [
     dict(optimizer='adamw'), dict(sae_layers='0,1'), dict(max_iters=0),
@@ -482,7 +538,6 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
     record = records(tmp_path, 'eval')[-1]
     model = load_model(load_checkpoint(str(tmp_path)))
     sae, tokens = model.saes()[1], load_dataset(tiny_data).val
-    sae.alpha.fill_(1.0) # the last eval is at progress 1
     @torch.no_grad()
     def loss(gate, fill):
         sae.gate.fill_(gate)
@@ -509,7 +564,6 @@ def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
 def test_snapshot_of_training(whole, tiny_data):
     """features/<step>.npz is what features.py says of the model at that step, on the probe."""
     model = load_model(load_checkpoint(str(whole)))
-    model.saes()[1].alpha.fill_(1.0)
     probe = eval_batches(load_dataset(tiny_data).val, 16, 2, TINY['probe_tokens'])
     with torch.no_grad():
         want = snapshot(model, (x for x, _ in probe)) | dict(step=8, tokens=8 * 128)
@@ -567,7 +621,7 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
             p.join(60)
             assert p.exitcode not in (0, None), f"finished or hung after {kills} kills"
         assert victim.exitcode == -signal.SIGKILL
-        in_saves += any((out / name).exists() for name in ('ckpt.tmp', 'ckpt.old'))
+        in_saves += (out / 'ckpt.tmp').exists()
         if at or (out / 'ckpt.pt').exists():
             at = step_in(out)
     resume(out, tiny_data, ranks=ranks, **changes)
