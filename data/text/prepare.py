@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository
 from configurator import configure, run # noqa: E402
-from data.dataset import data_dir, named_encoding, write_dataset # noqa: E402
+from data.dataset import named_encoding, write_dataset # noqa: E402
 
 SUFFIXES = ('.txt', '.md', '.jsonl')
 BOUNDARY = re.compile(r'^<\|endoftext\|>[ \t\r]*(?:\n|\Z)', re.MULTILINE) # alone in its line
@@ -31,6 +31,8 @@ def find_files(patterns):
     The text files that files, folders and globs name, each once, sorted; and how many are left out:
     other files, and links to folders.
     """
+    if not patterns:
+        raise ValueError("no text is named: give files or folders, and --out=NAME")
     files, others = set(), set()
     for pattern in patterns:
         path = Path(os.path.abspath(os.path.expanduser(pattern)))
@@ -88,11 +90,9 @@ def prepare(patterns, out, encoding='gpt2'):
     files, others = find_files(patterns)
     enc = named_encoding(encoding)
     documents = [text for file in files for text in read(file) if text]
-    print(f"{len(files)} files; {others} others left out (not {', '.join(SUFFIXES)})\n"
-          f"{len(documents):,} documents (a line <|endoftext|> in a text begins another)")
     size = sum(map(len, documents))
-    if size == 0:
-        raise ValueError(f"there is no text in the {len(files)} file(s) of {' '.join(patterns)}")
+    print(f"{len(files)} files; {others} others left out (not {', '.join(SUFFIXES)})\n"
+          f"{size:,} characters in {len(documents):,} documents (a line <|endoftext|> begins one)")
     texts, sizes = dict(train=[], val=[]), dict(train=0, val=0)
     for document in documents:
         for text in cut(document, max(1, min(LONGEST, size // 40))):
@@ -101,17 +101,10 @@ def prepare(patterns, out, encoding='gpt2'):
             sizes[split] += len(text)
     train, val = (encode(texts[split], split, enc) for split in sizes)
     source = f"{len(files)} files of text, encoded with {encoding}"
-    meta = write_dataset(out, train, val, enc.n_vocab, enc, source, enc.eot_token)
-    n_train, n_val = meta['train_tokens'], meta['val_tokens']
-    print(f"{size:,} characters, {size / (n_train + n_val):.2f} a token; "
-          f"train {n_train:,} tokens, val {n_val:,}\nin {data_dir(out)}")
-    return meta
+    return write_dataset(out, train, val, enc.n_vocab, enc, source, enc.eot_token)
 
 if __name__ == '__main__':
     patterns = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
     options = [arg for arg in sys.argv[1:] if arg.startswith('-')]
-    if not patterns:
-        print(__doc__)
-    problems = [] if patterns else ["no text is named"]
-    c = configure(dict(out='mytext', encoding='gpt2'), options, lambda c: problems)
+    c = configure(dict(out='mytext', encoding='gpt2'), options)
     run(prepare, patterns, c['out'], c['encoding'])
