@@ -76,7 +76,6 @@ def train_bpe(texts, vocab_size):
     counts = list(counts.values())
 
     tokens = [bytes([i]) for i in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
     pair_count = Counter()
     where = defaultdict(set) # pair -> the words that have it, or once had it
     for w, word in enumerate(words):
@@ -94,10 +93,8 @@ def train_bpe(texts, vocab_size):
         if -n < 2:
             break # what occurs once is no pattern
         a, b = pair
-        # a+bc may spell an existing ab+c. tiktoken looks only at the bytes: it is the same token.
-        new = ids.setdefault(tokens[a] + tokens[b], len(tokens))
-        if new == len(tokens):
-            tokens.append(tokens[a] + tokens[b])
+        new = len(tokens) # a new spelling: where an older ab+c was joined, no a+bc is left
+        tokens.append(tokens[a] + tokens[b])
         grown = set()
         for w in where.pop(pair):
             word = words[w]
@@ -115,7 +112,7 @@ def train_bpe(texts, vocab_size):
                     grown.add(now)
         for now in grown:
             heapq.heappush(heap, (-pair_count[now], now))
-    return ids
+    return {token: i for i, token in enumerate(tokens)}
 
 def prepare(out='stdlib', vocab_size=4096):
     """Builds the data set and returns its meta."""
