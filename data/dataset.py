@@ -205,7 +205,7 @@ def token_bytes(enc, vocab_size):
 
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
     """
-    Writes a data set, whole or not at all, says its size, and returns its meta.
+    Writes a data set, whole or not at all, and returns its meta.
     train_iter, val_iter: yield arrays or lists of token ids; memory stays at one of them.
     tokenizer: a tiktoken Encoding, which is kept in the data set; or the name of one.
     Raises ValueError for ids outside the vocabulary and for a split without tokens. An older data
@@ -238,7 +238,6 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
         (out / 'meta.json').unlink(missing_ok=True)
         for file in sorted(temp.iterdir(), key=lambda file: file.name == 'meta.json'):
             os.replace(file, out / file.name)
-    print(f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,}, in {out}")
     return meta
 
 def to_bytes(ids, vocab_size):

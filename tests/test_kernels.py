@@ -92,6 +92,11 @@ def rows(kind, N, F, k):
     return {"random": pre, "ties": (pre * 2).round() / 2, "few positive": pre - 2.5, "nan": nan,
             "zero": -pre.abs(), "equal": torch.ones(N, F), "crowded": crowded, "inf": inf}[kind]
 
+def span_maxima(a):
+    """The largest of each SPAN features of a token; a (N, F)."""
+    a = pad(a, (0, -a.shape[1] % kernels.SPAN), value=float("-inf"))
+    return a.unflatten(1, (-1, kernels.SPAN)).amax(2)
+
 CASES = [("random", 1, 1000, 8), ("random", 1, 37, 37), ("random", 1, 2500, 1),
          ("ties", 2, 300, 9), ("few positive", 1, 300, 16), ("zero", 1, 100, 12),
          ("equal", 1, 130, 3), ("crowded", 1, 1100, 5), ("nan", 2, 90, 4), ("inf", 1, 90, 4)]
@@ -111,11 +116,8 @@ def test_selection_is_exact(kind, N, F, k, dtype, maxima, monkeypatch):
     b_enc = torch.randn(F, generator=torch.Generator().manual_seed(1)).to(DEVICE) * (not plain) / 9
     values = torch.empty(N, k, device=DEVICE)
     indices = torch.empty(N, k, dtype=torch.int32, device=DEVICE)
-    found = None
-    if maxima:
-        monkeypatch.setattr(kernels, "SPAN", 64 if F > 2000 else 16)
-        a = pad(pre.float() + b_enc, (0, -F % kernels.SPAN), value=float("-inf"))
-        found = a.unflatten(1, (-1, kernels.SPAN)).amax(2)
+    monkeypatch.setattr(kernels, "SPAN", 64 if F > 2000 else 16)
+    found = span_maxima(pre.float() + b_enc) if maxima else None
     kernels.select(pre, b_enc, values, indices, found)
     want = torch.relu(pre.float() + b_enc).sort(dim=-1, descending=True, stable=True)
     want_values, want_indices = want[0][:, :k], want[1][:, :k]
@@ -155,9 +157,8 @@ def test_encoder_that_gives_maxima(N, C, F, k, monkeypatch):
     h[1, 2], h[2, 3] = float("nan"), float("inf")
     pre, maxima = h.new_empty(N, F), torch.empty(N, -(-F // kernels.SPAN), device=DEVICE)
     kernels._fused_matmul("maxima", h, W, pre, kernels.ENCODER_TILE, bias=bias, maxima=maxima)
-    a = pad(pre.float() + bias, (0, -F % kernels.SPAN), value=float("-inf"))
-    a = a.unflatten(1, (-1, kernels.SPAN)).amax(2)
-    torch.testing.assert_close(maxima, a, rtol=0, atol=0, equal_nan=True)
+    want = span_maxima(pre.float() + bias)
+    torch.testing.assert_close(maxima, want, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(pre[3:], h[3:] @ W.T, rtol=2e-2, atol=1e-2)
 
 @needs_kernels

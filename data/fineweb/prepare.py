@@ -71,6 +71,7 @@ def prepare(out='fineweb', shards=10, url=URL):
     meta = write_dataset(out, pieces(train), pieces([val]), 50257, enc, source, eot=50256)
     if not any(folder.iterdir()): # there may be shards that were not asked for
         folder.rmdir()
+    print(f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,}")
     return meta
 
 if __name__ == '__main__':

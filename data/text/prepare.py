@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository
 from configurator import configure, run # noqa: E402
-from data.dataset import named_encoding, write_dataset # noqa: E402
+from data.dataset import data_dir, named_encoding, write_dataset # noqa: E402
 
 SUFFIXES = ('.txt', '.md', '.jsonl')
 BOUNDARY = re.compile(r'^<\|endoftext\|>[ \t\r]*(?:\n|\Z)', re.MULTILINE) # alone in its line
@@ -101,7 +101,9 @@ def prepare(patterns, out, encoding='gpt2'):
             sizes[split] += len(text)
     train, val = (encode(texts[split], split, enc) for split in sizes)
     source = f"{len(files)} files of text, encoded with {encoding}"
-    return write_dataset(out, train, val, enc.n_vocab, enc, source, enc.eot_token)
+    meta = write_dataset(out, train, val, enc.n_vocab, enc, source, enc.eot_token)
+    print(f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,}, in {data_dir(out)}")
+    return meta
 
 if __name__ == '__main__':
     patterns = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
