@@ -32,12 +32,6 @@ def compare(tol, **pairs):
         error = (a.double() - b).norm() / b.norm().clamp(min=1e-3)
         assert error < tol, f"{name}: relative error {error:.1e}"
 
-def kept_by(forward):
-    """-> what forward() returns, and the tensors that it keeps for the backward pass."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        return forward(), kept
-
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Every buffer that code under test allocates starts out as garbage that would show."""
@@ -98,6 +92,11 @@ def rows(kind, N, F, k):
     return {"random": pre, "ties": (pre * 2).round() / 2, "few positive": pre - 2.5, "nan": nan,
             "zero": -pre.abs(), "equal": torch.ones(N, F), "crowded": crowded, "inf": inf}[kind]
 
+def span_maxima(a):
+    """The largest of each SPAN features of a token; a (N, F)."""
+    a = pad(a, (0, -a.shape[1] % kernels.SPAN), value=float("-inf"))
+    return a.unflatten(1, (-1, kernels.SPAN)).amax(2)
+
 CASES = [("random", 1, 1000, 8), ("random", 1, 37, 37), ("random", 1, 2500, 1),
          ("ties", 2, 300, 9), ("few positive", 1, 300, 16), ("zero", 1, 100, 12),
          ("equal", 1, 130, 3), ("crowded", 1, 1100, 5), ("nan", 2, 90, 4), ("inf", 1, 90, 4)]
@@ -117,11 +116,8 @@ def test_selection_is_exact(kind, N, F, k, dtype, maxima, monkeypatch):
     b_enc = torch.randn(F, generator=torch.Generator().manual_seed(1)).to(DEVICE) * (not plain) / 9
     values = torch.empty(N, k, device=DEVICE)
     indices = torch.empty(N, k, dtype=torch.int32, device=DEVICE)
-    found = None
-    if maxima:
-        monkeypatch.setattr(kernels, "SPAN", 64 if F > 2000 else 16)
-        a = pad(pre.float() + b_enc, (0, -F % kernels.SPAN), value=float("-inf"))
-        found = a.unflatten(1, (-1, kernels.SPAN)).amax(2)
+    monkeypatch.setattr(kernels, "SPAN", 64 if F > 2000 else 16)
+    found = span_maxima(pre.float() + b_enc) if maxima else None
     kernels.select(pre, b_enc, values, indices, found)
     want = torch.relu(pre.float() + b_enc).sort(dim=-1, descending=True, stable=True)
     want_values, want_indices = want[0][:, :k], want[1][:, :k]
@@ -161,9 +157,8 @@ def test_encoder_that_gives_maxima(N, C, F, k, monkeypatch):
     h[1, 2], h[2, 3] = float("nan"), float("inf")
     pre, maxima = h.new_empty(N, F), torch.empty(N, -(-F // kernels.SPAN), device=DEVICE)
     kernels._fused_matmul("maxima", h, W, pre, kernels.ENCODER_TILE, bias=bias, maxima=maxima)
-    a = pad(pre.float() + bias, (0, -F % kernels.SPAN), value=float("-inf"))
-    a = a.unflatten(1, (-1, kernels.SPAN)).amax(2)
-    torch.testing.assert_close(maxima, a, rtol=0, atol=0, equal_nan=True)
+    want = span_maxima(pre.float() + bias)
+    torch.testing.assert_close(maxima, want, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(pre[3:], h[3:] @ W.T, rtol=2e-2, atol=1e-2)
 
 @needs_kernels
@@ -204,18 +199,6 @@ def test_nan_stays_in_its_row():
         inputs[0][1, 2] = float("nan")
     for t in kernels.topk_autoencode(*inputs, 4)[:2]:
         assert t[1].isnan().all() and t[[0, 2]].isfinite().all()
-
-@needs_kernels
-def test_nothing_wide_is_kept_and_runs_agree():
-    """For backward: h, parameters, values, indices, order; never (N, F). Twice gives equal bits."""
-    N, C, F, k = (4096, 256, 8192, 16) if GPU else (2, 8, 60, 2)
-    inputs, grads = make(N, C, F, k)
-    outputs, kept = kept_by(lambda: kernels.topk_autoencode(*inputs, k)[:2])
-    assert kept and max(t.numel() for t in kept) <= max(N * C, F * C)
-    assert sum(t.numel() for t in kept) <= 3 * N * k + N * C + 2 * F * C + C + F + 1
-    first = torch.autograd.grad(outputs, inputs, grads)
-    again = torch.autograd.grad(kernels.topk_autoencode(*inputs, k)[:2], inputs, grads)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 def test_out_of_range():
     """What no kernel takes is refused: sae.py asks `fits` and goes its plain way."""
@@ -342,19 +325,31 @@ def test_loss_of_extreme_logits():
         inputs[1].mul_(5e3)
     check_head(inputs, targets, 100, 1e-4)
 
+# ---------------------------------------------------------------------------- memory, compilation
 @needs_kernels
-def test_no_logits_are_kept_and_runs_agree():
-    """Kept for backward: dx and dW, never (N, V). Twice gives equal bits."""
-    N, C, V = (4096, 256, 8000) if GPU else (40, 4, 100)
-    inputs, targets = make_head(N, C, V)
-    loss, kept = kept_by(lambda: kernels.linear_cross_entropy(*inputs, targets, V))
-    assert sorted(t.numel() for t in kept) == sorted(t.numel() for t in inputs)
-    again = kernels.linear_cross_entropy(*inputs, targets, V)
-    assert torch.equal(loss, again)
-    for a, b in zip(*(torch.autograd.grad(t, inputs) for t in (loss, again)), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("name", ["layer", "loss"])
+def test_nothing_wide_is_kept_and_runs_agree(name):
+    """Kept for backward: of the layer h, parameters, values, indices, order, never (N, F); of the
+    loss dx and dW, never (N, V). Twice gives equal bits."""
+    if name == "layer":
+        N, C, F, k = (4096, 256, 8192, 16) if GPU else (2, 8, 60, 2)
+        inputs, _ = make(N, C, F, k)
+        forward = lambda: kernels.topk_autoencode(*inputs, k)[:2]
+        most = 3 * N * k + N * C + 2 * F * C + C + F + 1
+    else:
+        N, C, V = (4096, 256, 8000) if GPU else (40, 4, 100)
+        inputs, targets = make_head(N, C, V)
+        forward = lambda: [kernels.linear_cross_entropy(*inputs, targets, V)]
+        most = sum(t.numel() for t in inputs)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = forward()
+    assert 0 < sum(t.numel() for t in kept) <= most
+    again = forward()
+    gradients = [torch.autograd.grad(sum(t.sin().sum() for t in run), inputs)
+                 for run in (outputs, again)]
+    assert all(map(torch.equal, outputs, again)) and all(map(torch.equal, *gradients))
 
-# ---------------------------------------------------------------------------- compilation, bits
 def case(name):
     """-> a kernel's custom op, its arguments, those with gradients, a scalar function of these."""
     dtype = torch.bfloat16 if GPU else torch.float32

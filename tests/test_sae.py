@@ -1,6 +1,6 @@
 """
-The SAE layer alone: selection, losses, revival of silent features, schedules. CPU, seconds. Its
-equations and gradients are compared in test_model.py.
+The SAE layer alone: metrics, losses, interventions, revival of silent features, schedules. CPU,
+seconds. Its equations and gradients are compared in test_model.py.
 
     python -m pytest tests/test_sae.py
 """
@@ -14,7 +14,6 @@ from model import GPTConfig
 from sae import SAE, SITES, blend_alpha, fraction_unexplained, norm
 
 C, F, K = 16, 64, 4
-OWN = [name for name, site in SITES.items() if site.own]
 
 def make(site='resid', **changes):
     """An SAE with nothing at zero, so that no term can hide. F features, at stream C."""
@@ -27,24 +26,37 @@ def make(site='resid', **changes):
             p.add_(0.1 * torch.randn_like(p))
     return sae
 
-def inputs(site='resid', B=2, T=8, seed=1):
-    """(B, T, C); at hidden (B, T, F), what relu^2 leaves."""
-    g = torch.Generator().manual_seed(seed)
-    if site == 'hidden':
-        return torch.randn(B, T, F, generator=g).relu().square()
-    return torch.randn(B, T, C, generator=g)
+def inputs(width=C):
+    return torch.randn(2, 8, width, generator=torch.Generator().manual_seed(1)) # (B, T, width)
 
 # --------------------------------------------------------------------------------------------------
 # what goes through
 
-@pytest.mark.parametrize('site', SITES)
-def test_l0_equals_k(site):
-    """Exactly K features are active on every token."""
-    for k in (12, K):
-        sae = make(site, sae_k=k)
-        _, out = sae(inputs(site))
-        assert ((out.values != 0).sum(-1) == k).all()
-        assert out.l0 == k and out.fired.sum() == 16 * k
+def test_layer_metrics_by_hand():
+    """L0, on how many tokens each feature fired, and FVU, |h - y|^2 / |h - mean|^2, equal loops
+    over the tokens; what never fired gets no gradient."""
+    sae, x = make(), inputs()
+    with torch.no_grad():
+        sae.b_enc -= 1.5 # so that some tokens have fewer than K
+    y, out = sae(x)
+    h = norm(x)
+    pre = ((h - sae.b_dec) @ sae.W_enc.T + sae.b_enc).flatten(0, 1).tolist()
+    sets = [{f for f in sorted(range(F), key=lambda f: -row[f])[:K] if row[f] > 0} for row in pre]
+    assert min(map(len, sets)) < K == max(map(len, sets))
+    assert float(out.l0) == pytest.approx(sum(map(len, sets)) / len(sets))
+    assert out.fired.dtype == torch.int32
+    assert out.fired.tolist() == [sum(f in s for s in sets) for f in range(F)]
+    mean = h.flatten(0, 1).mean(0)
+    above = below = 0.0
+    for a, b in zip(h.flatten(0, 1), y.detach().flatten(0, 1)):
+        for c in range(C):
+            above += float(a[c] - b[c]) ** 2
+            below += float(a[c] - mean[c]) ** 2
+    assert float(out.fvu) == pytest.approx(above / below, rel=1e-5)
+    assert fraction_unexplained(torch.ones(1, 3, C), torch.ones(1, 3, C)).isfinite()
+    y.sum().backward()
+    silent = out.fired == 0
+    assert silent.any() and not sae.W_enc.grad[silent].any() and not sae.W_dec.grad[silent].any()
 
 def test_a_posthoc_sae_gives_back_the_length():
     """Spliced in post hoc, an SAE that reconstructs norm(x) perfectly (each channel's two signs
@@ -58,23 +70,6 @@ def test_a_posthoc_sae_gives_back_the_length():
     assert not torch.allclose(sae(x)[0], x, rtol=0.5)
     sae.posthoc = True
     torch.testing.assert_close(sae(x)[0], x)
-
-@pytest.mark.parametrize('site', ['hidden', 'stream'])
-def test_sites_without_weights_keep_the_largest(site):
-    """What stays is unchanged, a negative channel counts by its size; gradients reach what stays;
-    b_enc, a buffer, counts in the selection only."""
-    sae, (a, b, c, d, e) = make(site, sae_k=2), (0.1, -3.0, 2.0, -0.2, 1.0)
-    sae.b_enc.zero_()
-    assert not list(sae.parameters())
-    x = torch.zeros(1, 1, sae.n_features)
-    x[..., :5] = torch.tensor([a, b, c, d, e])
-    y, out = sae(x.requires_grad_())
-    assert y[0, 0, :5].tolist() == [0, b, c, 0, 0] and not y[..., 5:].any()
-    assert out.indices.tolist() == [[[1, 2]]] and out.values.tolist() == [[[b, c]]]
-    y.sum().backward()
-    assert x.grad[0, 0].nonzero().flatten().tolist() == [1, 2]
-    sae.b_enc[4] = 5.0
-    assert sae(x)[0][0, 0, :5].tolist() == [0, b, 0, 0, e]
 
 def test_selection_in_fp32_under_autocast():
     """Under autocast the big product is bf16, but features are compared and scored in fp32, and x
@@ -108,115 +103,76 @@ def test_another_selection_rule():
     torch.testing.assert_close(sae(x)[0], want)
 
 # --------------------------------------------------------------------------------------------------
-# losses
+# training
 
 @pytest.mark.parametrize('site', SITES)
 def test_reconstruction_loss(site):
     """At alpha = 0 the loss is sae_recon * FVU, and trains the SAE alone: x gets no gradient. At
     alpha above 0 it is off, as it always is at sites without a decoder of their own."""
-    sae, x = make(site, sae_recon=0.5), inputs(site).requires_grad_()
+    sae, own = make(site, sae_recon=0.5), SITES[site].own
+    x = inputs(F if site == 'hidden' else C).requires_grad_()
+    parameters = [*sae.parameters(), x]
     sae.alpha.zero_()
     out = sae(x)[1]
-    if site in OWN:
-        out.loss.backward()
+    assert (out.loss > 0) == out.loss.requires_grad == own
+    if own:
         h = norm(x).detach()
         values, indices = sae.encode(h)
         y = sae.decode(torch.zeros(2, 8, F).scatter(-1, indices, values))
         want = 0.5 * fraction_unexplained(h, y)
         torch.testing.assert_close(out.loss, want)
-        for p, grad in zip(sae.parameters(), torch.autograd.grad(want, list(sae.parameters()))):
-            assert grad.any()
-            torch.testing.assert_close(p.grad, grad)
-        assert x.grad is None or not x.grad.any()
-    else:
-        assert out.loss == 0
+        grads, want_grads = (torch.autograd.grad(loss, parameters, materialize_grads=True)
+                             for loss in (out.loss, want))
+        torch.testing.assert_close(grads, want_grads)
+        assert [grad.any().item() for grad in grads] == [True] * 4 + [False]
     for alpha in (1e-3, 0.5, 1.0):
-        sae.zero_grad()
         sae.alpha.fill_(alpha)
         out = sae(x)[1]
         assert out.loss == 0 and out.fvu > 0
-        if out.loss.requires_grad:
-            out.loss.backward()
-            assert not any(p.grad.any() for p in sae.parameters() if p.grad is not None)
-    sae.alpha.zero_()
-    sae.recon = 0.0
-    assert not sae(x)[1].loss.requires_grad
+        if own:
+            grads = torch.autograd.grad(out.loss, parameters, materialize_grads=True)
+            assert not any(grad.any() for grad in grads)
 
 @pytest.mark.parametrize('site', SITES)
 def test_scale_and_rows(site):
     """Up to the hand-over scale is the stream's mean length, which an SAE gives to what it writes;
     then it stays. Rows of W_dec get back their length and keep their direction."""
-    sae, x = make(site), 5 * inputs(site)
+    sae, before = make(site), make(site)
+    x = 5 * inputs(sae.n_features if site == 'hidden' else C)
     torch.testing.assert_close(sae(x)[1].length, x.square().mean(-1).sqrt().mean())
-    before = sae(x)[0]
     for alpha, length in ((0.0, 2.0), (0.0, 3.0), (0.5, 4.0), (1.0, 5.0)):
         sae.alpha.fill_(alpha)
         sae.after_step(torch.ones(sae.n_features), 1000, torch.tensor(length))
-    if site in OWN:
-        want = functional.cosine_similarity(sae.W_dec, make(site).W_dec)
-        torch.testing.assert_close(want, torch.ones(F))
-        torch.testing.assert_close(sae.W_dec.norm(dim=-1), SAE(GPTConfig(
-            n_embd=C, sae_ratio=F // C, sae_k=K)).W_dec.norm(dim=-1))
-        values, indices = sae.encode(norm(x))
-        code = torch.zeros(2, 8, F).scatter(-1, indices, values)
-        torch.testing.assert_close(sae(x)[0], 3 * sae.decode(code))
-    else:
-        torch.testing.assert_close(sae(x)[0], before)
+    if sae.site.own:
+        before.normalize_rows()
+        torch.testing.assert_close(sae.W_dec, before.W_dec)
+        before.scale.fill_(3.0)
+    torch.testing.assert_close(sae(x)[0], before(x)[0])
+    assert sae.scale == (3 if sae.site.own else 1)
 
-# --------------------------------------------------------------------------------------------------
-# silent features
-
-def test_silence_is_counted_in_steps():
-    """The counter grows by one a step and falls to 0 for what fired; from sae_silent_steps on, and
-    no step earlier, b_enc is nudged. Nothing else changes."""
-    sae = make(sae_nudge=0.5, sae_silent_steps=2)
+def test_balance_by_hand():
+    """b_enc rises by the nudge in each step in which a feature is silent for sae_silent_steps or
+    more, and falls where the mean share of tokens, of which a step is a tenth, is above the cap;
+    one busy step is no reason. Nothing else changes."""
+    sae = make(sae_nudge=0.5, sae_silent_steps=3, sae_cap=0.25)
     before = {key: t.clone() for key, t in sae.state_dict().items()}
-    fired = torch.arange(F).clamp(max=10) % 10 # 0 and those from 10 on are silent
-    silent = fired == 0
-    assert silent.sum() == F - 9
-    sae.after_step(fired, 100, 1.0)
-    assert torch.equal(sae.silent, silent.long()) and torch.equal(sae.b_enc, before['b_enc'])
-    sae.after_step(fired, 100, 1.0)
-    assert torch.equal(sae.silent, 2 * silent) and torch.equal(sae.is_silent(), silent)
-    assert torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
-    sae.after_step(torch.ones(F), 100, 1.0)
-    assert not sae.silent.any() and torch.equal(sae.b_enc, before['b_enc'] + 0.5 * silent)
-    for key, t in sae.state_dict().items():
-        assert key in ('silent', 'share', 'b_enc', 'W_dec') or torch.equal(t, before[key])
-
-def test_cap_by_hand():
-    """b_enc falls by the nudge in each step in which the mean share of tokens, of which a step is
-    a tenth, is above the cap; one busy step is no reason."""
-    sae = make(sae_nudge=0.5, sae_cap=0.25)
-    b_enc, fired = sae.b_enc.clone(), torch.ones(F)
-    fired[3], fired[5] = 90, 26 # of 100 tokens
-    share = torch.zeros(F)
+    b_enc, silent, share = before['b_enc'], [0] * F, torch.zeros(F)
     for step in range(40):
+        fired = torch.tensor([0, 0, 10, 26, 90])[torch.randint(5, (F,))] # of 100 tokens
+        fired[:3] = torch.tensor([0, 90, 90 if step == 20 else 10])
         sae.after_step(fired, 100, 1.0)
         share += 0.1 * (fired / 100 - share)
-        b_enc[share > 0.25] -= 0.5
+        for f in range(F):
+            silent[f] = 0 if fired[f] else silent[f] + 1
+            b_enc[f] += 0.5 * (silent[f] >= 3) - 0.5 * (share[f] > 0.25).item()
+        assert sae.silent.tolist() == silent
+        assert sae.is_silent().tolist() == [n >= 3 for n in silent]
         torch.testing.assert_close(sae.share, share)
         torch.testing.assert_close(sae.b_enc, b_enc)
-    assert b_enc[3] < sae.b_enc.median() - 15 and share[5] > 0.25 and 0.5 > sae.share[4]
-    sae.after_step(torch.zeros(F), 100, 1.0)
-    assert sae.share[3] < share[3]
-
-@pytest.mark.parametrize('site', SITES)
-def test_silent_feature_fires_again_under_the_nudge(site):
-    """A feature that never wins gets its bias raised until it does; then it is left alone."""
-    sae, x, f = make(site, sae_nudge=0.1), inputs(site), 3
-    with torch.no_grad():
-        sae.b_enc[f] = -9.0
-    assert not sae(x)[1].fired[f]
-    for step in range(300):
-        fired = sae(x)[1].fired
-        sae.after_step(fired, 16, 1.0)
-        if fired[f]:
-            break
-    assert fired[f] and sae.silent[f] == 0
-
-# --------------------------------------------------------------------------------------------------
-# init, schedules, metrics
+    rise = b_enc - make().b_enc
+    assert rise[0] == 19 and rise[1] < -15 and rise[2] == 0
+    for key, t in sae.state_dict().items():
+        assert key in ('silent', 'share', 'b_enc', 'W_dec') or torch.equal(t, before[key])
 
 def test_init_table():
     """The table in reset_parameters() is true, and what an untrained SAE writes is smaller than
@@ -238,29 +194,3 @@ def test_blend_alpha():
     assert blend_alpha(0.3, 0.2, 0.6) == pytest.approx(0.25)
     assert blend_alpha(0, 0, 0) == 1
     assert (blend_alpha(0.49, 0.5, 0.5), blend_alpha(0.5, 0.5, 0.5)) == (0, 1)
-
-def test_layer_metrics_by_hand():
-    """L0, on how many tokens each feature fired, and FVU, |h - y|^2 / |h - mean|^2, equal loops
-    over the tokens; what never fired gets no gradient."""
-    sae, x = make(), inputs()
-    with torch.no_grad():
-        sae.b_enc -= 1.5 # so that some tokens have fewer than K
-    y, out = sae(x)
-    h = norm(x)
-    pre = ((h - sae.b_dec) @ sae.W_enc.T + sae.b_enc).flatten(0, 1).tolist()
-    sets = [{f for f in sorted(range(F), key=lambda f: -row[f])[:K] if row[f] > 0} for row in pre]
-    assert min(map(len, sets)) < K == max(map(len, sets))
-    assert float(out.l0) == pytest.approx(sum(map(len, sets)) / len(sets))
-    assert out.fired.dtype == torch.int32
-    assert out.fired.tolist() == [sum(f in s for s in sets) for f in range(F)]
-    mean = h.flatten(0, 1).mean(0)
-    above = below = 0.0
-    for a, b in zip(h.flatten(0, 1), y.detach().flatten(0, 1)):
-        for c in range(C):
-            above += float(a[c] - b[c]) ** 2
-            below += float(a[c] - mean[c]) ** 2
-    assert float(out.fvu) == pytest.approx(above / below, rel=1e-5)
-    assert fraction_unexplained(torch.ones(1, 3, C), torch.ones(1, 3, C)).isfinite()
-    y.sum().backward()
-    silent = out.fired == 0
-    assert silent.any() and not sae.W_enc.grad[silent].any() and not sae.W_dec.grad[silent].any()

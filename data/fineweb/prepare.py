@@ -67,7 +67,6 @@ def prepare(out='fineweb', shards=10, url=URL):
     for i, path in enumerate(paths, 1):
         tokens = read_shard(path) if path.exists() else fetch(f'{url}/{path.name}', path)
         print(f"{path.name}  {len(tokens):,} tokens ({i} of {len(paths)})")
-    print(f"writing train.bin and val.bin to {data_dir(out)}")
     source = f"{url}, {shards} of {SHARDS} shards"
     meta = write_dataset(out, pieces(train), pieces([val]), 50257, enc, source, eot=50256)
     if not any(folder.iterdir()): # there may be shards that were not asked for

@@ -27,18 +27,23 @@ BOUNDARY = re.compile(r'^<\|endoftext\|>[ \t\r]*(?:\n|\Z)', re.MULTILINE) # alon
 LONGEST = 2**17 # characters of a document; above 2^19 a long run of spaces overflows tiktoken
 
 def find_files(patterns):
-    """The text files that files, folders and globs name, each once, sorted; how many are others."""
+    """
+    The text files that files, folders and globs name, each once, sorted; and how many are left out:
+    other files, and links to folders.
+    """
+    if not patterns:
+        raise ValueError("no text is named: give files or folders, and --out=NAME")
     files, others = set(), set()
     for pattern in patterns:
-        path = Path(os.path.expanduser(pattern))
+        path = Path(os.path.abspath(os.path.expanduser(pattern)))
         if path.is_dir():
             hits = path.rglob('*')
         elif path.exists():
             hits = [path]
         else:
             hits = map(Path, glob.glob(str(path), recursive=True))
-        hits = {hit for hit in hits if hit.is_file()}
-        texts = {hit for hit in hits if hit.suffix.lower() in SUFFIXES}
+        hits = {hit for hit in hits if hit.is_symlink() or not hit.is_dir()}
+        texts = {hit for hit in hits if hit.is_file() and hit.suffix.lower() in SUFFIXES}
         if not texts:
             raise ValueError(f"no {', '.join(SUFFIXES)} file matches {pattern!r}")
         files |= texts
@@ -60,8 +65,8 @@ def read(file):
             if line.strip():
                 yield json.loads(line)['text'] + '' # only text can be added to text
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f'{file}:{number} is not a JSON object with a "text": '
-                             f'{line[:60]!r}') from None
+            raise ValueError(f'{file}:{number} is not a JSON object with a "text": {line[:60]!r}; '
+                             'write each document as one line {"text": "..."}') from None
 
 def cut(text, size):
     """Yields text in pieces of at most `size` characters; they end at a line end if they can."""
@@ -85,11 +90,9 @@ def prepare(patterns, out, encoding='gpt2'):
     files, others = find_files(patterns)
     enc = named_encoding(encoding)
     documents = [text for file in files for text in read(file) if text]
-    print(f"{len(files)} files, {others} others left out (not {', '.join(SUFFIXES)})\n"
-          f"{len(documents):,} documents (a line <|endoftext|> in a text begins another)")
     size = sum(map(len, documents))
-    if size == 0:
-        raise ValueError(f"there is no text in the {len(files)} file(s) of {' '.join(patterns)}")
+    print(f"{len(files)} files; {others} others left out (not {', '.join(SUFFIXES)})\n"
+          f"{size:,} characters in {len(documents):,} documents (a line <|endoftext|> begins one)")
     texts, sizes = dict(train=[], val=[]), dict(train=0, val=0)
     for document in documents:
         for text in cut(document, max(1, min(LONGEST, size // 40))):
@@ -99,16 +102,11 @@ def prepare(patterns, out, encoding='gpt2'):
     train, val = (encode(texts[split], split, enc) for split in sizes)
     source = f"{len(files)} files of text, encoded with {encoding}"
     meta = write_dataset(out, train, val, enc.n_vocab, enc, source, enc.eot_token)
-    n_train, n_val = meta['train_tokens'], meta['val_tokens']
-    print(f"{size:,} characters, {size / (n_train + n_val):.2f} a token; "
-          f"train {n_train:,} tokens, val {n_val:,}\nin {data_dir(out)}")
+    print(f"train {meta['train_tokens']:,} tokens, val {meta['val_tokens']:,}, in {data_dir(out)}")
     return meta
 
 if __name__ == '__main__':
     patterns = [arg for arg in sys.argv[1:] if not arg.startswith('-')]
     options = [arg for arg in sys.argv[1:] if arg.startswith('-')]
-    if not patterns:
-        print(__doc__)
-    problems = [] if patterns else ["no text is named"]
-    c = configure(dict(out='mytext', encoding='gpt2'), options, lambda c: problems)
+    c = configure(dict(out='mytext', encoding='gpt2'), options)
     run(prepare, patterns, c['out'], c['encoding'])
