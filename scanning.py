@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from data.dataset import eval_batches, load_dataset
-from features import (VERSION, codes, device_of, forward, load_npz, open_run, read_file, save_npz,
-                      safe, see, token_statistics)
+from data.dataset import eval_batches, load_dataset, load_meta
+from features import (VERSION, codes, device_of, forward, keep, load_npz, open_run, other_tokenizer,
+                      read_file, safe, say, see, token_statistics)
 from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
@@ -29,7 +29,7 @@ BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
 
 def scan_val(run, wanted, key, track):
     """
-    Reads about `wanted` tokens of val, in windows of block_size, and writes out_dir/index.npz:
+    Reads about `wanted` tokens of val, in windows of block_size -> what index.npz keeps:
       tokens    (N,)         those
       features  (S, N, K)    the features active on each; F where a slot is not active
       values    (S, N, K)    their activations
@@ -39,7 +39,13 @@ def scan_val(run, wanted, key, track):
     device, T, V, F = device_of(model), config.block_size, config.vocab_size, config.n_features
     site = next(iter(saes.values())).site
     B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
-    batches = [x for x, _ in eval_batches(load_dataset(run.dataset).val, T, B, wanted)]
+    folder, _, _ = load_meta(run.dataset, run.checkpoint.get('data_sha256'))
+    data = load_dataset(folder)
+    val = data.val
+    if other := other_tokenizer(run):                        # its text, as this model reads it
+        text = other.decode(val[:4 * wanted].tolist())
+        val = np.array(run.tokenizer.encode(text, allowed_special='all'))
+    batches = [x for x, _ in eval_batches(val, T, B, wanted)]
     tokens, features, values, fvu = codes(model, track(batches, "scanning"))
     wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
     found = []
@@ -54,8 +60,10 @@ def scan_val(run, wanted, key, track):
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
                 site=site.name, place=site.place, F=F, K=features.shape[2], T=T, N=len(tokens),
-                eot=eot, wanted=wanted, dataset=str(run.dataset), names=names)
-    save_npz(Path(run.out_dir) / 'index.npz', arrays | dict(meta=json.dumps(meta)), np.savez)
+                eot=eot, wanted=wanted, dataset=str(run.dataset),
+                val_sha256=data.meta['val_sha256'], trained_on=run.checkpoint['dataset'],
+                names=names)
+    return arrays | dict(meta=json.dumps(meta))
 
 def scan_statistics(values, features, tokens, writes, wte):
     """
@@ -150,16 +158,15 @@ def words_of(scan, f):
     """The words on which a feature fires far more often than they occur, as text."""
     return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
-def read_index(out_dir):
+def read_index(arrays):
     """
-    {block: the scan of its SAE}, whose attributes are
+    Of the arrays of index.npz {block: the scan of its SAE}, whose attributes are
       layer, and what scan_val calls meta: step, site, F, K, T, N, dataset, names (bytes), ...
       count, entropy, rank, max (F,), fvu, top_tokens, up, up_value, ...: statistics
       tokens (N,), features, values (N, K), order (N * K,): what fires where
       first (F,): where in order a feature begins
-    {} where the files are missing, damaged, or of another version.
+    {} where they are missing or of another version.
     """
-    arrays = load_npz(Path(out_dir) / 'index.npz')
     meta = json.loads(str(arrays.pop('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
@@ -172,28 +179,38 @@ def read_index(out_dir):
         index[layer] = scan
     return index
 
-def open_index(out_dir, dataset, device, scan_tokens, say, track):
+def open_index(out_dir, dataset, device, scan_tokens, track):
     """
-    read_index, after a scan where there is none that fits. dataset '' and scan_tokens 0 take what
-    the index has. say(sentence) is told what is done. Raises ValueError, one sentence.
+    read_index of out_dir/index.npz, after a scan where there is none that fits. dataset '' is that
+    of training, scan_tokens 0 takes what the index has. Raises ValueError, one sentence.
     """
-    index, key = read_index(out_dir), []
+    path, key = Path(out_dir) / 'index.npz', []
+    index = read_index(load_npz(path))
     with contextlib.suppress(OSError, zipfile.BadZipFile):
         with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
             key = [item.CRC for item in z.infolist()]        # the content, without reading it
     why = "there is no index of this version that is whole"
     for scan in list(index.values())[:1]:
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
-        if (key in (scan.key, []) and scan_tokens in (scan.wanted, 0)
-                and dataset in (scan.dataset, '')):
-            if not key:
+        if scan_tokens in (scan.wanted, 0):
+            if not key and dataset in (scan.dataset, ''):
                 say(f"note: no checkpoint in {out_dir} that can be read; {why}")
-            return index
+                return index
+            if key == scan.key and is_of(scan, dataset or scan.trained_on):
+                return index
     run = open_run(out_dir, dataset, device)
     say(f"{why}: scanning")
     gpu = device_of(run.model).type == 'cuda'
-    scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
-    return read_index(out_dir)
+    arrays = scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
+    keep(path, arrays, np.savez)
+    return read_index(arrays)
+
+def is_of(scan, dataset):
+    """Whether a scan is of the val that a data set has now; of one that is gone, by its name."""
+    try:
+        return load_meta(dataset)[1]['val_sha256'] == scan.val_sha256
+    except ValueError:
+        return dataset == scan.dataset
 
 # --------------------------------------------------------------------------------------------------
 # numbers of the views, from the scan of an SAE
