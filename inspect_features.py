@@ -55,7 +55,7 @@ DEFAULTS = dict(
     prompt='',           # text to read with the model's eyes
     prompt_file='',
     top=3,               # features shown of each token of a prompt
-    find='',             # regular expression: which features fire on it?
+    find='',             # regular expression, ^ and $ are a line's: which features fire on it?
     probe='',            # file of lines "label<tab>text": which features tell the labels apart?
     timeline=False,      # how the features formed, from the snapshots of training
     html='',             # write the chosen (or all live) features, or the prompt, to this file
@@ -461,7 +461,7 @@ def prompt_view(options, console):
 def find_view(options, console):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
     for scan in chosen(options, index_of(options)):
-        precision, recall, n, n_tokens = find(scan, re.compile(options.find))
+        precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
         best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
         yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")

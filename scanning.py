@@ -338,18 +338,27 @@ def find(scan, pattern):
     """
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
     the share of matches on some token of which it fires; and the numbers of matches and of tokens
-    inside them, i.e. with any byte inside. pattern: a compiled regular expression.
+    inside them, i.e. with any byte inside. pattern: a compiled regular expression. It sees one
+    document at a time, and where a window cuts that, a character 0 in place of the unknown: there
+    is no line's beginning or end.
     """
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
-    for start in range(0, scan.N, scan.T):
-        pieces = [scan.names[token] for token in scan.tokens[start:start + scan.T].tolist()]
+    starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))
+    for start, end in zip(starts, [*starts[1:], scan.N]):
+        pieces = [scan.names[token] for token in scan.tokens[start:end].tolist()]
+        before, after = '\0', '\0'
+        if scan.tokens[start] == scan.eot:
+            pieces[0], before = b'', ''
+        if end % scan.T:                                     # an end-of-text token is there
+            after = ''
         ends = np.cumsum([len(piece) for piece in pieces])   # of the tokens, in bytes
         text = b''.join(pieces).decode('utf-8', 'surrogateescape')
-        for match in pattern.finditer(text):
-            before, word = (part.encode('utf-8', 'surrogateescape')
-                            for part in (text[:match.start()], match.group()))
+        for match in pattern.finditer(before + text + after, len(before)):
+            begin, stop = (at - len(before) for at in match.span())
+            left, word = (part.encode('utf-8', 'surrogateescape')
+                          for part in (text[:begin], text[begin:stop]))
             if word:
-                bounds = len(before), len(before) + len(word) - 1
+                bounds = len(left), len(left) + len(word) - 1
                 first, last = start + np.searchsorted(ends, bounds, 'right')
                 inside[first:last + 1] = True
                 recalled[scan.features[first:last + 1]] += 1 # once each, however often it fires

@@ -325,19 +325,22 @@ def test_removal_effect(index, truth):
     assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
-@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<', '^.',
+@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<',
                                    'no such text', 'x*'))
 def test_find(index, truth, regex):
     windows, fires, _ = truth
     names, matches = index[1].names, []
     for w, row in enumerate(windows):
-        owner = [t for t, token in enumerate(row) for _ in names[token]] # of each byte
-        text = b''.join(names[token] for token in row).decode('utf-8', 'surrogateescape')
-        starts = [0] # of each character, in bytes
-        for char in text:
-            starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
-        matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
-                    for m in re.finditer(regex, text) if m.group()]
+        cuts = [-1, *np.flatnonzero(row == EOT), T]
+        for begin, end in zip(cuts, cuts[1:]): # a document at a time
+            owner = [t for t in range(begin + 1, end) for _ in names[row[t]]] # of each byte
+            text = b''.join(names[row[t]] for t in range(begin + 1, end))
+            text = text.decode('utf-8', 'surrogateescape')
+            starts = [0] # of each character, in bytes
+            for char in text:
+                starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
+            matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
+                        for m in re.finditer(regex, text) if m.group()]
     inside = set().union(*matches)
     for layer in fires:
         precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
@@ -347,6 +350,18 @@ def test_find(index, truth, regex):
             hits = sum(bool(on & match) for match in matches)
             assert precision[f] == pytest.approx(len(on & inside) / max(1, len(on)))
             assert recall[f] == pytest.approx(hits / max(1, len(matches)))
+
+@pytest.mark.parametrize('regex, tokens', (
+    ('^a', [5, 7, 14]), ('a$', [0, 3, 10, 12]), ('^b', [2]), (r'\Aa', [7]),
+    ('a.*', [0, 3, 5, 7, 8, 9, 10, 12, 14, 15, 16, 17])))
+def test_find_at_the_edges(regex, tokens):
+    """A line begins after a line break or end-of-text, and not where a window cuts the text."""
+    windows = np.array([[0, 2, 1, 4, 2, 0], [3, 0, 1, 1, 0, 3], [0, 2, 0, 0, 0, 0]])
+    scan = SimpleNamespace(names=[b'a', b'b', b'\n', b'<|endoftext|>', b'ba'], eot=3, N=18, T=6,
+                           tokens=windows.ravel(), features=np.arange(18)[:, None], F=18,
+                           count=np.ones(18))                # feature f fires on token f
+    precision, _, _, n = scanning.find(scan, re.compile(regex, re.M))
+    assert np.flatnonzero(precision).tolist() == tokens and n == len(tokens)
 
 # --------------------------------------------------------------------------------------------------
 # the one reader of a text

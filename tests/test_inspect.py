@@ -158,7 +158,7 @@ def test_viewer_and_sampler_read_a_text_alike(key, out, index, tmp_path, capsys)
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
     lines = [f'{c}-texts\t{c * n} {c}\n' for c in 'ab' for n in range(1, 12)]
-    (tmp_path / 'labels.tsv').write_text(''.join(lines))
+    (tmp_path / 'labels.tsv').write_text(''.join(reversed(lines)), 'utf-8-sig')
     text = look(capsys, out, f'--probe={tmp_path}/labels.tsv', '--layer=2')
     assert '22 texts of 2 labels' in text and re.search(r'features +100.0 ', text)
     assert re.search(r'random directions +\d', text) and re.search(r'channels +\d', text)
