@@ -14,6 +14,7 @@ Given several times, the edits apply in their order. At site stream the feature 
 """
 import itertools
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
-                      prompt_text, read, safe, strongest)
+from features import (autocast, caption, device_of, encode, load_npz, open_run, other_tokenizer,
+                      parse_feature, prompt_text, read, safe, strongest)
 
 DEFAULTS = dict(
     out_dir='out',
@@ -38,7 +39,7 @@ DEFAULTS = dict(
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
     compare=False,        # steered and unsteered text side by side
-    dataset='',           # whose tokenizer; '': the data set that the model was trained on
+    dataset='',           # of a checkpoint without its tokenizer: whose; '': that of training
     device='auto',        # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )
 
@@ -51,8 +52,6 @@ def problems(config):
     if c.temperature != 0 and not 1e-3 <= c.temperature <= 1e3:
         found.append(f"temperature={c.temperature} must be 0 (always the likeliest token) or lie "
                      "in 0.001..1000")
-    if c.seed >= 2**62:
-        found.append(f"seed={c.seed} must be below 2^62")
     if c.compare and not c.steer:
         found.append("compare=true needs something to compare with, e.g. --steer=L6.F2386=8")
     return found
@@ -110,12 +109,10 @@ def usual_activation(run, i, f):
     """What training noted of the feature at this checkpoint's eval, if it noted anything."""
     snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
     try:
-        count, mean = int(snapshot[f'L{i}.count'][f]), float(snapshot[f'L{i}.mean'][f])
-        share = count / int(snapshot['probed'])
+        mean = snapshot[f'L{i}.mean'][f]
+        share = snapshot[f'L{i}.count'][f] / snapshot['probed']
     except LookupError: # missing, torn, another run's: it is only a hint
         return "its usual activation is not known"
-    if not count:
-        return f"silent on all {snapshot['probed']:,} tokens of the last eval"
     return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
 # --------------------------------------------------------------------------------------------------
@@ -190,18 +187,13 @@ def write_samples(options):
     for_features = bool(options.steer or options.show_features)
     run = open_run(options.out_dir, options.dataset, options.device, for_features)
     model, saes = run.model, run.model.saes()
-    own = run.meta['train_sha256'] == run.checkpoint.get('data_sha256')
-    if run.meta['tokenizer'].endswith('.json') and not own:
-        print(f"warning: {run.dataset} is not the data that this model was trained on: if its "
-              "tokenizer is another too, the text is garbled", file=sys.stderr)
+    with suppress(ValueError): # its data set may be gone
+        other_tokenizer(run)
     prompt = encode(run, given)
     versions = parse_steering(options.steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
     for i, f in steered:
-        line = f"L{i}.F{f}, {saes[i].site.place} {i}: {usual_activation(run, i, f)}"
-        if saes[i].alpha < 1:
-            line += f"; steering acts with alpha {saes[i].alpha:.2f} only"
-        print(line)
+        print(f"L{i}.F{f}, {saes[i].site.place} {i}: {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
     titled = len(versions) * options.num_samples > 1 or options.steer
     if options.compare:

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import features
 import scanning
-from data.dataset import eval_batches, write_dataset
+from data.dataset import encode_encoding, eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 
 # a vocabulary that means harm: every byte, markup, escape codes, halves of characters, wide,
@@ -58,15 +59,23 @@ def make_run(folder, seed=0, **config):
         for i, sae in model.saes().items():
             sae.b_enc[5] = -1e4 # dead
             sae.b_enc -= 0.7 * (i == 2) # there some tokens have fewer than K
+    tokenizer = dict(meta=dict(tokenizer='tokenizer.json', eot=EOT, vocab_size=V),
+                     json=encode_encoding(enc).decode())
     save_checkpoint(out, dict(model=model.state_dict(), model_args=asdict(model.config), step=STEP,
-                              dataset=data, data_sha256=meta['train_sha256'], config={}))
+                              dataset=data, data_sha256=meta['train_sha256'], config={},
+                              tokenizer=tokenizer))
     return out
 
 def untracked(items, description):
     return items
 
+def opened_aloud(capsys, out, n_tokens=0, dataset=''):
+    """What is said at the opening of an index, and the scan of block 1."""
+    index = scanning.open_index(str(out), dataset, 'cpu', n_tokens, untracked)
+    return capsys.readouterr().err, index[1]
+
 def open_index(out, n_tokens=0):
-    return scanning.open_index(str(out), '', 'cpu', n_tokens, lambda text: None, untracked)
+    return scanning.open_index(str(out), '', 'cpu', n_tokens, untracked)
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -99,32 +108,6 @@ def truth(out, index):
 
 # --------------------------------------------------------------------------------------------------
 # statistics and snapshots
-
-def test_token_entropy_and_top_tokens_by_brute_force():
-    g = torch.Generator().manual_seed(0)
-    F, V, N, K = 12, 11, 200, 3
-    indices = torch.stack([torch.randperm(F - 1, generator=g)[:K] for _ in range(N)]) # 11 is dead
-    indices[torch.rand(N, K, generator=g) < 0.3] = F # not active
-    tokens = torch.randint(V, (N,), generator=g)
-    tokens[indices[:, 0] < 3] = 2
-    seen = [Counter() for _ in range(F)]
-    for n in range(N):
-        for j in range(K):
-            if indices[n, j] < F:
-                seen[indices[n, j]][int(tokens[n])] += 1
-    found = features.token_statistics(indices.numpy(), tokens.numpy(), F, V)
-    for f in range(F):
-        best = sorted(seen[f].items(), key=lambda item: (-item[1], item[0]))
-        n = sum(seen[f].values())
-        assert found['count'][f] == n
-        if n:
-            want = -sum(c / n * math.log2(c / n) for _, c in best)
-            assert found['entropy'][f] == pytest.approx(want, abs=1e-6)
-        else:
-            assert f == 11 and np.isnan(found['entropy'][f])
-        pad = 8 - len(best[:8])
-        assert found['top_tokens'][f].tolist() == [v for v, _ in best[:8]] + [-1] * pad
-        assert found['top_counts'][f].tolist() == [c for _, c in best[:8]] + [0] * pad
 
 def test_entropy_of_one_token_is_zero():
     """A detector of one word: 0 bits, and not -0 or nan; of two words equally often: 1 bit."""
@@ -180,6 +163,7 @@ def check_scan(index, windows, fires):
             entropies[f] = -(p * np.log2(p)).sum()
             assert scan.entropy[f] == d['entropy'] == pytest.approx(entropies[f], abs=1e-5)
             assert scan.max[f] == d['max'] == pytest.approx(a.max(), rel=1e-5)
+            assert scan.max[f] == np.abs(scanning.firings(scan, f)[1]).max() # to the bit
             mean = np.mean([x[2] for x in where])
             assert d['mean'] == pytest.approx(mean, rel=1e-4, abs=1e-4 * a.mean())
             counts = [round(share * len(where)) for _, share in d['fires_on']]
@@ -316,19 +300,22 @@ def test_removal_effect(index, truth):
     assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
-@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<', '^.',
+@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<',
                                    'no such text', 'x*'))
 def test_find(index, truth, regex):
     windows, fires, _ = truth
     names, matches = index[1].names, []
     for w, row in enumerate(windows):
-        owner = [t for t, token in enumerate(row) for _ in names[token]] # of each byte
-        text = b''.join(names[token] for token in row).decode('utf-8', 'surrogateescape')
-        starts = [0] # of each character, in bytes
-        for char in text:
-            starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
-        matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
-                    for m in re.finditer(regex, text) if m.group()]
+        cuts = [-1, *np.flatnonzero(row == EOT), T]
+        for begin, end in zip(cuts, cuts[1:]): # a document at a time
+            owner = [t for t in range(begin + 1, end) for _ in names[row[t]]] # of each byte
+            text = b''.join(names[row[t]] for t in range(begin + 1, end))
+            text = text.decode('utf-8', 'surrogateescape')
+            starts = [0] # of each character, in bytes
+            for char in text:
+                starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
+            matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
+                        for m in re.finditer(regex, text) if m.group()]
     inside = set().union(*matches)
     for layer in fires:
         precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
@@ -338,6 +325,18 @@ def test_find(index, truth, regex):
             hits = sum(bool(on & match) for match in matches)
             assert precision[f] == pytest.approx(len(on & inside) / max(1, len(on)))
             assert recall[f] == pytest.approx(hits / max(1, len(matches)))
+
+@pytest.mark.parametrize('regex, tokens', (
+    ('^a', [5, 7, 14]), ('a$', [0, 3, 10, 12]), ('^b', [2]), (r'\Aa', [7]),
+    ('a.*', [0, 3, 5, 7, 8, 9, 10, 12, 14, 15, 16, 17])))
+def test_find_at_the_edges(regex, tokens):
+    """A line begins after a line break or end-of-text, and not where a window cuts the text."""
+    windows = np.array([[0, 2, 1, 4, 2, 0], [3, 0, 1, 1, 0, 3], [0, 2, 0, 0, 0, 0]])
+    scan = SimpleNamespace(names=[b'a', b'b', b'\n', b'<|endoftext|>', b'ba'], eot=3, N=18, T=6,
+                           tokens=windows.ravel(), features=np.arange(18)[:, None], F=18,
+                           count=np.ones(18))                # feature f fires on token f
+    precision, _, _, n = scanning.find(scan, re.compile(regex, re.M))
+    assert np.flatnonzero(precision).tolist() == tokens and n == len(tokens)
 
 # --------------------------------------------------------------------------------------------------
 # the one reader of a text
@@ -373,12 +372,6 @@ def test_read_against_one_pass_a_token(n, block_size):
         if t + 1 < n:
             loss = cross_entropy(logits[0, -1:], torch.tensor(tokens[t + 1:t + 2]))
             torch.testing.assert_close(losses[t], loss, atol=1e-4, rtol=1e-4)
-
-def test_read_dense():
-    model = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=16,
-                          sae_layers=()))
-    losses, values, indices = features.read(model, [1, 2, 3])
-    assert losses.shape == (2,) and values is None and indices is None
 
 # --------------------------------------------------------------------------------------------------
 # concepts
@@ -458,11 +451,12 @@ def test_probe_finds_what_holds_the_label():
 
 @torch.no_grad()
 def test_pooled_codes_by_brute_force(out):
-    """Texts of all lengths at once are each read alone; padding and end-of-text do not count."""
+    """Texts of all lengths, in several batches, are each read alone, by the blocks up to the SAE;
+    padding and end-of-text do not count."""
     run = features.open_run(out, device='cpu')
     texts = [features.encode(run, text) for text in ('ab', 'cc c' * 9, 'a' * 25, 'b')]
-    got = scanning.pooled_codes(run.model, 2, texts, seed=3)
-    sae, block = run.model.saes()[2], run.model.transformer.h[2]
+    got = scanning.pooled_codes(run.model, 1, texts * 25, 3, untracked)
+    sae, block = run.model.saes()[1], run.model.transformer.h[1]
     rows = torch.randn(sae.n_features, 16, generator=torch.Generator().manual_seed(3))
     rows = rows / rows.norm(dim=1, keepdim=True)
     for n, text in enumerate(texts):
@@ -473,13 +467,13 @@ def test_pooled_codes_by_brute_force(out):
         h = before[0][0] / before[0][0].square().mean(-1, keepdim=True).sqrt()
         want, chance = torch.zeros(2, idx.size(1), sae.n_features)
         for t in range(1, idx.size(1)):
-            want[t, out.indices[1, 0, t]] = out.values[1, 0, t]
+            want[t, out.indices[0, 0, t]] = out.values[0, 0, t]
             a = (rows @ h[t]).clamp_min(0)
             kept = a.argsort(descending=True)[:sae.k]
             chance[t, kept] = a[kept]
         for name, codes in (('features', want), ('random directions', chance), ('channels', h)):
-            torch.testing.assert_close(torch.from_numpy(got[name][n]), codes[1:].mean(0),
-                                       rtol=1e-3, atol=1e-4)
+            for mean in torch.from_numpy(got[name][n::4]):
+                torch.testing.assert_close(mean, codes[1:].mean(0), rtol=1e-3, atol=1e-4)
 
 # --------------------------------------------------------------------------------------------------
 # timeline
@@ -546,14 +540,12 @@ def test_timeline(tmp_path, kind):
 # --------------------------------------------------------------------------------------------------
 # the index
 
-def test_index_follows_the_checkpoint(tmp_path):
+def test_index_follows_the_checkpoint(tmp_path, capsys):
     """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
-    out, said = make_run(tmp_path), []
+    out = make_run(tmp_path)
 
     def opened(n_tokens=0):
-        said.clear()
-        index = scanning.open_index(str(out), '', 'cpu', n_tokens, said.append, untracked)
-        return ''.join(said), index[1]
+        return opened_aloud(capsys, out, n_tokens)
 
     before, path = (out / 'ckpt.pt').read_bytes(), out / 'index.npz'
     assert 'no index' in opened(640)[0] and opened()[0] == opened(640)[0] == ''
@@ -585,16 +577,90 @@ def test_index_follows_the_checkpoint(tmp_path):
         file.unlink()
     assert 'no checkpoint' in opened()[0] # but its index is there
 
-def test_post_hoc_saes_are_spliced_in(tmp_path):
-    """Saved with alpha 0, since they only watched; a view shows what they do when they act."""
+def test_index_follows_the_val(tmp_path, capsys):
+    """Made again for other tokens at the same path; no --dataset is that of training; what was
+    scanned of a data set that is gone is kept."""
     out = make_run(tmp_path)
+    data, other, gone = (tmp_path / name for name in ('data', 'other', 'gone'))
+    make_run(tmp_path / 'new', seed=1)
+    shutil.copytree(tmp_path / 'new/data', other)
+    first = opened_aloud(capsys, out, 640)[1]
+    assert 'tokens of ' + str(data) in opened_aloud(capsys, out, 0, str(other))[0]
+    assert opened_aloud(capsys, out, 0, str(other))[0] == ''
+    said, again = opened_aloud(capsys, out)
+    assert 'tokens of ' + str(other) in said and again.dataset == first.dataset
+    data.rename(gone)
+    assert opened_aloud(capsys, out)[0] == ''
+    with pytest.raises(ValueError, match='is not prepared'):
+        opened_aloud(capsys, out, 0, str(tmp_path / 'nowhere'))
+    other.rename(data)
+    said, new = opened_aloud(capsys, out)
+    assert 'scanning' in said and (new.tokens != again.tokens).any()
+
+def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
+    """The data set made again with another one: the captions are those of training, and the new val
+    is read as the model reads text. A checkpoint without it has the data set's."""
+    out = make_run(tmp_path)
+    before = features.open_run(out, device='cpu')
+    ranks = {bytes([255 - i]): i for i in range(256)}
+    ranks |= {b'%d!' % i: i for i in range(256, EOT)}
+    enc = tiktoken.Encoding('other', pat_str=r'\s+|\S+', mergeable_ranks=ranks,
+                            special_tokens={'<|endoftext|>': EOT})
+    text = 'a [red] b\n<|endoftext|>漢字 ' * 99
+    ids = enc.encode(text, allowed_special='all')
+    write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
+    said, scan = opened_aloud(capsys, out, 640)
+    assert said.count('has another tokenizer than this model was trained with') == 1
+    assert scan.names == before.names and b''.join(scan.names[t] for t in scan.tokens[:T]).decode(
+        'utf-8', 'ignore') in text and opened_aloud(capsys, out)[0] == ''
+    assert features.other_tokenizer(before)
+    shutil.rmtree(tmp_path / 'data')
+    assert features.open_run(out, device='cpu').names == before.names
     checkpoint = load_checkpoint(out)
-    for i in (1, 2):
-        checkpoint['model'][f'transformer.h.{i}.sae.alpha'].zero_()
-    for posthoc in (False, True):
-        save_checkpoint(out, checkpoint | dict(config=dict(sae_posthoc=posthoc)))
-        saes = features.open_run(out, device='cpu').model.saes()
-        assert {float(sae.alpha) for sae in saes.values()} == {float(posthoc)}
+    del checkpoint['tokenizer']
+    save_checkpoint(out, checkpoint)
+    with pytest.raises(ValueError, match='is not prepared'):
+        features.open_run(out, device='cpu')
+    write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
+    assert features.open_run(out, device='cpu').names[:256] == before.names[:256][::-1]
+    assert 'is not the data that this model was trained on' in capsys.readouterr().err
+
+@pytest.mark.parametrize('module, name', ((features, 'open'), (features.os, 'replace')))
+def test_caches_that_cannot_be_written(module, name, tmp_path, capsys, monkeypatch):
+    """The same index and timeline, with a note, and nothing is left behind."""
+    out = make_run(tmp_path)
+    snapshots(out, 'W_dec')
+    want = open_index(out)[1], features.open_timeline(out, untracked)[1]
+    for cache in ('index.npz', 'timeline.npz'):
+        (out / cache).unlink()
+    files = sorted(out.rglob('*'))
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(module, name, full, raising=False)
+    got = open_index(out)[1], features.open_timeline(out, untracked)[1]
+    said = capsys.readouterr().err
+    for cache in ('index.npz', 'timeline.npz'):
+        assert f'{cache} cannot be written (No space left on device)' in said
+    assert sorted(out.rglob('*')) == files
+    assert (got[0].values == want[0].values).all() and (got[1].same == want[1].same).all()
+
+def test_two_viewers_scan_one_run(tmp_path, monkeypatch, capsys):
+    """Another process, whose scan ends within ours: both end, with one index that is whole."""
+    out = make_run(tmp_path)
+
+    def meanwhile(file, **arrays):
+        monkeypatch.undo()
+        monkeypatch.setattr(features.os, 'getpid', lambda: 1)
+        open_index(out)
+        monkeypatch.undo()
+        np.savez(file, **arrays)
+
+    monkeypatch.setattr(np, 'savez', meanwhile)
+    assert (open_index(out)[1].values == open_index(out)[1].values).all()
+    assert scanning.read_index(features.load_npz(out / 'index.npz'))
+    assert not list(out.glob('*.tmp')) and 'cannot be written' not in capsys.readouterr().err
 
 # --------------------------------------------------------------------------------------------------
 # text
