@@ -6,7 +6,11 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
     ... --prompt="import os"   a text with its features
     ... --find="self|cls"      the features that fire on that
     ... --probe=labels.tsv     the features that tell labels apart
-    ... --timeline=true        how they formed
+    ... --prompt="import" --why=true   what made the model go on as it does
+    ... --why=L6.F2386         what made a feature fire: those of the SAEs below
+    ... --trace=L3.F17         what a feature does to those of the next SAE
+    ... --sort=coherence       a list of features, or --sort=entropy, --sort=density
+    ... --timeline=true        how they formed; with --plot=timeline.png, as a picture
     ... --html=page.html       all of them, or those of --feature or --prompt, as one page
     ... --export=folder        the SAEs, for SAELens
 
@@ -39,11 +43,13 @@ from rich.table import Table
 from rich.text import Text
 
 import configurator
+import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
                       open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
                       settled_at, write_safetensors)
-from scanning import (BINS, by_concept, feature_numbers, find, fires_on, open_index,
-                      overview_numbers, pooled_codes, probe, read_labels, removal_effect, words_of)
+from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, feature_numbers, find, fires_on,
+                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
+                      removal_effect, words_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -57,6 +63,10 @@ DEFAULTS = dict(
     top=3,               # features shown of each token of a prompt
     find='',             # regular expression: which features fire on it?
     probe='',            # file of lines "label<tab>text": which features tell the labels apart?
+    why='',              # true: what made the model go on from --prompt as it does; or a feature
+    target='',           # the text that --why is to explain; '' = the likeliest token
+    trace='',            # a feature, L3.F17: which of the next SAE's does it cause?
+    sort='',             # a list, the first by coherence, entropy or density; the page's order
     timeline=False,      # how the features formed, from the snapshots of training
     html='',             # write the chosen (or all live) features, or the prompt, to this file
     export='',           # write the SAEs to this folder, for SAELens
@@ -65,7 +75,6 @@ DEFAULTS = dict(
     device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     seed=1337,           # of everything drawn at random
 )
-SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 
 def problems(config):
@@ -76,6 +85,13 @@ def problems(config):
         re.compile(config['find'])
     except re.error as e:
         found.append(f"find={config['find']!r} is no regular expression: {e}")
+    if config['sort'] not in ('', *ORDERS):
+        found.append(f"sort={config['sort']!r} must be one of {', '.join(ORDERS)}")
+    of_prompt, why = config['prompt'] or config['prompt_file'], config['why']
+    if why and bool(of_prompt) != (why == 'true'):
+        found.append(f"why={why!r}: with --prompt write --why=true, without it --why=L6.F2386")
+    if config['target'] and why != 'true':
+        found.append(f"target={config['target']!r} takes --prompt and --why=true beside it")
     return found
 
 # --------------------------------------------------------------------------------------------------
@@ -329,6 +345,13 @@ def panels(scan, d, index, options, console):
         yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
                                   f"{len(live):,} live features")
         yield line('  ', captions(scan, f))
+    if d['words']:
+        note = 'fewer than four: they have no coherence'
+        if d['coherence'] is not None:
+            note = (f"coherence {d['coherence']:.4f}, rank {d['concept_rank']:,} of "
+                    f"{d['concepts']:,} as a concept")
+        yield heading('Words', note)
+        yield line('  ', d['words'])
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
@@ -460,6 +483,105 @@ def prompt_view(options, console):
         yield table_of(('token', '', '', 'feature', 'fires on'), cells)
         yield ''
 
+def why_view(options, console):
+    index, run = index_of(options), run_of(options)
+    layers = [scan.layer for scan in chosen(options, index)]
+    tokens = encode(run, prompt_text(options.prompt, options.prompt_file))
+    target = run.tokenizer.encode(options.target, allowed_special='all')
+    d = explain.why_token(run.model, tokens, target, layers)
+    answer = caption(b''.join(run.names[token] for token in d['target']))
+    yield bold(f"Why {answer}: probability {percent(math.exp(d['base']))}")
+    yield from effects(d, f'log p({answer})', layers, index, run)
+    yield heading('Likeliest next tokens')
+    yield line('  ', '  '.join(f'{caption(run.names[token])} {percent(p)}'
+                               for token, p in d['likeliest']))
+    yield ''
+
+def why_feature_view(options, console):
+    index, run = index_of(options), run_of(options)
+    layer, f = parse_feature(options.why, index, run.model.config.n_features, options.layer)
+    scan, below = index[layer], [i for i in index if i < layer]
+    if not below:
+        raise ValueError(f"{name(scan, f)}: no SAE lies below block {layer}, no features made it "
+                         "fire; it reads tokens: see --feature, or --prompt with --why=true")
+    top = feature_numbers(scan, f, options.seed)['top']
+    if not top:
+        raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and last "
+                         "tokens of a window and on end-of-text: there is nothing to explain")
+    peak = top[0]['where']
+    d = explain.why_feature(run.model, scan.tokens[peak // scan.T * scan.T:peak + 1].tolist(),
+                            layer, f)
+    yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,} of the scan")
+    yield one_line(scan, top[0], scan.max[f], console.width)
+    yield from effects(d, 'its activation', below, index, run)
+    yield ''
+
+def effects(d, what, layers, index, run):
+    """What explain.py found of the features of these layers: d. what: the thing explained."""
+    yield dim(f"step {run.checkpoint['step']:,} · {len(d['idx']):,} tokens are read · "
+              f"{d['active']:,} features are active")
+    if len(d['effects']) < d['active']:
+        yield dim(f"tried: the {len(d['effects'])} with the largest gradient times activation")
+    for title, verb, sign in (('For', 'falls', 1), ('Against', 'rises', -1)):
+        rows = []
+        for change, layer, f, at in d['effects'][::sign][:explain.TOGETHER]:
+            if change * sign < 0:
+                t, act = max(at, key=lambda place: abs(place[1]))
+                others = f' +{len(at) - 1}' if len(at) > 1 else ''
+                rows.append((f'{change:+.4f}', bold(name(index[layer], f)), number(act),
+                             caption(run.names[d['idx'][t]]) + others,
+                             words_of(index[layer], f) or captions(index[layer], f)))
+        yield heading(title, f'without the feature, wherever it fires, {what} {verb}')
+        yield table_of(('change', 'feature', 'strongest', 'token', 'words'), rows)
+    yield heading('Together', 'taken away at once')
+    yield f"  the first {d['first']} for it   {d['together']:+.4f}"
+    yield f"  all features      {d['whole']:+.4f}"
+    if d['together'] < 0 and d['whole'] < 0:
+        yield f"  so the first {d['first']} make up {percent(d['together'] / d['whole'])} of all"
+    sae = run.model.saes()[layers[0]]
+    rest = []
+    if sae.site.hook != 'block':
+        rest.append("the stream passes beside them")
+    if sae.alpha < 1:
+        rest.append(f"of the stream a share of {1 - sae.alpha:.2f} passes too")
+    if sae.posthoc:
+        rest.append("the length of each token's stream passes too")
+    yield dim(f"  the features are {sae.site.place} {layers[0]};")
+    yield dim(f"  {' and '.join(rest) or 'nothing else passes'}")
+
+def trace_view(options, console):
+    index = index_of(options)
+    layer, f = parse_feature(options.trace, index, chosen(options, index)[0].F, options.layer)
+    scan, higher = index[layer], [i for i in index if i > layer]
+    if not higher:
+        raise ValueError(f"{name(scan, f)}: no SAE lies above block {layer}")
+    above = index[higher[0]]
+    d = explain.trace(run_of(options).model, scan, above, f, options.seed)
+    change = d['with'] - d['without']                                        # (F,)
+    yield line(bold(f'What {name(scan, f)} does in block {above.layer}'), '  ', captions(scan, f))
+    yield dim(f"exact, over the {d['positions']:,} positions where it fires in {d['windows']} "
+              "windows of the scan")
+    for title, note, score in (('Fires with', 'most often, by the scan', d['share']),
+                               ('Causes', 'weaker when it is taken away', change),
+                               ('Holds down', 'stronger when it is taken away', -change)):
+        best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+        yield from feature_table(title, note, ('both/either', 'activation', 'without it'), [
+            (above, g, f"{d['share'][g]:.3f}", f"{d['with'][g]:.4f}", f"{d['without'][g]:.4f}")
+            for g in best])
+    yield heading('Next')
+    if len(higher) > 1:
+        yield f'  --trace={name(above, change.argmax())}'
+    yield f'  --feature={name(above, change.argmax())}'
+    yield ''
+
+def sorted_view(options, console):
+    for scan in chosen(options, index_of(options)):
+        some = in_order(scan, options.sort)[:options.rows]
+        yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
+                                 ('coherence', 'entropy', 'density'), [
+            (scan, f, f'{scan.coherence[f]:.2f}', *ranked(scan, f)[1:]) for f in some])
+        yield ''
+
 def find_view(options, console):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
     for scan in chosen(options, index_of(options)):
@@ -577,9 +699,15 @@ VIEWS = { # the options that choose it, in alphabetical order: the view
     'find': find_view,
     'html': page,
     'html prompt': page,
+    'html prompt why': page,
+    'html sort': page,
     'probe': probe_view,
     'prompt': prompt_view,
+    'prompt why': why_view,
+    'sort': sorted_view,
     'timeline': timeline_view,
+    'trace': trace_view,
+    'why': why_feature_view,
 }
 
 def look(options):

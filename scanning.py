@@ -26,6 +26,8 @@ from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
+SHOWN_FROM = 20               # with fewer firings an entropy says little
+ORDERS = ('coherence', 'entropy', 'density')
 
 def scan_val(run, wanted, key, track):
     """
@@ -134,10 +136,14 @@ def concepts(count, where, tokens, names):
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
     return dict(words=words, coherence=coherence, word_share=word_share)
 
+def concept_value(scan):
+    """(F,): how nameable: coherence times the share of firings on words; nan without coherence."""
+    return scan.coherence * scan.word_share
+
 def by_concept(scan):
-    """Live features, the most nameable first: coherence times the share of firings on words. Of
-    those that share more than half of their words the first one is there alone."""
-    value = np.where(np.isnan(scan.coherence), -1, scan.coherence * scan.word_share)
+    """Live features, the most nameable first. Of those that share more than half of their words the
+    first one is there alone."""
+    value = np.nan_to_num(concept_value(scan), nan=-1)
     shown, seen = [], []
     for f in np.argsort(-value, kind='stable'):
         words = set(scan.words[f].tolist()) - {-1}
@@ -145,6 +151,14 @@ def by_concept(scan):
             shown.append(int(f))
             seen.append(words)
     return shown
+
+def in_order(scan, order):
+    """Live features by one of ORDERS, the best first: coherence, low entropy, high density."""
+    live = np.flatnonzero(scan.count)
+    coherence = np.nan_to_num(scan.coherence, nan=-2)
+    entropy = scan.rank + scan.F * (scan.count < SHOWN_FROM)
+    worst = dict(coherence=-coherence, entropy=entropy, density=-scan.count)[order]
+    return live[np.argsort(worst[live], kind='stable')]
 
 def words_of(scan, f):
     """The words on which a feature fires far more often than they occur, as text."""
@@ -220,6 +234,11 @@ def firings(scan, f):
     slots = scan.order[scan.first[f]:scan.first[f] + scan.count[f]]
     return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots]
 
+def joint(scan, where):
+    """(F,): of the positions where a feature fires or `where` (P,) is, the share that has both."""
+    both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
+    return both / np.maximum(1, scan.count + len(where) - both)
+
 def feature_numbers(scan, f, seed):
     """
     Every number of one feature's view; tokens are ids.
@@ -245,21 +264,24 @@ def feature_numbers(scan, f, seed):
             example = context(scan, where, acts, int(some[-1])) if len(some) else None
             intervals.append((j * R / INTERVALS, (j + 1) * R / INTERVALS, float(inside.mean()),
                               example))
-    both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
-    share = both / np.maximum(1, scan.count + count - both)                  # (F,)
+    share = joint(scan, where)                                               # (F,)
     share[f] = -1
-    joint = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
+    together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
     pairs = {name: list(zip(getattr(scan, name)[f].tolist(),
                             getattr(scan, f'{name}_value')[f].tolist()))
              for name in ('up', 'down', 'near')}
     if scan.site == 'stream':
         pairs['near'] = []                                   # channels are orthogonal
+    value = concept_value(scan)
+    coherent = not np.isnan(value[f])
     return dict(
+        words=words_of(scan, f), coherence=float(scan.coherence[f]) if coherent else None,
+        concept_rank=1 + int((value > value[f]).sum()), concepts=int((~np.isnan(value)).sum()),
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
         entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f), **pairs,
         hist=np.bincount(bins, minlength=BINS).tolist(), intervals=intervals,
-        joint=list(zip(joint.tolist(), share[joint].tolist())),
+        joint=list(zip(together.tolist(), share[together].tolist())),
         top=contexts(scan, where, acts, where[strongest_first], TOP),
         random=contexts(scan, where, acts, where[drawn], RANDOM))
 

@@ -1,0 +1,177 @@
+"""
+What made the model say it: features are taken away, and the blocks from theirs on run again. The
+features are part of the model, so each number is exact, in float32, also on a GPU (bf16 would round
+small effects away). Nothing here prints; inspect_features.py does.
+
+Shapes: B runs, T tokens, N scanned tokens, F features, C n_embd, V vocabulary.
+"""
+import numpy as np
+import torch
+from torch.nn.functional import linear
+
+from features import device_of
+from sae import norm
+from scanning import firings, joint
+
+MOST = 300           # features taken away one by one; of more the most promising
+TOGETHER = 10        # features that are taken away together
+
+def run_scaled(model, idx, scales, end, measure):
+    """
+    Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts), joined.
+    scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a feature away
+    wherever it fires. What lies below the lowest of these blocks runs once.
+    """
+    blocks, saes, first = model.transformer.h, model.saes(), min(scales)
+    seen = []
+    hook = blocks[first].register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    model(idx)
+    hook.remove()
+    [(x, rope)] = seen                                                       # (1, T, C)
+    found = []
+    for rows in torch.arange(len(scales[first])).split(max(1, 4096 // idx.size(1))):
+        for layer, scale in scales.items():
+            scale = scale[rows, None]                                        # (b, 1, F)
+            saes[layer].steer = scale, torch.zeros_like(scale)
+        stream, outs = x.expand(len(rows), -1, -1), []                       # (b, T, C)
+        for block in blocks[first:end]:
+            stream = block(stream, rope, outs)
+        found.append(measure(stream, outs))
+    for layer in scales:
+        saes[layer].steer = None
+    return torch.cat(found)
+
+def kept(model, layers, removals):
+    """removals: B sets of (block, f) -> scales, 0 for these and 1 for all others."""
+    F, device = model.config.n_features, device_of(model)
+    scales = {layer: torch.ones(len(removals), F, device=device) for layer in layers}
+    for b, removal in enumerate(removals):
+        for layer, f in removal:
+            scales[layer][b, f] = 0
+    return scales
+
+def fires_in(model, idx, layers):
+    """{(block, f): [(position, activation), ...]} of the features that are active on idx (1, T)."""
+    fires = {}
+    _, _, out = model(idx)
+    for layer, values, indices in zip(model.saes(), out.values[:, 0].cpu(), out.indices[:, 0].cpu()):
+        for t, k in (values != 0).nonzero().tolist():
+            if layer in layers:
+                at = t, values[t, k].item()
+                fires.setdefault((layer, indices[t, k].item()), []).append(at)
+    return fires
+
+def promising(model, idx, fires, layers, end, measure):
+    """
+    Of more than MOST features those with the largest gradient times activation, summed over
+    positions: the derivative by a factor that stands before all of a feature's activations.
+    """
+    if len(fires) <= MOST:
+        return list(fires)
+    with torch.enable_grad():
+        scales = kept(model, layers, [[]])
+        for scale in scales.values():
+            scale.requires_grad_()
+        total = run_scaled(model, idx, scales, end, measure).sum()
+        slopes = dict(zip(scales, torch.autograd.grad(total, list(scales.values()))))
+    return sorted(fires, key=lambda feature: -abs(slopes[feature[0]][0, feature[1]].item()))[:MOST]
+
+@torch.no_grad()
+def explain(model, idx, layers, end, measure):
+    """
+    How measure changes when features of these layers that are active on idx (1, T) are taken away,
+    each at all its positions -> a dict of
+      base      measure of the model as it is
+      effects   [(change, block, f, [(position, activation), ...])], the lowest change first
+      active    how many are active; effects has MOST at most
+      together  change without the first TOGETHER of those that lower it
+      whole     change without any feature of these layers
+    """
+    fires = fires_in(model, idx, layers)
+    features = promising(model, idx, fires, layers, end, measure)
+    scales = kept(model, layers, [[]])
+    base = run_scaled(model, idx, scales, end, measure).item()
+    effects = []
+    for layer in layers:                 # one at a time: below a feature's own nothing runs again
+        own = [feature for feature in features if feature[0] == layer]
+        if own:
+            without = kept(model, [layer], [[feature] for feature in own])
+            changes = run_scaled(model, idx, without, end, measure) - base
+            effects += [(change, *feature, fires[feature])
+                        for change, feature in zip(changes.tolist(), own)]
+    effects.sort(key=lambda effect: effect[0])
+    first = [(layer, f) for change, layer, f, _ in effects[:TOGETHER] if change < 0]
+    together = run_scaled(model, idx, kept(model, layers, [first]), end, measure).item()
+    nothing = {layer: torch.zeros_like(scale) for layer, scale in scales.items()}
+    whole = run_scaled(model, idx, nothing, end, measure).item()
+    return dict(base=base, effects=effects, active=len(fires), first=len(first),
+                together=together - base, whole=whole - base)
+
+@torch.no_grad()
+def why_token(model, tokens, target, layers):
+    """
+    Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
+    log p(target), a sum over its tokens. Adds to explain
+      target    the ids
+      idx       the ids that are read: the last ones that fit into the model
+      likeliest [(token, probability)] of 5 after tokens
+    """
+    T, V, device = model.config.block_size, model.config.vocab_size, device_of(model)
+    p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
+    top = p.topk(min(5, V))
+    likeliest = list(zip(top.indices.tolist(), top.values.tolist()))
+    target = target or [likeliest[0][0]]
+    n = len(target)
+    read = [*tokens[-max(1, T + 1 - n):], *target[:-1]]
+    answer = torch.tensor(target, device=device)[:, None]                    # (n, 1)
+
+    def log_p(stream, _):
+        logits = linear(norm(stream[:, -n:]), model.transformer.wte.weight)[..., :V]
+        log_p = logits.float().log_softmax(-1)                               # (B, n, V)
+        return log_p.gather(-1, answer.expand(len(log_p), -1, -1)).sum((1, 2))
+
+    idx = torch.tensor([read], device=device)
+    d = explain(model, idx, layers, model.config.n_layer, log_p)
+    return d | dict(idx=read, target=target, likeliest=likeliest)
+
+@torch.no_grad()
+def why_feature(model, tokens, layer, f):
+    """
+    Why feature f of a block fires on the last of tokens, by the features of the SAEs below: what is
+    measured is its activation, 0 where it is not among the K. Adds to explain idx, the tokens.
+    """
+    def activation(_, outs):
+        values, indices = outs[-1].values[:, -1], outs[-1].indices[:, -1]    # (B, K)
+        return torch.where(indices == f, values, 0).sum(-1)
+
+    below = [i for i in model.saes() if i < layer]
+    idx = torch.tensor([tokens], device=device_of(model))
+    return explain(model, idx, below, layer + 1, activation) | dict(idx=tokens)
+
+@torch.no_grad()
+def trace(model, scan, above, f, seed, n=16):
+    """
+    What a feature does to the next SAE's features. scan, above: the two SAEs' -> arrays (F,):
+      share           positions of the scan where both fire, of those where either does
+      with, without   their mean activation where it fires, as it is and when it is taken away; in
+                      n windows of the scan at most, drawn at random
+    """
+    where, _ = firings(scan, f)                                              # (P,)
+    windows = np.random.default_rng((seed, scan.layer, f)).permutation(np.unique(where // scan.T))
+    total, positions = np.zeros((2, above.F)), 0
+    scales = kept(model, [scan.layer], [[], [(scan.layer, f)]])
+    for w in windows[:n].tolist():
+        at = torch.from_numpy(where[where // scan.T == w] % scan.T)          # (p,)
+
+        def codes(_, outs):
+            values, indices = outs[-1].values[:, at], outs[-1].indices[:, at]
+            z = values.new_zeros(len(values), above.F)
+            return z.scatter_add(1, indices.flatten(1), values.flatten(1))   # (B, F)
+
+        tokens = scan.tokens[w * scan.T:(w + 1) * scan.T].astype(np.int64)
+        idx = torch.from_numpy(tokens)[None].to(device_of(model))
+        total += run_scaled(model, idx, scales, above.layer + 1, codes).cpu().numpy()
+        positions += len(at)
+    as_it_is, without = total / max(1, positions)
+    return dict(share=joint(above, where), **{'with': as_it_is}, without=without,
+                windows=min(n, len(windows)), positions=positions)
