@@ -41,7 +41,7 @@ def codes(model, batches):
     """
     tokens, features, values, fvu = [], [], [], []
     for x in batches:
-        _, out = forward(model, x)
+        out = see(model, x)
         F = out.fired.shape[-1]
         active = torch.where(out.values != 0, out.indices, F)                # (S, B, T, K)
         tokens.append(x.flatten().cpu().numpy())
@@ -346,6 +346,12 @@ def forward(model, idx):
     with autocast(model):
         logits, _, out = model(idx.to(device_of(model)))
     return logits, out
+
+@torch.no_grad()
+def see(model, idx, upto=None):
+    """The SAEOut of the first `upto` blocks, all if None, on idx (B, T), without the logits."""
+    with autocast(model):
+        return model.blocks(idx.to(device_of(model)), upto)[1]
 
 def read(model, tokens):
     """

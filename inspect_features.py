@@ -607,7 +607,8 @@ def probe_view(options, console):
         yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
                   'ranked unscaled); one label against the rest, chance 50; +- over 3 splits')
         rows = []
-        for code, X in pooled_codes(run.model, scan.layer, tokens, options.seed).items():
+        pooled = pooled_codes(run.model, scan.layer, tokens, options.seed, tracked)
+        for code, X in pooled.items():
             ks = (1, 5, 20, X.shape[1]) if code == 'channels' else (1, 5, 20)
             scores, top = probe(X, y, options.seed, ks)
             cells = []

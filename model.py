@@ -212,6 +212,18 @@ class GPT(nn.Module):
 
         Raises ValueError for more tokens than block_size, or several that continue a cache.
         """
+        x, out = self.blocks(idx, cache=cache)
+        x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
+        if targets is None:
+            return F.linear(x, wte)[..., :V], None, out                 # (B, T, V)
+        loss = kernels.linear_cross_entropy(x.flatten(0, 1), wte, targets.flatten(), V)
+        return None, loss, out
+
+    def blocks(self, idx, upto=None, cache=None):
+        """
+        The stream (B, T, C) after the first `upto` blocks, of the last position alone with a cache,
+        and the SAEOut of their SAEs; None if they have none. All else as in forward.
+        """
         B, T = idx.size()
         pos = 0 if cache is None else cache.pos
         if pos + T > self.config.block_size:
@@ -222,17 +234,12 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         rope = self.cos[pos:pos + T], self.sin[pos:pos + T]         # (T, 1, D) each
         outs = []
-        for block in self.transformer.h:
+        for block in self.transformer.h[:upto]:
             x = block(x, rope, outs, cache)
         if cache is not None:
             cache.pos += T
             x = x[:, -1:]
-        out = SAEOut(*map(torch.stack, zip(*outs))) if outs else None
-        x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
-        if targets is None:
-            return F.linear(x, wte)[..., :V], None, out                 # (B, T, V)
-        loss = kernels.linear_cross_entropy(x.flatten(0, 1), wte, targets.flatten(), V)
-        return None, loss, out
+        return x, SAEOut(*map(torch.stack, zip(*outs))) if outs else None
 
     def saes(self):
         """{block index: its SAE}, in order."""

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from data.dataset import eval_batches, load_dataset
 from features import (VERSION, codes, device_of, forward, load_npz, open_run, read_file, save_npz,
-                      safe, token_statistics)
+                      safe, see, token_statistics)
 from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
@@ -383,7 +383,7 @@ def read_labels(path):
     return labels, texts
 
 @torch.no_grad()
-def pooled_codes(model, layer, texts, seed):
+def pooled_codes(model, layer, texts, seed, track):
     """
     What the SAE of a block makes of texts, lists of token ids that begin with end-of-text: means
     over the tokens after it, up to 128. {'features': X (n, F), 'random directions': X (n, F),
@@ -391,29 +391,32 @@ def pooled_codes(model, layer, texts, seed):
     K largest of each token: without them no accuracy says anything (arXiv 2602.14111).
     """
     sae, device, read_by_sae = model.saes()[layer], device_of(model), []
-    hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    s, K, F = list(model.saes()).index(layer), int(sae.k), sae.n_features
-    width = len(sae.fill)
+    K, F, width = int(sae.k), sae.n_features, len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1).to(device)                                # (F, C)
     lengths = np.array([min(len(text), 129, model.config.block_size) for text in texts])
-    order = np.argsort(lengths, kind='stable')               # texts of like length share a batch
+    left, batches = np.argsort(-lengths, kind='stable'), []
+    while len(left):                                         # texts of like length, 2,048 tokens
+        B = max(1, 2048 // lengths[left[0]])
+        batches.append(left[:B])
+        left = left[B:]
     X = {name: np.zeros((len(texts), n), np.float32) for name, n in
          (('features', F), ('random directions', F), ('channels', width))}
-    for part in np.array_split(order, -(-len(texts) // 64)):
-        idx = torch.zeros(len(part), int(lengths[part].max()), dtype=torch.long)
+    hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
+    for batch in track(batches, "reading texts"):
+        idx = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
         share = torch.zeros(idx.shape)                       # of each token in its text's mean
-        for row, n in enumerate(part):
+        for row, n in enumerate(batch):
             idx[row, :lengths[n]] = torch.tensor(texts[n][:lengths[n]])
             share[row, 1:lengths[n]] = 1 / max(1, lengths[n] - 1)
         share = share.to(device)                                             # (B, T)
-        _, out = forward(model, idx)
+        out = see(model, idx, layer + 1)
         x = read_by_sae.pop()
         h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
         values, indices = (h @ rows.T).relu().topk(K, dim=-1)                # (B, T, K)
-        X['features'][part] = pool(out.values[s], out.indices[s], share, F)
-        X['random directions'][part] = pool(values, indices, share, F)
-        X['channels'][part] = (h * share[..., None]).sum(1).cpu().numpy()
+        X['features'][batch] = pool(out.values[-1], out.indices[-1], share, F)
+        X['random directions'][batch] = pool(values, indices, share, F)
+        X['channels'][batch] = (h * share[..., None]).sum(1).cpu().numpy()
     hook.remove()
     return X
 
@@ -474,6 +477,9 @@ def probe(X, y, seed, ks=(1, 5, 20), splits=3):
             if how == 'B' and split == 0:
                 best[c] = ranked[0]
             for k in ks:
+                if how == 'A' and k >= X.shape[1]:           # all columns, however they are ranked
+                    scores['A', k] = scores['B', k]
+                    continue
                 some = ranked[:k]
                 mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
                 w = logistic((rows[:, some] - mean) / scale, t)
