@@ -22,14 +22,11 @@ def run_scaled(model, idx, scales, end, measure):
     scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a feature away
     wherever it fires. What lies below the lowest of these blocks runs once.
     """
-    blocks, saes, first = model.transformer.h, model.saes(), min(scales)
-    seen = []
-    hook = blocks[first].register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
-    model(idx)
-    hook.remove()
-    [(x, rope)] = seen                                                       # (1, T, C)
+    blocks, saes, first, T = model.transformer.h, model.saes(), min(scales), idx.size(1)
+    x, _ = model.blocks(idx, first)                                          # (1, T, C)
+    rope = model.cos[:T], model.sin[:T]
     found = []
-    for rows in torch.arange(len(scales[first])).split(max(1, 4096 // idx.size(1))):
+    for rows in torch.arange(len(scales[first])).split(max(1, 4096 // T)):
         for layer, scale in scales.items():
             scale = scale[rows, None]                                        # (b, 1, F)
             saes[layer].steer = scale, torch.zeros_like(scale)
@@ -53,12 +50,12 @@ def kept(model, layers, removals):
 def fires_in(model, idx, layers):
     """{(block, f): [(position, activation), ...]} of the features that are active on idx (1, T)."""
     fires = {}
-    _, _, out = model(idx)
-    for layer, values, indices in zip(model.saes(), out.values[:, 0].cpu(), out.indices[:, 0].cpu()):
-        for t, k in (values != 0).nonzero().tolist():
+    _, out = model.blocks(idx, max(layers) + 1)
+    for layer, values, indices in zip(model.saes(), out.values.cpu(), out.indices.cpu()):
+        for t, k in (values[0] != 0).nonzero().tolist():
             if layer in layers:
-                at = t, values[t, k].item()
-                fires.setdefault((layer, indices[t, k].item()), []).append(at)
+                at = t, values[0, t, k].item()
+                fires.setdefault((layer, indices[0, t, k].item()), []).append(at)
     return fires
 
 def promising(model, idx, fires, layers, end, measure):
@@ -82,30 +79,46 @@ def explain(model, idx, layers, end, measure):
     How measure changes when features of these layers that are active on idx (1, T) are taken away,
     each at all its positions -> a dict of
       base      measure of the model as it is
-      effects   [(change, block, f, [(position, activation), ...])], the lowest change first
-      active    how many are active; effects has MOST at most
-      together  change without the first TOGETHER of those that lower it
+      active    how many are active
+      effects   [(change, block, f, [(position, activation), ...])], MOST at most, lowest first
+      pro, con  the first and last TOGETHER of them, without which it falls, and rises
+      together  change without any of pro
       whole     change without any feature of these layers
+      passes    in words: what the features are, and what passes beside them
     """
     fires = fires_in(model, idx, layers)
     features = promising(model, idx, fires, layers, end, measure)
     scales = kept(model, layers, [[]])
     base = run_scaled(model, idx, scales, end, measure).item()
     effects = []
-    for layer in layers:                 # one at a time: below a feature's own nothing runs again
+    for layer in sorted({layer for layer, _ in features}): # only what lies above it runs again
         own = [feature for feature in features if feature[0] == layer]
-        if own:
-            without = kept(model, [layer], [[feature] for feature in own])
-            changes = run_scaled(model, idx, without, end, measure) - base
-            effects += [(change, *feature, fires[feature])
-                        for change, feature in zip(changes.tolist(), own)]
+        without = kept(model, [layer], [[feature] for feature in own])
+        changes = run_scaled(model, idx, without, end, measure) - base
+        effects += [(change, *feature, fires[feature])
+                    for change, feature in zip(changes.tolist(), own)]
     effects.sort(key=lambda effect: effect[0])
-    first = [(layer, f) for change, layer, f, _ in effects[:TOGETHER] if change < 0]
-    together = run_scaled(model, idx, kept(model, layers, [first]), end, measure).item()
+    pro = [effect for effect in effects[:TOGETHER] if effect[0] < 0]
+    con = [effect for effect in effects[::-1][:TOGETHER] if effect[0] > 0]
+    without = kept(model, layers, [[effect[1:3] for effect in pro]])
+    together = run_scaled(model, idx, without, end, measure).item()
     nothing = {layer: torch.zeros_like(scale) for layer, scale in scales.items()}
     whole = run_scaled(model, idx, nothing, end, measure).item()
-    return dict(base=base, effects=effects, active=len(fires), first=len(first),
-                together=together - base, whole=whole - base)
+    return dict(base=base, active=len(fires), effects=effects, pro=pro, con=con,
+                together=together - base, whole=whole - base,
+                passes=what_passes(model.saes()[layers[0]], layers[0]))
+
+def what_passes(sae, layer):
+    """What the features of an SAE explain, and what they do not, in words."""
+    rest = []
+    if sae.site.hook != 'block':
+        rest.append("the stream passes beside them")
+    if sae.alpha < 1:
+        rest.append(f"of the stream a share of {1 - sae.alpha:.2f} passes too")
+    if sae.posthoc:
+        rest.append("the length of each token's stream passes too")
+    return (f"the features are {sae.site.place} {layer}: "
+            f"{' and '.join(rest) or 'nothing else passes, this is the whole truth'}")
 
 @torch.no_grad()
 def why_token(model, tokens, target, layers):

@@ -47,8 +47,8 @@ import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
                       open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
                       settled_at, write_safetensors)
-from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, feature_numbers, find, fires_on,
-                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
+from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers,
+                      find, fires_on, in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
                       removal_effect, words_of)
 
 DEFAULTS = dict(
@@ -239,10 +239,10 @@ def chosen(options, by_layer):
         raise ValueError(f"layer={options.layer} has no SAE; block {blocks} has one")
     return [sae for layer, sae in by_layer.items() if options.layer in (-1, layer)]
 
-def chosen_features(options, index):
-    """--feature as [(scan, feature)]. Raises ValueError, one sentence."""
+def features_of(text, options, index):
+    """'L6.F2386,L6.F5' as [(scan, feature)]. Raises ValueError, one sentence."""
     F = chosen(options, index)[0].F
-    found = [parse_feature(text, index, F, options.layer) for text in options.feature.split(',')]
+    found = [parse_feature(part, index, F, options.layer) for part in text.split(',')]
     return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
@@ -257,7 +257,7 @@ def all_numbers(options, features):
     timelines = open_timeline(options.out_dir, tracked)
     model = run_of(options).model if options.effect else None
     for scan, f in features:
-        d = feature_numbers(scan, f, options.seed)
+        d = feature_numbers(scan, f, options.seed) | concept_numbers(scan, f)
         timeline = timelines.get(scan.layer)
         d['timeline'] = timeline and feature_timeline(timeline, f)
         d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
@@ -322,7 +322,7 @@ def overview_of(scan, options, console):
 
 def feature_view(options, console):
     index = index_of(options)
-    for scan, d in all_numbers(options, chosen_features(options, index)):
+    for scan, d in all_numbers(options, features_of(options.feature, options, index)):
         yield from panels(scan, d, index, options, console)
         yield ''
 
@@ -449,7 +449,7 @@ def timeline_view(options, console):
 
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
-    for scan, f in chosen_features(options, index_of(options)):
+    for scan, f in features_of(options.feature, options, index_of(options)):
         t = feature_timeline(timelines[scan.layer], f)
         probed = timelines[scan.layer].probed
         yield bold(f'{name(scan, f)} over training, on {probed:,} tokens at each snapshot')
@@ -483,96 +483,91 @@ def prompt_view(options, console):
         yield table_of(('token', '', '', 'feature', 'fires on'), cells)
         yield ''
 
-def why_view(options, console):
-    index, run = index_of(options), run_of(options)
+def why_numbers(options, index, run):
+    """Of --why=true: explain.why_token, and its target as text."""
     layers = [scan.layer for scan in chosen(options, index)]
     tokens = encode(run, prompt_text(options.prompt, options.prompt_file))
     target = run.tokenizer.encode(options.target, allowed_special='all')
     d = explain.why_token(run.model, tokens, target, layers)
-    answer = caption(b''.join(run.names[token] for token in d['target']))
+    return d, caption(b''.join(run.names[token] for token in d['target']))
+
+def why_view(options, console):
+    index, run = index_of(options), run_of(options)
+    d, answer = why_numbers(options, index, run)
     yield bold(f"Why {answer}: probability {percent(math.exp(d['base']))}")
-    yield from effects(d, f'log p({answer})', layers, index, run)
+    yield from effects(d, f'log p({answer})', index)
     yield heading('Likeliest next tokens')
     yield line('  ', '  '.join(f'{caption(run.names[token])} {percent(p)}'
                                for token, p in d['likeliest']))
     yield ''
 
 def why_feature_view(options, console):
-    index, run = index_of(options), run_of(options)
-    layer, f = parse_feature(options.why, index, run.model.config.n_features, options.layer)
-    scan, below = index[layer], [i for i in index if i < layer]
-    if not below:
-        raise ValueError(f"{name(scan, f)}: no SAE lies below block {layer}, no features made it "
-                         "fire; it reads tokens: see --feature, or --prompt with --why=true")
-    top = feature_numbers(scan, f, options.seed)['top']
-    if not top:
-        raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and last "
-                         "tokens of a window and on end-of-text: there is nothing to explain")
-    peak = top[0]['where']
-    d = explain.why_feature(run.model, scan.tokens[peak // scan.T * scan.T:peak + 1].tolist(),
-                            layer, f)
-    yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,} of the scan")
-    yield one_line(scan, top[0], scan.max[f], console.width)
-    yield from effects(d, 'its activation', below, index, run)
-    yield ''
+    index = index_of(options)
+    for scan, f in features_of(options.why, options, index):
+        if scan.layer == min(index):
+            raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
+                             "made it fire, only tokens: see --feature")
+        top = feature_numbers(scan, f, options.seed)['top']
+        if not top:
+            raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
+                             "last tokens of a window and on end-of-text: nothing to explain")
+        peak = top[0]['where']
+        tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
+        d = explain.why_feature(run_of(options).model, tokens, scan.layer, f)
+        yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
+        yield one_line(scan, top[0], scan.max[f], console.width)
+        yield from effects(d, 'its activation', index)
+        yield ''
 
-def effects(d, what, layers, index, run):
-    """What explain.py found of the features of these layers: d. what: the thing explained."""
-    yield dim(f"step {run.checkpoint['step']:,} · {len(d['idx']):,} tokens are read · "
-              f"{d['active']:,} features are active")
+def effects(d, what, index):
+    """Of what, the numbers d of explain.py."""
+    tried = 'all'
     if len(d['effects']) < d['active']:
-        yield dim(f"tried: the {len(d['effects'])} with the largest gradient times activation")
-    for title, verb, sign in (('For', 'falls', 1), ('Against', 'rises', -1)):
+        tried = f"the {len(d['effects'])} with the largest gradient times activation"
+    yield dim(f"{len(d['idx']):,} tokens are read; of {d['active']:,} active features {tried} are "
+              "taken away, one at a time")
+    for title, verb, some in (('For', 'falls', d['pro']), ('Against', 'rises', d['con'])):
         rows = []
-        for change, layer, f, at in d['effects'][::sign][:explain.TOGETHER]:
-            if change * sign < 0:
-                t, act = max(at, key=lambda place: abs(place[1]))
-                others = f' +{len(at) - 1}' if len(at) > 1 else ''
-                rows.append((f'{change:+.4f}', bold(name(index[layer], f)), number(act),
-                             caption(run.names[d['idx'][t]]) + others,
-                             words_of(index[layer], f) or captions(index[layer], f)))
+        for change, layer, f, at in some:
+            scan = index[layer]
+            t, act = max(at, key=lambda place: abs(place[1]))
+            others = f' +{len(at) - 1}' if len(at) > 1 else ''
+            rows.append((f'{change:+.4f}', bold(name(scan, f)), number(act),
+                         caption(scan.names[d['idx'][t]]) + others,
+                         words_of(scan, f) or captions(scan, f)))
         yield heading(title, f'without the feature, wherever it fires, {what} {verb}')
         yield table_of(('change', 'feature', 'strongest', 'token', 'words'), rows)
     yield heading('Together', 'taken away at once')
-    yield f"  the first {d['first']} for it   {d['together']:+.4f}"
+    yield f"  the first {len(d['pro'])} for it   {d['together']:+.4f}"
     yield f"  all features      {d['whole']:+.4f}"
     if d['together'] < 0 and d['whole'] < 0:
-        yield f"  so the first {d['first']} make up {percent(d['together'] / d['whole'])} of all"
-    sae = run.model.saes()[layers[0]]
-    rest = []
-    if sae.site.hook != 'block':
-        rest.append("the stream passes beside them")
-    if sae.alpha < 1:
-        rest.append(f"of the stream a share of {1 - sae.alpha:.2f} passes too")
-    if sae.posthoc:
-        rest.append("the length of each token's stream passes too")
-    yield dim(f"  the features are {sae.site.place} {layers[0]};")
-    yield dim(f"  {' and '.join(rest) or 'nothing else passes'}")
+        yield f"  so these make up {percent(d['together'] / d['whole'])} of all"
+    yield dim('  ' + d['passes'].replace(': ', ':\n  '))
 
 def trace_view(options, console):
     index = index_of(options)
-    layer, f = parse_feature(options.trace, index, chosen(options, index)[0].F, options.layer)
-    scan, higher = index[layer], [i for i in index if i > layer]
-    if not higher:
-        raise ValueError(f"{name(scan, f)}: no SAE lies above block {layer}")
-    above = index[higher[0]]
-    d = explain.trace(run_of(options).model, scan, above, f, options.seed)
-    change = d['with'] - d['without']                                        # (F,)
-    yield line(bold(f'What {name(scan, f)} does in block {above.layer}'), '  ', captions(scan, f))
-    yield dim(f"exact, over the {d['positions']:,} positions where it fires in {d['windows']} "
-              "windows of the scan")
-    for title, note, score in (('Fires with', 'most often, by the scan', d['share']),
-                               ('Causes', 'weaker when it is taken away', change),
-                               ('Holds down', 'stronger when it is taken away', -change)):
-        best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
-        yield from feature_table(title, note, ('both/either', 'activation', 'without it'), [
-            (above, g, f"{d['share'][g]:.3f}", f"{d['with'][g]:.4f}", f"{d['without'][g]:.4f}")
-            for g in best])
-    yield heading('Next')
-    if len(higher) > 1:
-        yield f'  --trace={name(above, change.argmax())}'
-    yield f'  --feature={name(above, change.argmax())}'
-    yield ''
+    for scan, f in features_of(options.trace, options, index):
+        higher = [layer for layer in index if layer > scan.layer]
+        if not higher:
+            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}")
+        above = index[higher[0]]
+        d = explain.trace(run_of(options).model, scan, above, f, options.seed)
+        change = d['with'] - d['without']                                    # (F,)
+        yield bold(f'What {name(scan, f)} does in block {above.layer}')
+        yield line('  ', captions(scan, f))
+        yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
+                  f"{d['windows']} windows")
+        for title, note, score in (('Fires with', 'positions with both / either', d['share']),
+                                   ('Causes', 'without it these are weaker', change),
+                                   ('Holds down', 'without it these are stronger', -change)):
+            best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+            yield from feature_table(title, note, ('both', 'with it', 'without'), [
+                (above, g, f"{d['share'][g]:.3f}", f"{d['with'][g]:.4f}", f"{d['without'][g]:.4f}")
+                for g in best])
+        yield heading('Next')
+        follow = ['feature', 'trace'][:len(higher)]
+        yield '  ' + '   '.join(f'--{key}={name(above, change.argmax())}' for key in follow)
+        yield ''
 
 def sorted_view(options, console):
     for scan in chosen(options, index_of(options)):
@@ -630,22 +625,29 @@ def probe_view(options, console):
 
 def page(options, console):
     """One static file: assets/viewer.html with its data put in."""
-    index, rows = index_of(options), None
+    index, rows, why = index_of(options), None, None
     scan = next(iter(index.values()))
+    words = [safe(raw) for raw in scan.names]
     if options.feature:
-        features = chosen_features(options, index)
+        features = features_of(options.feature, options, index)
     elif options.prompt or options.prompt_file:
         rows = rows_of_prompt(options)
         seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
                 for f, _ in by_layer[scan.layer]}
+        if options.why:
+            why, answer = why_numbers(options, index, run_of(options))
+            seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
+            why |= dict(answer=answer, tokens=[words[token] for token in why.pop('idx')],
+                        likeliest=[(words[token], p) for token, p in why['likeliest']],
+                        tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
         features = [(scan, f) for scan in chosen(options, index)
                     for f in np.flatnonzero(scan.count).tolist()]
-    words = [safe(raw) for raw in scan.names]
     data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
                 dataset=scan.dataset, shown_from=SHOWN_FROM,
-                layers={layer: overview_numbers(scan) for layer, scan in index.items()},
+                layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
+                        for layer, scan in index.items()}, sort=options.sort, why=why,
                 prompt=rows and [(words[token], by_layer) for token, by_layer in rows])
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):

@@ -152,6 +152,14 @@ def by_concept(scan):
             seen.append(words)
     return shown
 
+def concept_numbers(scan, f):
+    """A feature's words, coherence (None without), and its place among those that have one."""
+    value = concept_value(scan)
+    coherence = None if np.isnan(scan.coherence[f]) else float(scan.coherence[f])
+    return dict(words=words_of(scan, f), coherence=coherence,
+                concept_rank=1 + int((value > value[f]).sum()),
+                concepts=int((~np.isnan(value)).sum()))
+
 def in_order(scan, order):
     """Live features by one of ORDERS, the best first: coherence, low entropy, high density."""
     live = np.flatnonzero(scan.count)
@@ -272,11 +280,7 @@ def feature_numbers(scan, f, seed):
              for name in ('up', 'down', 'near')}
     if scan.site == 'stream':
         pairs['near'] = []                                   # channels are orthogonal
-    value = concept_value(scan)
-    coherent = not np.isnan(value[f])
     return dict(
-        words=words_of(scan, f), coherence=float(scan.coherence[f]) if coherent else None,
-        concept_rank=1 + int((value > value[f]).sum()), concepts=int((~np.isnan(value)).sum()),
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
         entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f), **pairs,

@@ -52,7 +52,9 @@ def same_as_by_hand(model, d, layers, measure):
     changes = [effect[0] for effect in d['effects']]
     assert changes == sorted(changes) and max(map(abs, changes)) > 1e-3
     first = [effect[1:3] for effect in d['effects'][:10] if effect[0] < 0]
-    assert d['first'] == len(first) and d['together'] == close(by_hand(first) - base)
+    assert [effect[1:3] for effect in d['pro']] == first
+    assert d['con'] == [effect for effect in d['effects'][:-11:-1] if effect[0] > 0]
+    assert d['together'] == close(by_hand(first) - base)
     every = [(layer, f) for layer in layers for f in range(model.config.n_features)]
     assert d['whole'] == close(by_hand(every) - base)
 
@@ -136,8 +138,9 @@ def test_trace_by_brute_force(run, index):
 def test_why_view(out, run, index, capsys):
     d = explain.why_token(run.model, features.encode(run, TEXT), [97, 98], [1, 2])
     text = look(capsys, out, f'--prompt={TEXT}', '--why=true', '--target=ab')
+    words = ' '.join(text.split())
     assert f"Why ab: probability {view.percent(np.exp(d['base']))}" in text
-    assert f"{d['active']} features are active" in text and 'nothing else passes' in text
+    assert f"of {d['active']} active features all are" in words and 'nothing else passes' in words
     change, layer, f, at = d['effects'][0]
     [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text)
     act, word = max((abs(act), features.caption(run.names[d['idx'][t]])) for t, act in at)
@@ -151,15 +154,15 @@ def test_why_a_feature_and_its_trace(out, index, capsys):
     text = look(capsys, out, f'--why=L2.F{f}')
     peak = scanning.feature_numbers(index[2], f, view.DEFAULTS['seed'])['top'][0]
     act = peak['acts'][peak['peak']]
-    assert f"fires with {act:#.4g} at token {peak['where']:,} of the scan" in text
+    assert f"fires with {act:#.4g} at token {peak['where']:,}\n" in text
     assert 'L1.F' in text and 'its activation falls' in text
     f = int(index[1].count.argmax())
     text = look(capsys, out, f'--trace=L1.F{f}', '--rows=3')
     assert 'in block 2' in text and 'Fires with' in text and 'Causes' in text
 
 @pytest.mark.parametrize('site, sentence', (
-    ('mlp', "on the MLP's output in block 1;\n  the stream passes beside them"),
-    ('stream', 'on the channels of the stream after block 1;\n  nothing else passes')))
+    ('mlp', "on the MLP's output in block 1:\n  the stream passes beside them"),
+    ('stream', 'on the channels of the stream after block 1:\n  nothing else passes')))
 def test_what_else_passes(site, sentence, tmp_path, capsys):
     out = make_run(tmp_path, sae_site=site)
     assert sentence in look(capsys, out, '--prompt=a', '--why=true')
