@@ -29,6 +29,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,7 @@ from features import (SETTLED, caption, encode, feature_timeline, for_page, open
                       settled_at, write_safetensors)
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers,
                       find, fires_on, in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
-                      removal_effect, words_of)
+                      removal_effect, timeline_curves, words_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -68,6 +69,7 @@ DEFAULTS = dict(
     trace='',            # a feature, L3.F17: which of the next SAE's does it cause?
     sort='',             # a list, the first by coherence, entropy or density; the page's order
     timeline=False,      # how the features formed, from the snapshots of training
+    plot='',             # the timeline as a picture, in this file; takes matplotlib
     html='',             # write the chosen (or all live) features, or the prompt, to this file
     export='',           # write the SAEs to this folder, for SAELens
     scan_tokens=0,       # 0 = what the index has; with no index 131,072, on a GPU 1,048,576
@@ -483,6 +485,40 @@ def prompt_view(options, console):
         yield table_of(('token', '', '', 'feature', 'fires on'), cells)
         yield ''
 
+def plot_view(options, console):
+    """The timeline as a picture: of the SAEs, or of the features of --feature."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plot takes matplotlib: pip install matplotlib") from None
+    warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
+    index, timelines, columns = index_of(options), timelines_of(options), []
+    if options.feature:
+        for scan, f in features_of(options.feature, options, index):
+            t = feature_timeline(timelines[scan.layer], f)
+            curves = {'density': t['density'], 'token entropy': [x or 0 for x in t['entropy']],
+                      'direction, cosine to the end': t['cos'],
+                      'tokens, cosine to the end': t['same']}
+            said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
+            columns.append((name(scan, f), t['steps'], curves, said))
+    else:
+        for t in chosen(options, timelines):
+            curves = timeline_curves(index[t.layer], t)
+            columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
+    figure = Figure((5 * len(columns) + 1, 2 * len(curves) + 1), layout='constrained')
+    grid = figure.subplots(len(curves), len(columns), sharex='col', squeeze=False)
+    for (title, steps, curves, said), axes in zip(columns, grid.T):
+        axes[0].set_title(title)
+        for axis, (label, values) in zip(axes, curves.items()):
+            axis.plot(steps, values, marker='.')
+            axis.set_ylabel(label)
+        stages = np.linspace(0, len(steps) - 1, 5).round().astype(int)
+        axes[-1].set_xticks([steps[i] for i in stages],
+                            [f'{steps[i]:,}\n{said[i]}' for i in stages], parse_math=False)
+        axes[-1].set_xlabel('step' + ', and what it fires on' * bool(options.feature))
+    figure.savefig(options.plot)
+    yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
+
 def why_numbers(options, index, run):
     """Of --why=true: explain.why_token, and its target as text."""
     layers = [scan.layer for scan in chosen(options, index)]
@@ -698,12 +734,14 @@ VIEWS = { # the options that choose it, in alphabetical order: the view
     'export': export,
     'feature': feature_view,
     'feature html': page,
+    'feature plot': plot_view,
     'feature timeline': feature_timeline_view,
     'find': find_view,
     'html': page,
     'html prompt': page,
     'html prompt why': page,
     'html sort': page,
+    'plot': plot_view,
     'probe': probe_view,
     'prompt': prompt_view,
     'prompt why': why_view,
@@ -715,11 +753,13 @@ VIEWS = { # the options that choose it, in alphabetical order: the view
 
 def look(options):
     """Shows what the options ask for."""
-    given = vars(options) | dict(prompt=options.prompt or options.prompt_file)
+    given = vars(options) | dict(prompt=options.prompt or options.prompt_file,
+                                 timeline=options.timeline and not options.plot)
     names = sorted(key for key in set(' '.join(VIEWS).split()) if given[key])
     if ' '.join(names) not in VIEWS:
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
-                         "feature or prompt beside it, timeline takes feature")
+                         "feature, prompt or sort beside it, timeline and plot take feature, why "
+                         "takes prompt")
     console = screen()
     show(console, VIEWS[' '.join(names)](options, console))
 

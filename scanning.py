@@ -48,8 +48,10 @@ def scan_val(run, wanted, key, track):
     for s, layer in enumerate(saes):
         writes = model.writes(layer).detach().float()                        # (F, C)
         found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
-        where = found[-1]['order'] // features.shape[2]      # by feature
-        found[-1] |= concepts(found[-1]['count'], where, tokens, run.names)
+        count, where = found[-1]['count'], found[-1]['order'] // features.shape[2]
+        fires_on = np.split(tokens[where[:count.sum()]], np.cumsum(count)[:-1]) # by feature
+        types_of = lambda f: np.unique(fires_on[f], return_counts=True)
+        found[-1] |= concepts(count, len(tokens), types_of, tokens, run.names)
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
     arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
@@ -90,12 +92,12 @@ def scan_statistics(values, features, tokens, writes, wte):
         found[f'{name}_value'] = torch.cat([top.values for top in tops]).cpu().numpy()
     return found
 
-def concepts(count, where, tokens, names):
+def concepts(count, N, types_of, tokens, names):
     """
     What makes features nameable, found without labels or a judge: of each that fires 20 times or
-    more and on at most 2 % of tokens (N,), the words on which it fires far more often than they
-    occur, and how far these keep company. count (F,); where (P,): positions, feature by feature;
-    names (V,) bytes ->
+    more and on at most 2 % of N positions, the words on which it fires far more often than they
+    occur, and how far these keep company. count (F,); types_of(f): the token types on which f
+    fires, and how often on each; tokens (n,): a text, in which words meet; names (V,) bytes ->
       words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
                        count * log(share of its firings / share of all tokens), one a stem; -1: none
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
@@ -103,10 +105,9 @@ def concepts(count, where, tokens, names):
                        fewer than 4 words
       word_share (F,)  of its firings, on words of three letters or more
     """
-    N, first = len(tokens), np.cumsum(count) - count
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
-    often = np.bincount(tokens, minlength=len(names)) / N                    # (V,)
-    window = np.arange(N) // 64
+    often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
+    window = np.arange(len(tokens)) // 64
 
     @functools.cache
     def windows_with(token):
@@ -116,7 +117,7 @@ def concepts(count, where, tokens, names):
     coherence = np.full(len(count), np.nan, np.float32)
     word_share = np.zeros(len(count), np.float32)
     for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
-        types, times = np.unique(tokens[where[first[f]:first[f] + count[f]]], return_counts=True)
+        types, times = types_of(f)
         types, times = types[is_word[types]], times[is_word[types]]
         word_share[f] = times.sum() / count[f]
         score = times * np.log(times / count[f] / often[types])
@@ -135,6 +136,24 @@ def concepts(count, where, tokens, names):
             npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
     return dict(words=words, coherence=coherence, word_share=word_share)
+
+def timeline_curves(scan, timeline):
+    """
+    {label: one number a snapshot}: how an SAE's features moved. Coherence is that of concepts, but
+    of the 8 tokens on which a feature fires most: a snapshot holds no others.
+    """
+    curves = {'live, % of the features': [], 'token entropy, median bits': [],
+              'coherence, mean': []}
+    live_share, entropy, coherence = curves.values()
+    for count, bits, tokens, times in zip(timeline.count, timeline.entropy, timeline.top_tokens,
+                                          timeline.top_counts):              # (F,), (F,), (F, 8)
+        types_of = lambda f: (tokens[f][times[f] > 0], times[f][times[f] > 0])
+        found = concepts(count, timeline.probed, types_of, scan.tokens, scan.names)
+        some = found['coherence'][~np.isnan(found['coherence'])]
+        live_share.append(100 * (count > 0).mean())
+        entropy.append(np.median(bits[count > 0]) if count.any() else np.nan)
+        coherence.append(some.mean() if len(some) else np.nan)
+    return curves
 
 def concept_value(scan):
     """(F,): how nameable: coherence times the share of firings on words; nan without coherence."""

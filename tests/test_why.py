@@ -4,7 +4,11 @@ the whole model run again. And its views. Tiny random models, offline, on a CPU.
 
     python -m pytest tests/test_why.py
 """
+import copy
 import re
+import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +20,8 @@ import inspect_features as view
 import scanning
 from sample import set_steering
 from sae import SITES
-from test_features import index, make_run, open_index, out # fixtures, too
-from test_inspect import look
+from test_features import index, make_run, out, snapshots # fixtures, too
+from test_inspect import data_of, look
 
 TEXT = 'ab c [red] a b\nab'
 
@@ -176,6 +180,69 @@ def test_sorted_lists(order, out, index, capsys):
     values = dict(coherence=-np.nan_to_num(scan.coherence, nan=-2), entropy=scan.entropy,
                   density=-scan.count)[order][listed]
     assert (np.diff(values[scan.count[listed] >= scanning.SHOWN_FROM]) >= 0).all()
+
+def test_words_of_a_feature(index, out, capsys):
+    """Its rank is its place by coherence times the share of its firings on words."""
+    scan = copy.deepcopy(index[1])
+    scan.coherence[7], scan.word_share[7], scan.words[7, :4] = 0.5, 0.8, (97, 98, 99, 256)
+    scan.coherence[3], scan.word_share[3] = 0.9, 0.9
+    d = scanning.concept_numbers(scan, 7)
+    assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
+    assert d['concepts'] == (~np.isnan(scan.coherence)).sum()
+    assert scanning.concept_numbers(scan, 5)['coherence'] is None
+    options = SimpleNamespace(**view.DEFAULTS)
+    numbers = scanning.feature_numbers(scan, 7, 0) | d | dict(effect=None, timeline=None)
+    text = str(list(view.panels(scan, numbers, index, options, view.screen())))
+    assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
+
+def test_page(out, run, index, tmp_path):
+    """It holds what the views show: concepts, their order, and why."""
+    page = tmp_path / 'page.html'
+    view.main([f'--out_dir={out}', f'--html={page}', '--sort=density', '--layer=2'])
+    data = data_of(page)
+    assert data['sort'] == 'density' and data['why'] is None
+    assert data['layers']['1']['concepts'] == scanning.by_concept(index[1])[:20]
+    view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
+    data = data_of(page)
+    d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
+    close = lambda some: [[pytest.approx(x, abs=1e-5), layer, f, [[t, pytest.approx(act, abs=1e-5)]
+                          for t, act in at]] for x, layer, f, at in some]
+    assert data['why']['pro'] == close(d['pro']) and data['why']['con'] == close(d['con'])
+    shown = {(x['layer'], x['f']) for x in data['features']}
+    assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
+    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
+
+def test_timeline_curves_by_brute_force(tmp_path):
+    """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
+    snapshots(tmp_path, 'W_dec')
+    t = features.open_timeline(tmp_path, lambda items, text: items)[1]
+    t.probed = 4000
+    names = [bytes([97 + i] * 3) for i in range(16)]
+    tokens = np.random.default_rng(0).integers(0, 16, 3000)
+    curves = scanning.timeline_curves(SimpleNamespace(tokens=tokens, names=names), t)
+    live_share, entropy, coherence = curves.values()
+    for i, count in enumerate(t.count):
+        assert live_share[i] == pytest.approx(100 * np.mean(count > 0))
+        assert entropy[i] == pytest.approx(np.median(t.entropy[i][count > 0]))
+        fired = [np.repeat(np.maximum(0, top), times)
+                 for top, times in zip(t.top_tokens[i], t.top_counts[i])]
+        want = scanning.concepts(count, 4000, lambda f: np.unique(fired[f], return_counts=True),
+                                 tokens, names)['coherence']
+        assert coherence[i] == pytest.approx(np.nanmean(want)) and np.isfinite(want).sum() > 2
+
+def test_picture(out, index, tmp_path, capsys, monkeypatch):
+    snapshots(tmp_path, 'W_dec')
+    shutil.copy(out / 'index.npz', tmp_path)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(SystemExit, match='takes matplotlib: pip install matplotlib'):
+        view.main([f'--out_dir={tmp_path}', '--plot=x.png'])
+    monkeypatch.undo()
+    pytest.importorskip('matplotlib')
+    for argv in (['--timeline=true'], ['--feature=L1.F3,L1.F4']):
+        picture = tmp_path / 'timeline.png'
+        look(capsys, tmp_path, f'--plot={picture}', *argv)
+        assert picture.read_bytes()[:4] == b'\x89PNG'
+        picture.unlink()
 
 @pytest.mark.parametrize('argv, sentence', (
     (['--why=true'], "with --prompt write --why=true, without it --why=L6.F2386"),
