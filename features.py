@@ -1,6 +1,6 @@
 """
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
-here prints; train.py, inspect_features.py and sample.py do.
+here prints but notes, to stderr; train.py, inspect_features.py and sample.py do.
 
   statistics   of features over a set of tokens
   timeline     the snapshots that training takes at each eval
@@ -16,7 +16,9 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,10 +27,11 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.dataset import load_meta, load_tokenizer, token_bytes
+from data.dataset import (decode_encoding, encode_encoding, load_meta, load_tokenizer,
+                          named_encoding, token_bytes)
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 3   # of index.npz and timeline.npz: another one is made again
+VERSION = 4   # of index.npz and timeline.npz: another one is made again
 SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
 # --------------------------------------------------------------------------------------------------
@@ -91,12 +94,32 @@ def snapshot(model, batches):
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
     return arrays
 
+def say(note):
+    print(note, file=sys.stderr, flush=True)
+
+def write_whole(path, write):
+    """Calls write(file), then gives the file its name: whole or not at all. Raises OSError."""
+    temporary = f'{path}.{os.getpid()}.tmp'                  # others may write the same file now
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+
 def save_npz(path, arrays, save=np.savez_compressed):
-    """Writes {name: array} whole or not at all."""
+    """Writes {name: array} whole or not at all. Raises OSError."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{path}.tmp', 'wb') as f:
-        save(f, **arrays)
-    os.replace(f'{path}.tmp', path)
+    write_whole(path, lambda file: save(file, **arrays))
+
+def keep(path, arrays, save=np.savez_compressed):
+    """save_npz of what can be made again: where it cannot be written, that is said."""
+    try:
+        save_npz(path, arrays, save)
+    except OSError as e:
+        say(f"note: {path} cannot be written ({e.strerror}): it will have to be made again")
 
 def load_npz(path):
     """An .npz as {name: array}; {} if it is missing, torn or damaged."""
@@ -141,7 +164,7 @@ def open_timeline(out_dir, track):
         snapshots = [read_snapshot(file, last)               # the last first: all must be like it
                      for file in track(files[::-1], "reading snapshots")]
         arrays = {name: np.stack([s[name] for s in snapshots[::-1]]) for name in snapshots[0]}
-        save_npz(path, arrays | dict(key=key))
+        keep(path, arrays | dict(key=key))
     return {layer: SimpleNamespace(layer=layer, steps=arrays['step'], tokens=arrays['tokens'],
                                    probed=int(arrays['probed'][0]), **of_layer(arrays, layer))
             for layer in arrays['layers'][0].tolist()}
@@ -262,29 +285,51 @@ class Run(NamedTuple):
     out_dir: str
     checkpoint: dict
     model: GPT
-    dataset: str      # whose tokenizer this is, and whose val is scanned
-    meta: dict        # its meta.json
+    dataset: str      # whose val is scanned
+    meta: dict        # of its training data: eot, vocab_size, ...
     tokenizer: object # a tiktoken Encoding
     names: list       # (V,) bytes: what each token stands for
 
 def open_run(out_dir, dataset='', device='auto', for_features=True):
     """
-    The Run in out_dir. dataset '' is that of training. Raises ValueError, one sentence; also for a
-    dense model, if it is for_features.
+    The Run in out_dir, with the tokenizer that its checkpoint carries. dataset '' is that of
+    training. Raises ValueError, one sentence; also for a dense model, if it is for_features.
     """
     checkpoint = load_checkpoint(out_dir)
     model = load_model(checkpoint, device)
     if for_features and not model.saes():
         raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
                          "at or to steer; train one with --sae_layers")
-    dataset = dataset or checkpoint['dataset']
-    folder, meta, _ = load_meta(dataset)
-    V = model.config.vocab_size
-    if meta['vocab_size'] != V:
-        raise ValueError(f"{folder} has {meta['vocab_size']} token types, the model in {out_dir} "
-                         f"{V}: give the --dataset of its training")
-    tokenizer = load_tokenizer(folder, meta)
+    if dataset:
+        load_meta(dataset) # for its error
+    dataset, V = dataset or checkpoint['dataset'], model.config.vocab_size
+    if kept := checkpoint.get('tokenizer'):
+        meta, text = kept['meta'], kept['json']
+        tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
+    else: # a checkpoint of an older version
+        trained_on = checkpoint.get('data_sha256')
+        folder, meta, _ = load_meta(dataset, trained_on)
+        if meta['vocab_size'] != V:
+            raise ValueError(f"{folder} has {meta['vocab_size']} token types, the model in "
+                             f"{out_dir} {V}: give the --dataset of its training")
+        tokenizer = load_tokenizer(folder, meta)
+        if meta['tokenizer'].endswith('.json') and meta['train_sha256'] != trained_on:
+            say(f"warning: {dataset} is not the data that this model was trained on: if its "
+                "tokenizer is another too, the text is garbled")
     return Run(out_dir, checkpoint, model, dataset, meta, tokenizer, token_bytes(tokenizer, V))
+
+def other_tokenizer(run):
+    """
+    The tokenizer of run.dataset where it is not the model's own, which is said; else None. Raises
+    ValueError where the data set is not there.
+    """
+    folder, meta, _ = load_meta(run.dataset, run.checkpoint.get('data_sha256'))
+    tokenizer = load_tokenizer(folder, meta)
+    if encode_encoding(tokenizer) == encode_encoding(run.tokenizer):
+        return None
+    say(f"note: {run.dataset} has another tokenizer than this model was trained with: the model's "
+        "own is used")
+    return tokenizer
 
 def parse_feature(text, layers, n_features, layer=-1):
     """
@@ -306,7 +351,7 @@ def parse_feature(text, layers, n_features, layer=-1):
 def read_file(key, path):
     """The text of the file that --key=path names. Raises ValueError, one sentence."""
     try:
-        return Path(path).read_text('utf-8')
+        return Path(path).read_text('utf-8-sig')             # sig: Windows' mark of UTF-8
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
         raise ValueError(f"{key}={path!r} cannot be read: {why}") from None

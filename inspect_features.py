@@ -47,10 +47,10 @@ import configurator
 import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
                       open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
-                      settled_at, write_safetensors)
-from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers,
-                      find, fires_on, in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
-                      removal_effect, timeline_curves, words_of)
+                      settled_at, write_safetensors, write_whole)
+from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
+                      fires_on, in_order, open_index, overview_numbers, pooled_codes, probe,
+                      read_labels, removal_effect, timeline_curves, words_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -62,7 +62,7 @@ DEFAULTS = dict(
     prompt='',           # text to read with the model's eyes
     prompt_file='',
     top=3,               # features shown of each token of a prompt
-    find='',             # regular expression: which features fire on it?
+    find='',             # regular expression, ^ and $ are a line's: which features fire on it?
     probe='',            # file of lines "label<tab>text": which features tell the labels apart?
     why='',              # true: what made the model go on from --prompt as it does; or a feature
     target='',           # the text that --why is to explain; '' = the likeliest token
@@ -81,8 +81,9 @@ TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 
 def problems(config):
     """What is wrong with the options, as a list of sentences."""
-    counts = ('examples', 'rows', 'effect', 'top', 'scan_tokens', 'seed')
-    found = [f"{key}={config[key]} must not be negative" for key in counts if config[key] < 0]
+    at_least = dict(examples=0, rows=0, effect=0, top=1, scan_tokens=0, seed=0)
+    found = [f"{key}={config[key]} must be at least {low}" for key, low in at_least.items()
+             if config[key] < low]
     try:
         re.compile(config['find'])
     except re.error as e:
@@ -103,9 +104,6 @@ def screen(stderr=False):
     """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
     return Console(stderr=stderr, width=min(80, Console().width), markup=False, emoji=False,
                    highlight=False, color_system=None if os.environ.get('NO_COLOR') else 'auto')
-
-def say(text):
-    print(text, file=sys.stderr, flush=True)
 
 def tracked(items, description, total=None):
     """rich's progress bar, where somebody watches."""
@@ -248,7 +246,7 @@ def features_of(text, options, index):
     return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
-    return open_index(options.out_dir, options.dataset, options.device, options.scan_tokens, say,
+    return open_index(options.out_dir, options.dataset, options.device, options.scan_tokens,
                       tracked)
 
 def run_of(options):
@@ -616,7 +614,7 @@ def sorted_view(options, console):
 def find_view(options, console):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
     for scan in chosen(options, index_of(options)):
-        precision, recall, n, n_tokens = find(scan, re.compile(options.find))
+        precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
         best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
         yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
@@ -697,10 +695,9 @@ def page(options, console):
         pages.append(dump(d))                # of thousands of features only their texts are kept
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
-    path, temporary = Path(options.html), Path(f'{options.html}.tmp')
-    temporary.write_text(TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1), 'utf-8')
-    os.replace(temporary, path)
-    yield f'{len(features):,} features -> {path}, {path.stat().st_size / 1e6:.1f} MB'
+    text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
+    write_whole(options.html, lambda file: file.write(text))
+    yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def export(options, console):
     """

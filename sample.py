@@ -14,6 +14,7 @@ Given several times, the edits apply in their order. At site stream the feature 
 """
 import itertools
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
-                      prompt_text, read, safe, strongest)
+from features import (autocast, caption, device_of, encode, load_npz, open_run, other_tokenizer,
+                      parse_feature, prompt_text, read, safe, strongest)
 
 DEFAULTS = dict(
     out_dir='out',
@@ -38,7 +39,7 @@ DEFAULTS = dict(
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
     compare=False,        # steered and unsteered text side by side
-    dataset='',           # whose tokenizer; '': the data set that the model was trained on
+    dataset='',           # of a checkpoint without its tokenizer: whose; '': that of training
     device='auto',        # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )
 
@@ -190,10 +191,8 @@ def write_samples(options):
     for_features = bool(options.steer or options.show_features)
     run = open_run(options.out_dir, options.dataset, options.device, for_features)
     model, saes = run.model, run.model.saes()
-    own = run.meta['train_sha256'] == run.checkpoint.get('data_sha256')
-    if run.meta['tokenizer'].endswith('.json') and not own:
-        print(f"warning: {run.dataset} is not the data that this model was trained on: if its "
-              "tokenizer is another too, the text is garbled", file=sys.stderr)
+    with suppress(ValueError): # its data set may be gone
+        other_tokenizer(run)
     prompt = encode(run, given)
     versions = parse_steering(options.steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from data.dataset import eval_batches, load_dataset
-from features import (VERSION, codes, device_of, forward, load_npz, open_run, read_file, save_npz,
-                      safe, see, token_statistics)
+from data.dataset import eval_batches, load_dataset, load_meta
+from features import (VERSION, codes, device_of, forward, keep, load_npz, open_run, other_tokenizer,
+                      read_file, safe, say, see, token_statistics)
 from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
@@ -31,7 +31,7 @@ ORDERS = ('coherence', 'entropy', 'density')
 
 def scan_val(run, wanted, key, track):
     """
-    Reads about `wanted` tokens of val, in windows of block_size, and writes out_dir/index.npz:
+    Reads about `wanted` tokens of val, in windows of block_size -> what index.npz keeps:
       tokens    (N,)         those
       features  (S, N, K)    the features active on each; F where a slot is not active
       values    (S, N, K)    their activations
@@ -41,7 +41,13 @@ def scan_val(run, wanted, key, track):
     device, T, V, F = device_of(model), config.block_size, config.vocab_size, config.n_features
     site = next(iter(saes.values())).site
     B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
-    batches = [x for x, _ in eval_batches(load_dataset(run.dataset).val, T, B, wanted)]
+    folder, _, _ = load_meta(run.dataset, run.checkpoint.get('data_sha256'))
+    data = load_dataset(folder)
+    val = data.val
+    if other := other_tokenizer(run):                        # its text, as this model reads it
+        text = other.decode(val[:4 * wanted].tolist())
+        val = np.array(run.tokenizer.encode(text, allowed_special='all'))
+    batches = [x for x, _ in eval_batches(val, T, B, wanted)]
     tokens, features, values, fvu = codes(model, track(batches, "scanning"))
     wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
     found = []
@@ -58,8 +64,10 @@ def scan_val(run, wanted, key, track):
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
                 site=site.name, place=site.place, F=F, K=features.shape[2], T=T, N=len(tokens),
-                eot=eot, wanted=wanted, dataset=str(run.dataset), names=names)
-    save_npz(Path(run.out_dir) / 'index.npz', arrays | dict(meta=json.dumps(meta)), np.savez)
+                eot=eot, wanted=wanted, dataset=str(run.dataset),
+                val_sha256=data.meta['val_sha256'], trained_on=run.checkpoint['dataset'],
+                names=names)
+    return arrays | dict(meta=json.dumps(meta))
 
 def scan_statistics(values, features, tokens, writes, wte):
     """
@@ -191,16 +199,15 @@ def words_of(scan, f):
     """The words on which a feature fires far more often than they occur, as text."""
     return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
-def read_index(out_dir):
+def read_index(arrays):
     """
-    {block: the scan of its SAE}, whose attributes are
+    Of the arrays of index.npz {block: the scan of its SAE}, whose attributes are
       layer, and what scan_val calls meta: step, site, F, K, T, N, dataset, names (bytes), ...
       count, entropy, rank, max (F,), fvu, top_tokens, up, up_value, ...: statistics
       tokens (N,), features, values (N, K), order (N * K,): what fires where
       first (F,): where in order a feature begins
-    {} where the files are missing, damaged, or of another version.
+    {} where they are missing or of another version.
     """
-    arrays = load_npz(Path(out_dir) / 'index.npz')
     meta = json.loads(str(arrays.pop('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
@@ -213,28 +220,38 @@ def read_index(out_dir):
         index[layer] = scan
     return index
 
-def open_index(out_dir, dataset, device, scan_tokens, say, track):
+def open_index(out_dir, dataset, device, scan_tokens, track):
     """
-    read_index, after a scan where there is none that fits. dataset '' and scan_tokens 0 take what
-    the index has. say(sentence) is told what is done. Raises ValueError, one sentence.
+    read_index of out_dir/index.npz, after a scan where there is none that fits. dataset '' is that
+    of training, scan_tokens 0 takes what the index has. Raises ValueError, one sentence.
     """
-    index, key = read_index(out_dir), []
+    path, key = Path(out_dir) / 'index.npz', []
+    index = read_index(load_npz(path))
     with contextlib.suppress(OSError, zipfile.BadZipFile):
         with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
             key = [item.CRC for item in z.infolist()]        # the content, without reading it
     why = "there is no index of this version that is whole"
     for scan in list(index.values())[:1]:
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
-        if (key in (scan.key, []) and scan_tokens in (scan.wanted, 0)
-                and dataset in (scan.dataset, '')):
-            if not key:
+        if scan_tokens in (scan.wanted, 0):
+            if not key and dataset in (scan.dataset, ''):
                 say(f"note: no checkpoint in {out_dir} that can be read; {why}")
-            return index
+                return index
+            if key == scan.key and is_of(scan, dataset or scan.trained_on):
+                return index
     run = open_run(out_dir, dataset, device)
     say(f"{why}: scanning")
     gpu = device_of(run.model).type == 'cuda'
-    scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
-    return read_index(out_dir)
+    arrays = scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
+    keep(path, arrays, np.savez)
+    return read_index(arrays)
+
+def is_of(scan, dataset):
+    """Whether a scan is of the val that a data set has now; of one that is gone, by its name."""
+    try:
+        return load_meta(dataset)[1]['val_sha256'] == scan.val_sha256
+    except ValueError:
+        return dataset == scan.dataset
 
 # --------------------------------------------------------------------------------------------------
 # numbers of the views, from the scan of an SAE
@@ -366,18 +383,27 @@ def find(scan, pattern):
     """
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
     the share of matches on some token of which it fires; and the numbers of matches and of tokens
-    inside them, i.e. with any byte inside. pattern: a compiled regular expression.
+    inside them, i.e. with any byte inside. pattern: a compiled regular expression. It sees one
+    document at a time, and where a window cuts that, a character 0 in place of the unknown: there
+    is no line's beginning or end.
     """
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
-    for start in range(0, scan.N, scan.T):
-        pieces = [scan.names[token] for token in scan.tokens[start:start + scan.T].tolist()]
+    starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))
+    for start, end in zip(starts, [*starts[1:], scan.N]):
+        pieces = [scan.names[token] for token in scan.tokens[start:end].tolist()]
+        before, after = '\0', '\0'
+        if scan.tokens[start] == scan.eot:
+            pieces[0], before = b'', ''
+        if end % scan.T:                                     # an end-of-text token is there
+            after = ''
         ends = np.cumsum([len(piece) for piece in pieces])   # of the tokens, in bytes
         text = b''.join(pieces).decode('utf-8', 'surrogateescape')
-        for match in pattern.finditer(text):
-            before, word = (part.encode('utf-8', 'surrogateescape')
-                            for part in (text[:match.start()], match.group()))
+        for match in pattern.finditer(before + text + after, len(before)):
+            begin, stop = (at - len(before) for at in match.span())
+            left, word = (part.encode('utf-8', 'surrogateescape')
+                          for part in (text[:begin], text[begin:stop]))
             if word:
-                bounds = len(before), len(before) + len(word) - 1
+                bounds = len(left), len(left) + len(word) - 1
                 first, last = start + np.searchsorted(ends, bounds, 'right')
                 inside[first:last + 1] = True
                 recalled[scan.features[first:last + 1]] += 1 # once each, however often it fires

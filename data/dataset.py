@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +44,19 @@ def token_dtype(vocab_size):
 # --------------------------------------------------------------------------------------------------
 # reading
 
-def load_meta(name_or_path):
-    """(folder, its meta.json, how to prepare it). Raises ValueError, one sentence."""
+def load_meta(name_or_path, sha256=None):
+    """
+    (folder, its meta.json, how to prepare it). Raises ValueError, one sentence. A data set that is
+    not there may lie beside the code: data/mine, seen from another folder; or, under the name that
+    it had, one whose train.bin has this sha256.
+    """
     path = data_dir(name_or_path)
     file = path / 'meta.json'
+    if not file.exists() and path.parent != ROOT:
+        with suppress(ValueError):
+            found = load_meta(path.name)
+            if found[0] == ROOT.parent / path or found[1]['train_sha256'] == sha256:
+                return found
     how = f"run `python data/text/prepare.py YOUR_FILES --out={path}`"
     if path.resolve().parent == ROOT and (path / 'prepare.py').exists():
         how = f"run `python data/{path.name}/prepare.py`"
@@ -152,17 +162,21 @@ def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
     if not meta['tokenizer'].endswith('.json'):
         return named_encoding(meta['tokenizer'])
-    import tiktoken
     file = Path(folder) / meta['tokenizer']
     raw = file.read_bytes() if file.exists() else b''
     if hashlib.sha256(raw).hexdigest() != meta.get('tokenizer_sha256'):
         raise ValueError(f"{file} cannot be read: it is missing, or damaged (not the sha256 in its "
                          "meta.json); prepare its data set again")
+    return decode_encoding(raw)
+
+def decode_encoding(raw):
+    """The tiktoken.Encoding in the bytes or text of a tokenizer.json."""
+    import tiktoken
     parts = json.loads(raw)
     ranks = {base64.b64decode(token): i for token, i in parts.pop('mergeable_ranks').items()}
     return tiktoken.Encoding(mergeable_ranks=ranks, **parts)
 
-def encoding_to_json(enc):
+def encode_encoding(enc):
     """A tiktoken Encoding as the bytes of a tokenizer.json."""
     ranks = {base64.b64encode(token).decode(): i for token, i in enc._mergeable_ranks.items()}
     return json.dumps(dict(name=enc.name, pat_str=enc._pat_str, mergeable_ranks=ranks,
@@ -218,7 +232,7 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
             meta |= {f'{split}_tokens': n, f'{split}_sha256': digest.hexdigest()}
         if not named:
-            raw = encoding_to_json(tokenizer)
+            raw = encode_encoding(tokenizer)
             (temp / 'tokenizer.json').write_bytes(raw)
             meta['tokenizer_sha256'] = hashlib.sha256(raw).hexdigest()
         (temp / 'meta.json').write_text(json.dumps(meta, indent=1))

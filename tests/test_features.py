@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import features
 import scanning
-from data.dataset import eval_batches, write_dataset
+from data.dataset import encode_encoding, eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 
 # a vocabulary that means harm: every byte, markup, escape codes, halves of characters, wide,
@@ -58,15 +59,23 @@ def make_run(folder, seed=0, **config):
         for i, sae in model.saes().items():
             sae.b_enc[5] = -1e4 # dead
             sae.k.fill_(5 - i) # of four slots block 2 uses three, as in K annealing
+    tokenizer = dict(meta=dict(tokenizer='tokenizer.json', eot=EOT, vocab_size=V),
+                     json=encode_encoding(enc).decode())
     save_checkpoint(out, dict(model=model.state_dict(), model_args=asdict(model.config), step=STEP,
-                              dataset=data, data_sha256=meta['train_sha256'], config={}))
+                              dataset=data, data_sha256=meta['train_sha256'], config={},
+                              tokenizer=tokenizer))
     return out
 
 def untracked(items, description):
     return items
 
+def opened_aloud(capsys, out, n_tokens=0, dataset=''):
+    """What is said at the opening of an index, and the scan of block 1."""
+    index = scanning.open_index(str(out), dataset, 'cpu', n_tokens, untracked)
+    return capsys.readouterr().err, index[1]
+
 def open_index(out, n_tokens=0):
-    return scanning.open_index(str(out), '', 'cpu', n_tokens, lambda text: None, untracked)
+    return scanning.open_index(str(out), '', 'cpu', n_tokens, untracked)
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -316,19 +325,22 @@ def test_removal_effect(index, truth):
     assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
-@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<', '^.',
+@pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<',
                                    'no such text', 'x*'))
 def test_find(index, truth, regex):
     windows, fires, _ = truth
     names, matches = index[1].names, []
     for w, row in enumerate(windows):
-        owner = [t for t, token in enumerate(row) for _ in names[token]] # of each byte
-        text = b''.join(names[token] for token in row).decode('utf-8', 'surrogateescape')
-        starts = [0] # of each character, in bytes
-        for char in text:
-            starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
-        matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
-                    for m in re.finditer(regex, text) if m.group()]
+        cuts = [-1, *np.flatnonzero(row == EOT), T]
+        for begin, end in zip(cuts, cuts[1:]): # a document at a time
+            owner = [t for t in range(begin + 1, end) for _ in names[row[t]]] # of each byte
+            text = b''.join(names[row[t]] for t in range(begin + 1, end))
+            text = text.decode('utf-8', 'surrogateescape')
+            starts = [0] # of each character, in bytes
+            for char in text:
+                starts.append(starts[-1] + len(char.encode('utf-8', 'surrogateescape')))
+            matches += [{(w, t) for t in owner[starts[m.start()]:starts[m.end()]]}
+                        for m in re.finditer(regex, text) if m.group()]
     inside = set().union(*matches)
     for layer in fires:
         precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
@@ -338,6 +350,18 @@ def test_find(index, truth, regex):
             hits = sum(bool(on & match) for match in matches)
             assert precision[f] == pytest.approx(len(on & inside) / max(1, len(on)))
             assert recall[f] == pytest.approx(hits / max(1, len(matches)))
+
+@pytest.mark.parametrize('regex, tokens', (
+    ('^a', [5, 7, 14]), ('a$', [0, 3, 10, 12]), ('^b', [2]), (r'\Aa', [7]),
+    ('a.*', [0, 3, 5, 7, 8, 9, 10, 12, 14, 15, 16, 17])))
+def test_find_at_the_edges(regex, tokens):
+    """A line begins after a line break or end-of-text, and not where a window cuts the text."""
+    windows = np.array([[0, 2, 1, 4, 2, 0], [3, 0, 1, 1, 0, 3], [0, 2, 0, 0, 0, 0]])
+    scan = SimpleNamespace(names=[b'a', b'b', b'\n', b'<|endoftext|>', b'ba'], eot=3, N=18, T=6,
+                           tokens=windows.ravel(), features=np.arange(18)[:, None], F=18,
+                           count=np.ones(18))                # feature f fires on token f
+    precision, _, _, n = scanning.find(scan, re.compile(regex, re.M))
+    assert np.flatnonzero(precision).tolist() == tokens and n == len(tokens)
 
 # --------------------------------------------------------------------------------------------------
 # the one reader of a text
@@ -548,14 +572,12 @@ def test_timeline(tmp_path, kind):
 # --------------------------------------------------------------------------------------------------
 # the index
 
-def test_index_follows_the_checkpoint(tmp_path):
+def test_index_follows_the_checkpoint(tmp_path, capsys):
     """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
-    out, said = make_run(tmp_path), []
+    out = make_run(tmp_path)
 
     def opened(n_tokens=0):
-        said.clear()
-        index = scanning.open_index(str(out), '', 'cpu', n_tokens, said.append, untracked)
-        return ''.join(said), index[1]
+        return opened_aloud(capsys, out, n_tokens)
 
     before, path = (out / 'ckpt.pt').read_bytes(), out / 'index.npz'
     assert 'no index' in opened(640)[0] and opened()[0] == opened(640)[0] == ''
@@ -586,6 +608,97 @@ def test_index_follows_the_checkpoint(tmp_path):
     for file in out.glob('ckpt*'):
         file.unlink()
     assert 'no checkpoint' in opened()[0] # but its index is there
+
+def test_index_follows_the_val(tmp_path, capsys):
+    """Made again for other tokens at the same path; no --dataset is that of training; what was
+    scanned of a data set that is gone is kept."""
+    out = make_run(tmp_path)
+    data, other, gone = (tmp_path / name for name in ('data', 'other', 'gone'))
+    make_run(tmp_path / 'new', seed=1)
+    shutil.copytree(tmp_path / 'new/data', other)
+    first = opened_aloud(capsys, out, 640)[1]
+    assert 'tokens of ' + str(data) in opened_aloud(capsys, out, 0, str(other))[0]
+    assert opened_aloud(capsys, out, 0, str(other))[0] == ''
+    said, again = opened_aloud(capsys, out)
+    assert 'tokens of ' + str(other) in said and again.dataset == first.dataset
+    data.rename(gone)
+    assert opened_aloud(capsys, out)[0] == ''
+    with pytest.raises(ValueError, match='is not prepared'):
+        opened_aloud(capsys, out, 0, str(tmp_path / 'nowhere'))
+    other.rename(data)
+    said, new = opened_aloud(capsys, out)
+    assert 'scanning' in said and (new.tokens != again.tokens).any()
+
+def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
+    """The data set made again with another one: the captions are those of training, and the new val
+    is read as the model reads text. A checkpoint without it has the data set's."""
+    out = make_run(tmp_path)
+    before = features.open_run(out, device='cpu')
+    ranks = {bytes([255 - i]): i for i in range(256)}
+    ranks |= {b'%d!' % i: i for i in range(256, EOT)}
+    enc = tiktoken.Encoding('other', pat_str=r'\s+|\S+', mergeable_ranks=ranks,
+                            special_tokens={'<|endoftext|>': EOT})
+    text = 'a [red] b\n<|endoftext|>漢字 ' * 99
+    ids = enc.encode(text, allowed_special='all')
+    write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
+    said, scan = opened_aloud(capsys, out, 640)
+    assert said.count('has another tokenizer than this model was trained with') == 1
+    assert scan.names == before.names and b''.join(scan.names[t] for t in scan.tokens[:T]).decode(
+        'utf-8', 'ignore') in text and opened_aloud(capsys, out)[0] == ''
+    assert features.other_tokenizer(before)
+    shutil.rmtree(tmp_path / 'data')
+    assert features.open_run(out, device='cpu').names == before.names
+    checkpoint = load_checkpoint(out)
+    del checkpoint['tokenizer']
+    save_checkpoint(out, checkpoint)
+    with pytest.raises(ValueError, match='is not prepared'):
+        features.open_run(out, device='cpu')
+    write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
+    assert features.open_run(out, device='cpu').names[:256] == before.names[:256][::-1]
+    assert 'is not the data that this model was trained on' in capsys.readouterr().err
+
+@pytest.mark.parametrize('reason', ('Permission denied', 'No space left on device'))
+def test_caches_that_cannot_be_written(reason, tmp_path, capsys, monkeypatch):
+    """The same index and timeline, with a note, and nothing is left behind."""
+    out = make_run(tmp_path)
+    snapshots(out, 'W_dec')
+    want = open_index(out), features.open_timeline(out, untracked)
+    for name in ('index.npz', 'timeline.npz'):
+        (out / name).unlink()
+    files = sorted(out.rglob('*'))
+    def denied(path, mode='r', **more):
+        if 'w' in mode and reason[0] == 'P':
+            raise OSError(13, reason)
+        return open(path, mode, **more)
+    def full(file, **arrays):
+        file.write(b'PK')
+        raise OSError(28, reason)
+    monkeypatch.setattr(features, 'open', denied, raising=False)
+    if reason[0] == 'N':
+        monkeypatch.setattr(np, 'savez', full)
+        monkeypatch.setattr(features.keep, '__defaults__', (full,))
+    capsys.readouterr()
+    got = open_index(out), features.open_timeline(out, untracked)
+    said = capsys.readouterr().err
+    assert f'index.npz cannot be written ({reason})' in said
+    assert f'timeline.npz cannot be written ({reason})' in said
+    assert sorted(out.rglob('*')) == files
+    assert (got[0][1].values == want[0][1].values).all()
+    assert (got[1][1].same == want[1][1].same).all()
+
+def test_two_viewers_scan_one_run(tmp_path, monkeypatch):
+    """Another process, whose scan ends within ours: both end, with one index that is whole."""
+    out = make_run(tmp_path)
+    def meanwhile(file, **arrays):
+        monkeypatch.undo()
+        monkeypatch.setattr(features.os, 'getpid', lambda: 1)
+        open_index(out)
+        monkeypatch.undo()
+        np.savez(file, **arrays)
+    monkeypatch.setattr(np, 'savez', meanwhile)
+    assert (open_index(out)[1].values == open_index(out)[1].values).all()
+    assert scanning.read_index(features.load_npz(out / 'index.npz'))
+    assert not list(out.glob('*.tmp'))
 
 def test_post_hoc_saes_are_spliced_in(tmp_path):
     """Saved with alpha 0, since they only watched; a view shows what they do when they act."""

@@ -5,6 +5,7 @@ tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU.
     python -m pytest tests/test_inspect.py
 """
 import copy
+import html
 import json
 import re
 import shutil
@@ -157,7 +158,7 @@ def test_viewer_and_sampler_read_a_text_alike(key, out, index, tmp_path, capsys)
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
     lines = [f'{c}-texts\t{c * n} {c}\n' for c in 'ab' for n in range(1, 12)]
-    (tmp_path / 'labels.tsv').write_text(''.join(lines))
+    (tmp_path / 'labels.tsv').write_text(''.join(reversed(lines)), 'utf-8-sig')
     text = look(capsys, out, f'--probe={tmp_path}/labels.tsv', '--layer=2')
     assert '22 texts of 2 labels' in text and re.search(r'features +100.0 ', text)
     assert re.search(r'random directions +\d', text) and re.search(r'channels +\d', text)
@@ -235,7 +236,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--feature=-1'], 'names no feature'), (['--find=('], 'is no regular expression'),
     (['--prompt_file=/none'], 'cannot be read'), (['--prompt=a', '--prompt_file=b'], 'both given'),
     (['--timeline=true'], 'there are no snapshots'),
-    (['--rows=-1'], 'rows=-1 must not be negative'),
+    (['--top=0'], 'top=0 must be at least 1'), (['--rows=-1'], 'rows=-1 must be at least 0'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),
     (['--html=/no/such/folder/x.html'], 'No such file'),
     (['--find=a', '--prompt=b'], 'find and prompt do not go together'),
@@ -327,13 +328,14 @@ def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
                      for f, _ in by[layer]}
 
 def test_html_in_chromium(page, tmp_path):
-    """Renders features, searches, walks by keyboard, turns the lights off; errors fail the page."""
+    """Renders features, within a phone's width too, searches, walks by keyboard, turns the lights
+    off; errors fail the page."""
     names = ('chromium', 'chromium-browser', 'google-chrome')
     chromium = next(filter(None, map(shutil.which, names)), None)
     if not chromium:
         pytest.skip('chromium is not installed')
-    probe = '''<script>
-const report = text => document.body.append(
+    probe = '''<script>{
+const report = text => parent.document.body.append(
   Object.assign(document.createElement('pre'), {id: 'report', textContent: text}))
 const key = key => dispatchEvent(new KeyboardEvent('keydown', {key}))
 const dark = () => document.documentElement.classList.contains('dark')
@@ -345,12 +347,18 @@ setTimeout(() => { try {
     location.hash = name(d)
     go()
     if (!$('main').textContent.includes('Top contexts')) throw Error('no contexts ' + name(d))
+    const wide = document.documentElement.scrollWidth
+    if (wide > 420 || innerWidth > 420) throw Error(name(d) + ' is wider than a phone: ' + wide)
   }
   if (document.querySelector('red, x')) throw Error('markup')
   const hits = search('[red]')
   seen.push(hits.length > 0 && hits.every(
     d => [...d.fires_on, ...d.up.slice(0, 5)].some(x => x[0].includes('[red]'))))
-  seen.push(search('l1.f7').map(name).join() === 'L1.F7', search('nowhere').length === 0)
+  for (const text of ['l1.f7', 'L1.F7 ']) seen.push(search(text).map(name).join() === 'L1.F7')
+  seen.push(search('F7').map(name).includes('L2.F7'), search('nowhere').length === 0)
+  seen.push(search('·'.repeat(8)).some(d => d.fires_on.some(x => x[0] === ' '.repeat(8))))
+  seen.push($('theme').getBoundingClientRect().right <= 420)
+  seen.push($('list').querySelector('code > bdi') !== null)
   seen.push(search('').length === data.features.length)
   const before = dark()
   key('t'); seen.push(before !== dark())
@@ -359,9 +367,10 @@ setTimeout(() => { try {
   key('ArrowLeft'); seen.push(location.hash === '#' + name(shown[0]))
   report('done ' + JSON.stringify(seen))
 } catch (e) { report('error ' + e) } }, 50)
-</script>'''
+}</script>'''
     text = page.read_text('utf-8').replace('</body>', probe + '</body>')
-    (tmp_path / 'page.html').write_text(text, 'utf-8')
+    frame = f'<iframe width=420 height=900 frameborder=0 srcdoc="{html.escape(text)}"></iframe>'
+    (tmp_path / 'page.html').write_text(frame, 'utf-8') # no window is as narrow
     done = subprocess.run(
         [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
          '--virtual-time-budget=8000', f'--user-data-dir={tmp_path}/profile', '--dump-dom',

@@ -187,7 +187,7 @@ def test_plain(capsys, run):
     text = b''.join(b'<|endoftext|>' if t == 256 else bytes([t]) for t in tokens)
     text = sample.safe(text, keep='\n\t')
     assert printed(capsys, run) == text + '\n' # after the end of text, which is not printed
-    (run / 'prompt.txt').write_text('ab', encoding='utf-8')
+    (run / 'prompt.txt').write_text('ab', encoding='utf-8-sig') # with Windows' mark of UTF-8
     assert printed(capsys, run, f"--prompt_file={run / 'prompt.txt'}") == out
     greedy = printed(capsys, run, '--prompt=ab', '--temperature=0')
     assert greedy == printed(capsys, run, '--prompt=ab', '--top_k=1', '--seed=1')
