@@ -569,8 +569,9 @@ def effects(d, what, index):
             rows.append((f'{change:+.4f}', bold(name(scan, f)), number(act),
                          caption(scan.names[d['idx'][t]]) + others,
                          words_of(scan, f) or captions(scan, f)))
-        yield heading(title, f'without the feature, wherever it fires, {what} {verb}')
-        yield table_of(('change', 'feature', 'strongest', 'token', 'words'), rows)
+        if rows:
+            yield heading(title, f'without the feature, wherever it fires, {what} {verb}')
+            yield table_of(('change', 'feature', 'strongest', 'token', 'words'), rows)
     yield heading('Together', 'taken away at once')
     yield f"  the first {len(d['pro'])} for it   {d['together']:+.4f}"
     yield f"  all features      {d['whole']:+.4f}"

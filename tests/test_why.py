@@ -164,12 +164,13 @@ def test_why_a_feature_and_its_trace(out, index, capsys):
     text = look(capsys, out, f'--trace=L1.F{f}', '--rows=3')
     assert 'in block 2' in text and 'Fires with' in text and 'Causes' in text
 
-@pytest.mark.parametrize('site, sentence', (
-    ('mlp', "on the MLP's output in block 1:\n  the stream passes beside them"),
-    ('stream', 'on the channels of the stream after block 1:\n  nothing else passes')))
-def test_what_else_passes(site, sentence, tmp_path, capsys):
-    out = make_run(tmp_path, sae_site=site)
-    assert sentence in look(capsys, out, '--prompt=a', '--why=true')
+@pytest.mark.parametrize('site, alpha, posthoc, rest', (
+    ('resid', 1, False, 'nothing else passes'), ('stream', 1, False, 'nothing else passes'),
+    ('mlp', 1, False, 'the stream passes beside them'),
+    ('resid', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
+def test_what_else_passes(site, alpha, posthoc, rest):
+    sae = SimpleNamespace(site=SITES[site], alpha=alpha, posthoc=posthoc)
+    assert rest in explain.what_passes(sae, 3).partition(f'{SITES[site].place} 3: ')[2]
 
 @pytest.mark.parametrize('order', scanning.ORDERS)
 def test_sorted_lists(order, out, index, capsys):
