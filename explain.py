@@ -70,8 +70,9 @@ def promising(model, idx, fires, layers, end, measure):
         for scale in scales.values():
             scale.requires_grad_()
         total = run_scaled(model, idx, scales, end, measure).sum()
-        slopes = dict(zip(scales, torch.autograd.grad(total, list(scales.values()))))
-    return sorted(fires, key=lambda feature: -abs(slopes[feature[0]][0, feature[1]].item()))[:MOST]
+        slopes = torch.autograd.grad(total, list(scales.values()))           # (1, F) each
+    size = {layer: slope[0].abs().tolist() for layer, slope in zip(scales, slopes)}
+    return sorted(fires, key=lambda feature: -size[feature[0]][feature[1]])[:MOST]
 
 @torch.no_grad()
 def explain(model, idx, layers, end, measure):
