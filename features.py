@@ -401,8 +401,8 @@ def see(model, idx, upto=None):
 def read(model, tokens):
     """
     One pass over a text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and
-    indices (S, n, K) of its features, None if the model is dense. A text beyond block_size is read
-    in windows that overlap by half, so that no token is read with less than half a window.
+    indices (S, n, K) of its features. A text beyond block_size is read in windows that overlap by
+    half, so that no token is read with less than half a window.
     """
     idx, T = torch.tensor([tokens]), model.config.block_size
     losses, values, indices, done = [], [], [], 0
@@ -413,12 +413,9 @@ def read(model, tokens):
         targets = idx[0, done + 1:start + T + 1]
         logits = logits[0, new][:len(targets)].float().cpu() # the last token has no target
         losses.append(cross_entropy(logits, targets, reduction='none'))
-        if out is not None:
-            values.append(out.values[:, 0, new].float().cpu())
-            indices.append(out.indices[:, 0, new].cpu())
+        values.append(out.values[:, 0, new].float().cpu())
+        indices.append(out.indices[:, 0, new].cpu())
         done = start + T
-    if not values:
-        return torch.cat(losses), None, None
     return torch.cat(losses), torch.cat(values, dim=1), torch.cat(indices, dim=1)
 
 def strongest(values, indices, n):

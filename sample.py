@@ -111,12 +111,10 @@ def usual_activation(run, i, f):
     """What training noted of the feature at this checkpoint's eval, if it noted anything."""
     snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
     try:
-        count, mean = int(snapshot[f'L{i}.count'][f]), float(snapshot[f'L{i}.mean'][f])
-        share = count / int(snapshot['probed'])
+        mean = snapshot[f'L{i}.mean'][f]
+        share = snapshot[f'L{i}.count'][f] / snapshot['probed']
     except LookupError: # missing, torn, another run's: it is only a hint
         return "its usual activation is not known"
-    if not count:
-        return f"silent on all {snapshot['probed']:,} tokens of the last eval"
     return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
 # --------------------------------------------------------------------------------------------------
