@@ -6,8 +6,8 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
     ... --prompt="import os"   a text with its features
     ... --find="self|cls"      the features that fire on that
     ... --probe=labels.tsv     the features that tell labels apart
-    ... --prompt="import" --why=true   what made the model go on as it does
-    ... --why=L6.F2386         what made a feature fire: those of the SAEs below
+    ... --prompt="import os" --why=true    what made the model go on as it does
+    ... --why=L6.F2386         the features of the SAEs below that made it fire
     ... --trace=L3.F17         what a feature does to those of the next SAE
     ... --sort=coherence       a list of features, or --sort=entropy, --sort=density
     ... --timeline=true        how they formed; with --plot=timeline.png, as a picture
@@ -22,7 +22,6 @@ the checkpoint changes. A new view is a function that yields what to print, and 
   token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest
 At site stream activations are signed, and "strongest" means by magnitude.
 """
-import functools
 import json
 import math
 import os
@@ -37,20 +36,20 @@ from types import SimpleNamespace
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.cells import set_cell_size
 from rich.text import Text
 
 import configurator
 import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
-                      open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
-                      settled_at, write_safetensors, write_whole)
+                      open_timeline, parse_feature, prompt_rows, prompt_text, safe, settled_at,
+                      write_safetensors, write_whole)
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
-                      fires_on, in_order, open_index, overview_numbers, pooled_codes, probe,
-                      read_labels, removal_effect, timeline_curves, words_of)
+                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
+                      removal_effect, timeline_curves, words_of)
+from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
+                      level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
+                      spark, table_of, tracked)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -96,138 +95,6 @@ def problems(config):
     if config['target'] and why != 'true':
         found.append(f"target={config['target']!r} takes --prompt and --why=true beside it")
     return found
-
-# --------------------------------------------------------------------------------------------------
-# what goes to the screen: views to stdout, remarks to stderr
-
-def screen(stderr=False):
-    """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
-    return Console(stderr=stderr, width=min(80, Console().width), markup=False, emoji=False,
-                   highlight=False, color_system=None if os.environ.get('NO_COLOR') else 'auto')
-
-def tracked(items, description, total=None):
-    """rich's progress bar, where somebody watches."""
-    return track(items, description, total, console=screen(stderr=True), transient=True,
-                 disable=not sys.stderr.isatty())
-
-def show(console, parts):
-    """Prints what a view yields, without the spaces with which rich fills its tables."""
-    with console.capture() as capture:
-        for part in parts:
-            wrap = dict(no_wrap=getattr(part, 'no_wrap', None),
-                        overflow=getattr(part, 'overflow', None)) # of a Text, which rich forgets
-            console.print(part, crop=False, **wrap)
-    print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
-
-# --------------------------------------------------------------------------------------------------
-# pieces of views
-
-BARS = ' ▁▂▃▄▅▆▇█'
-SHADES = [f'black on color({shade})' for shade in (230, 223, 222, 216, 215, 209, 208, 202)]
-
-bold = functools.partial(Text, style='bold')
-dim = functools.partial(Text, style='dim')
-
-def heading(text, note=''):
-    return Text.assemble('\n', bold(text), '  ', dim(note))
-
-def line(*parts, overflow='ellipsis'):
-    """Never wrapped: cut, or with overflow='ignore', to be copied, as long as it is."""
-    return Text.assemble(*parts, no_wrap=True, overflow=overflow)
-
-def spark(numbers, top=None):
-    """Numbers of 0 or more as a row of bars, up to top or the largest; above 0 is always seen."""
-    numbers = [x or 0 for x in numbers]
-    top = top or max(numbers, default=0) or 1
-    return ''.join(BARS[min(8, max(1, round(8 * x / top)))] if x > 0 else ' ' for x in numbers)
-
-def percent(x):
-    return (f'{100 * x:.5f}' if 0 < x < 1e-6 else f'{100 * x:#.3g}'.rstrip('.')) + ' %'
-
-def number(x):
-    """Four digits, so that columns of them align."""
-    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
-
-def name(scan, f):
-    return f'L{scan.layer}.F{f}'
-
-def captions(scan, f):
-    """The tokens on which a feature fires most, with their shares of its firings."""
-    tokens = fires_on(scan, f)
-    words = [f'{caption(scan.names[token])} {100 * share:.0f}%' for token, share in tokens
-             if share >= 0.005 or token == tokens[0][0]]
-    return '  '.join(words) or 'dead'
-
-def table_of(columns, rows):
-    """Columns are right-aligned, but for the last one, which is cut where the line ends."""
-    table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
-                  show_header=any(columns))
-    for column in columns[:-1]:
-        side = 'left' if column in ('feature', 'token', 'label', 'code') else 'right'
-        table.add_column(column, justify=side, no_wrap=True)
-    table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-def feature_table(title, note, columns, rows):
-    """rows: (scan, feature, *cells). Nothing for no rows."""
-    rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
-    table = table_of(('feature', *columns, 'fires on'), rows)
-    return [heading(title, note), table] if rows else []
-
-def examples(scan, features, options, console, said):
-    """A line of each feature, with what is said of it, and its three strongest contexts."""
-    for f, text in zip(features, said):
-        yield line('  ', bold(name(scan, f)), '  ', text)
-        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-            yield one_line(scan, c, scan.max[f], console.width)
-
-RANKED = ('rank', 'entropy', 'density')
-
-def ranked(scan, f):
-    """The cells of RANKED."""
-    if not scan.count[f]:
-        return '-', '-', percent(0)
-    return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
-
-def level(act, largest):
-    """The eighth of the largest activation, 0 for none."""
-    return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
-
-def shaded(scan, context, largest):
-    """A context as Text, shaded by activation, its peak in «»; and where the « is."""
-    text, begin = Text(), 0
-    for word, act, peak in pieces(scan, context):
-        if peak:
-            core = word.lstrip(' ') or word
-            word = f'{word.removesuffix(core)}«{core}»'
-            begin = len(text) + word.index('«')
-        text.append(word, SHADES[level(act, largest) - 1] if act else None)
-    return text, begin
-
-def paragraph(console, scan, context, largest):
-    """A context wrapped at its own line breaks and at spaces; without colour with bars below."""
-    text, _ = shaded(scan, context, largest)
-    for part in text.divide([match.end() for match in re.finditer('⏎+»?', text.plain)]):
-        for row in part.wrap(console, console.width - 2):
-            bars = [' '] * len(row.plain)
-            for begin, end, shade in row.spans:
-                bars[begin:end] = BARS[SHADES.index(shade) + 1] * (end - begin)
-            bars = ''.join(bar * cell_len(char) for bar, char in zip(bars, row.plain)).rstrip()
-            yield Text.assemble('  ', row)
-            if bars and console.color_system is None:
-                yield '  ' + bars
-
-def one_line(scan, context, largest, width):
-    """A context cut to one line, the peak at the same column in all: to be read downwards."""
-    text, begin = shaded(scan, context, largest)
-    column = width * 2 // 5
-    while cell_len(text.plain[:begin]) > column:
-        text, begin = text[1:], begin - 1
-    text.pad_left(column - cell_len(text.plain[:begin]))
-    text.truncate(width, overflow='ellipsis')
-    return text
 
 # --------------------------------------------------------------------------------------------------
 # what the options choose
