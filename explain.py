@@ -15,6 +15,7 @@ from scanning import firings, joint
 
 MOST = 300           # features taken away one by one; of more the most promising
 TOGETHER = 10        # features that are taken away together
+AT_ONCE = 4096       # tokens of a batch of runs
 
 def run_scaled(model, idx, scales, end, measure):
     """
@@ -26,7 +27,7 @@ def run_scaled(model, idx, scales, end, measure):
     x, _ = model.blocks(idx, first)                                          # (1, T, C)
     rope = model.cos[:T], model.sin[:T]
     found = []
-    for rows in torch.arange(len(scales[first])).split(max(1, 4096 // T)):
+    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // T)):
         for layer, scale in scales.items():
             scale = scale[rows, None]                                        # (b, 1, F)
             saes[layer].steer = scale, torch.zeros_like(scale)
@@ -166,9 +167,9 @@ def why_feature(model, tokens, layer, f):
 def trace(model, scan, above, f, seed, n=16):
     """
     What a feature does to the next SAE's features. scan, above: the two SAEs' -> arrays (F,):
-      share           positions of the scan where both fire, of those where either does
-      with, without   their mean activation where it fires, as it is and when it is taken away; in
-                      n windows of the scan at most, drawn at random
+      share              positions of the scan where both fire, of those where either does
+      as_it_is, without  their mean activation where it fires, and what is left of it when it is
+                         taken away, in n windows of the scan at most, drawn at random
     """
     where, _ = firings(scan, f)                                              # (P,)
     windows = np.random.default_rng((seed, scan.layer, f)).permutation(np.unique(where // scan.T))
@@ -187,5 +188,5 @@ def trace(model, scan, above, f, seed, n=16):
         total += run_scaled(model, idx, scales, above.layer + 1, codes).cpu().numpy()
         positions += len(at)
     as_it_is, without = total / max(1, positions)
-    return dict(share=joint(above, where), **{'with': as_it_is}, without=without,
+    return dict(share=joint(above, where), as_it_is=as_it_is, without=without,
                 windows=min(n, len(windows)), positions=positions)

@@ -185,7 +185,7 @@ def overview_of(scan, options, console):
         yield heading('Next')
         yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
                    f"--feature={which}", overflow='ignore')
-        yield dim('  or --prompt="text", --find="regex", --timeline=true, --html=page.html')
+        yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(options, console):
     index = index_of(options)
@@ -454,7 +454,7 @@ def trace_view(options, console):
             raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}")
         above = index[higher[0]]
         d = explain.trace(run_of(options).model, scan, above, f, options.seed)
-        change = d['with'] - d['without']                                    # (F,)
+        change = d['as_it_is'] - d['without']                                    # (F,)
         yield bold(f'What {name(scan, f)} does in block {above.layer}')
         yield line('  ', captions(scan, f))
         yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
@@ -464,7 +464,7 @@ def trace_view(options, console):
                                    ('Holds down', 'without it these are stronger', -change)):
             best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
             yield from feature_table(title, note, ('both', 'with it', 'without'), [
-                (above, g, f"{d['share'][g]:.3f}", f"{d['with'][g]:.4f}", f"{d['without'][g]:.4f}")
+                (above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}", f"{d['without'][g]:.4f}")
                 for g in best])
         yield heading('Next')
         follow = ['feature', 'trace'][:len(higher)]
