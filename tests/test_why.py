@@ -173,21 +173,21 @@ def test_what_else_passes(site, alpha, posthoc, rest):
     sae = SimpleNamespace(site=SITES[site], alpha=alpha, posthoc=posthoc)
     assert rest in explain.what_passes(sae, 3).partition(f'{SITES[site].place} 3: ')[2]
 
-@pytest.mark.parametrize('order', scanning.ORDERS)
-def test_sorted_lists(order, out, index, capsys):
-    text = look(capsys, out, f'--sort={order}', '--rows=999', '--layer=1')
+def test_sorted_lists(out, index, capsys):
+    """Live features alone; without coherence, or too rare for an entropy, they come last."""
+    scan = SimpleNamespace(count=np.array([50, 10, 0, 30, 40]), rank=np.array([2, 1, 0, 4, 3]),
+                           coherence=np.array([-0.5, np.nan, np.nan, 0.1, 0.2]), F=5)
+    orders = dict(coherence=[4, 3, 0, 1], entropy=[0, 4, 3, 1], density=[0, 4, 3, 1])
+    assert {order: scanning.in_order(scan, order).tolist() for order in scanning.ORDERS} == orders
+    text = look(capsys, out, '--sort=density', '--rows=999', '--layer=1')
     listed = [int(f) for f in re.findall(r'^ +L1.F(\d+)', text, re.M)]
-    scan = index[1]
-    assert sorted(listed) == np.flatnonzero(scan.count).tolist()
-    values = dict(coherence=-np.nan_to_num(scan.coherence, nan=-2), entropy=scan.entropy,
-                  density=-scan.count)[order][listed]
-    assert (np.diff(values[scan.count[listed] >= scanning.SHOWN_FROM]) >= 0).all()
+    assert listed == scanning.in_order(index[1], 'density').tolist()
 
 def test_words_of_a_feature(index, out, capsys):
     """Its rank is its place by coherence times the share of its firings on words."""
     scan = copy.deepcopy(index[1])
     scan.coherence[7], scan.word_share[7], scan.words[7, :4] = 0.5, 0.8, (97, 98, 99, 256)
-    scan.coherence[3], scan.word_share[3] = 0.9, 0.9
+    scan.coherence[[3, 9]], scan.word_share[[3, 9]] = 0.9, (0.9, 0.1)
     d = scanning.concept_numbers(scan, 7)
     assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
     assert d['concepts'] == (~np.isnan(scan.coherence)).sum()
@@ -218,7 +218,7 @@ def test_timeline_curves_by_brute_force(tmp_path):
     """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
     snapshots(tmp_path, 'W_dec')
     t = features.open_timeline(tmp_path, lambda items, text: items)[1]
-    t.probed = 4000
+    t.probed = 2000                                          # of them 2 % are 40
     names = [bytes([97 + i] * 3) for i in range(16)]
     tokens = np.random.default_rng(0).integers(0, 16, 3000)
     curves = scanning.timeline_curves(SimpleNamespace(tokens=tokens, names=names), t)
@@ -228,9 +228,11 @@ def test_timeline_curves_by_brute_force(tmp_path):
         assert entropy[i] == pytest.approx(np.median(t.entropy[i][count > 0]))
         fired = [np.repeat(np.maximum(0, top), times)
                  for top, times in zip(t.top_tokens[i], t.top_counts[i])]
-        want = scanning.concepts(count, 4000, lambda f: np.unique(fired[f], return_counts=True),
+        want = scanning.concepts(count, 2000, lambda f: np.unique(fired[f], return_counts=True),
                                  tokens, names)['coherence']
-        assert coherence[i] == pytest.approx(np.nanmean(want)) and np.isfinite(want).sum() > 2
+        want = want[np.isfinite(want)]
+        assert coherence[i] == pytest.approx(np.mean(want) if len(want) else np.nan, nan_ok=True)
+    assert np.isfinite(coherence).any()
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
     snapshots(tmp_path, 'W_dec')
