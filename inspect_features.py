@@ -6,7 +6,11 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
     ... --prompt="import os"   a text with its features
     ... --find="self|cls"      the features that fire on that
     ... --probe=labels.tsv     the features that tell labels apart
-    ... --timeline=true        how they formed
+    ... --prompt="import os" --why=true    what made the model go on as it does
+    ... --why=L6.F2386         the features of the SAEs below that made it fire
+    ... --trace=L3.F17         what a feature does to those of the next SAE
+    ... --sort=coherence       a list of features, or --sort=entropy, --sort=density
+    ... --timeline=true        how they formed; with --plot=timeline.png, as a picture
     ... --html=page.html       all of them, or those of --feature or --prompt, as one page
     ... --export=folder        the SAEs, for SAELens
 
@@ -18,13 +22,13 @@ the checkpoint changes. A new view is a function that yields what to print, and 
   token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest
 At site stream activations are signed, and "strongest" means by magnitude.
 """
-import functools
 import json
 import math
 import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,18 +36,20 @@ from types import SimpleNamespace
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import numpy as np
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.cells import set_cell_size
 from rich.text import Text
 
 import configurator
+import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
-                      open_timeline, parse_feature, pieces, prompt_rows, prompt_text, safe,
-                      settled_at, write_safetensors, write_whole)
-from scanning import (BINS, by_concept, feature_numbers, find, fires_on, open_index,
-                      overview_numbers, pooled_codes, probe, read_labels, removal_effect, words_of)
+                      open_timeline, parse_feature, prompt_rows, prompt_text, safe, settled_at,
+                      write_safetensors, write_whole)
+from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
+                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
+                      removal_effect, timeline_curves, words_of)
+from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
+                      level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
+                      spark, table_of, tracked)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -57,7 +63,12 @@ DEFAULTS = dict(
     top=3,               # features shown of each token of a prompt
     find='',             # regular expression, ^ and $ are a line's: which features fire on it?
     probe='',            # file of lines "label<tab>text": which features tell the labels apart?
+    why='',              # true: what made the model go on from --prompt as it does; or a feature
+    target='',           # the text that --why is to explain; '' = the likeliest token
+    trace='',            # a feature, L3.F17: which of the next SAE's does it cause?
+    sort='',             # a list, the first by coherence, entropy or density; the page's order
     timeline=False,      # how the features formed, from the snapshots of training
+    plot='',             # the timeline as a picture, in this file; takes matplotlib
     html='',             # write the chosen (or all live) features, or the prompt, to this file
     export='',           # write the SAEs to this folder, for SAELens
     scan_tokens=0,       # 0 = what the index has; with no index 131,072, on a GPU 1,048,576
@@ -65,7 +76,6 @@ DEFAULTS = dict(
     device='auto',       # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     seed=1337,           # of everything drawn at random
 )
-SHOWN_FROM = 20          # with fewer firings an entropy says little: not in the overview's tables
 TEMPLATE = Path(__file__).resolve().parent / 'assets/viewer.html'
 
 def problems(config):
@@ -77,139 +87,14 @@ def problems(config):
         re.compile(config['find'])
     except re.error as e:
         found.append(f"find={config['find']!r} is no regular expression: {e}")
+    if config['sort'] not in ('', *ORDERS):
+        found.append(f"sort={config['sort']!r} must be one of {', '.join(ORDERS)}")
+    of_prompt, why = config['prompt'] or config['prompt_file'], config['why']
+    if why and bool(of_prompt) != (why == 'true'):
+        found.append(f"why={why!r}: with --prompt write --why=true, without it --why=L6.F2386")
+    if config['target'] and why != 'true':
+        found.append(f"target={config['target']!r} takes --prompt and --why=true beside it")
     return found
-
-# --------------------------------------------------------------------------------------------------
-# what goes to the screen: views to stdout, remarks to stderr
-
-def screen(stderr=False):
-    """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
-    return Console(stderr=stderr, width=min(80, Console().width), markup=False, emoji=False,
-                   highlight=False, color_system=None if os.environ.get('NO_COLOR') else 'auto')
-
-def tracked(items, description, total=None):
-    """rich's progress bar, where somebody watches."""
-    return track(items, description, total, console=screen(stderr=True), transient=True,
-                 disable=not sys.stderr.isatty())
-
-def show(console, parts):
-    """Prints what a view yields, without the spaces with which rich fills its tables."""
-    with console.capture() as capture:
-        for part in parts:
-            wrap = dict(no_wrap=getattr(part, 'no_wrap', None),
-                        overflow=getattr(part, 'overflow', None)) # of a Text, which rich forgets
-            console.print(part, crop=False, **wrap)
-    print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
-
-# --------------------------------------------------------------------------------------------------
-# pieces of views
-
-BARS = ' ▁▂▃▄▅▆▇█'
-SHADES = [f'black on color({shade})' for shade in (230, 223, 222, 216, 215, 209, 208, 202)]
-
-bold = functools.partial(Text, style='bold')
-dim = functools.partial(Text, style='dim')
-
-def heading(text, note=''):
-    return Text.assemble('\n', bold(text), '  ', dim(note))
-
-def line(*parts, overflow='ellipsis'):
-    """Never wrapped: cut, or with overflow='ignore', to be copied, as long as it is."""
-    return Text.assemble(*parts, no_wrap=True, overflow=overflow)
-
-def spark(numbers, top=None):
-    """Numbers of 0 or more as a row of bars, up to top or the largest; above 0 is always seen."""
-    numbers = [x or 0 for x in numbers]
-    top = top or max(numbers, default=0) or 1
-    return ''.join(BARS[min(8, max(1, round(8 * x / top)))] if x > 0 else ' ' for x in numbers)
-
-def percent(x):
-    return (f'{100 * x:.5f}' if 0 < x < 1e-6 else f'{100 * x:#.3g}'.rstrip('.')) + ' %'
-
-def number(x):
-    """Four digits, so that columns of them align."""
-    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
-
-def name(scan, f):
-    return f'L{scan.layer}.F{f}'
-
-def captions(scan, f):
-    """The tokens on which a feature fires most, with their shares of its firings."""
-    tokens = fires_on(scan, f)
-    words = [f'{caption(scan.names[token])} {100 * share:.0f}%' for token, share in tokens
-             if share >= 0.005 or token == tokens[0][0]]
-    return '  '.join(words) or 'dead'
-
-def table_of(columns, rows):
-    """Columns are right-aligned, but for the last one, which is cut where the line ends."""
-    table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
-                  show_header=any(columns))
-    for column in columns[:-1]:
-        side = 'left' if column in ('feature', 'token', 'label', 'code') else 'right'
-        table.add_column(column, justify=side, no_wrap=True)
-    table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-def feature_table(title, note, columns, rows):
-    """rows: (scan, feature, *cells). Nothing for no rows."""
-    rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
-    table = table_of(('feature', *columns, 'fires on'), rows)
-    return [heading(title, note), table] if rows else []
-
-def examples(scan, features, options, console, said):
-    """A line of each feature, with what is said of it, and its three strongest contexts."""
-    for f, text in zip(features, said):
-        yield line('  ', bold(name(scan, f)), '  ', text)
-        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-            yield one_line(scan, c, scan.max[f], console.width)
-
-RANKED = ('rank', 'entropy', 'density')
-
-def ranked(scan, f):
-    """The cells of RANKED."""
-    if not scan.count[f]:
-        return '-', '-', percent(0)
-    return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
-
-def level(act, largest):
-    """The eighth of the largest activation, 0 for none."""
-    return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
-
-def shaded(scan, context, largest):
-    """A context as Text, shaded by activation, its peak in «»; and where the « is."""
-    text, begin = Text(), 0
-    for word, act, peak in pieces(scan, context):
-        if peak:
-            core = word.lstrip(' ') or word
-            word = f'{word.removesuffix(core)}«{core}»'
-            begin = len(text) + word.index('«')
-        text.append(word, SHADES[level(act, largest) - 1] if act else None)
-    return text, begin
-
-def paragraph(console, scan, context, largest):
-    """A context wrapped at its own line breaks and at spaces; without colour with bars below."""
-    text, _ = shaded(scan, context, largest)
-    for part in text.divide([match.end() for match in re.finditer('⏎+»?', text.plain)]):
-        for row in part.wrap(console, console.width - 2):
-            bars = [' '] * len(row.plain)
-            for begin, end, shade in row.spans:
-                bars[begin:end] = BARS[SHADES.index(shade) + 1] * (end - begin)
-            bars = ''.join(bar * cell_len(char) for bar, char in zip(bars, row.plain)).rstrip()
-            yield Text.assemble('  ', row)
-            if bars and console.color_system is None:
-                yield '  ' + bars
-
-def one_line(scan, context, largest, width):
-    """A context cut to one line, the peak at the same column in all: to be read downwards."""
-    text, begin = shaded(scan, context, largest)
-    column = width * 2 // 5
-    while cell_len(text.plain[:begin]) > column:
-        text, begin = text[1:], begin - 1
-    text.pad_left(column - cell_len(text.plain[:begin]))
-    text.truncate(width, overflow='ellipsis')
-    return text
 
 # --------------------------------------------------------------------------------------------------
 # what the options choose
@@ -221,10 +106,10 @@ def chosen(options, by_layer):
         raise ValueError(f"layer={options.layer} has no SAE; block {blocks} has one")
     return [sae for layer, sae in by_layer.items() if options.layer in (-1, layer)]
 
-def chosen_features(options, index):
-    """--feature as [(scan, feature)]. Raises ValueError, one sentence."""
+def features_of(text, options, index):
+    """'L6.F2386,L6.F5' as [(scan, feature)]. Raises ValueError, one sentence."""
     F = chosen(options, index)[0].F
-    found = [parse_feature(text, index, F, options.layer) for text in options.feature.split(',')]
+    found = [parse_feature(part, index, F, options.layer) for part in text.split(',')]
     return [(index[layer], f) for layer, f in found]
 
 def index_of(options):
@@ -239,7 +124,7 @@ def all_numbers(options, features):
     timelines = open_timeline(options.out_dir, tracked)
     model = run_of(options).model if options.effect else None
     for scan, f in features:
-        d = feature_numbers(scan, f, options.seed)
+        d = feature_numbers(scan, f, options.seed) | concept_numbers(scan, f)
         timeline = timelines.get(scan.layer)
         d['timeline'] = timeline and feature_timeline(timeline, f)
         d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
@@ -300,11 +185,11 @@ def overview_of(scan, options, console):
         yield heading('Next')
         yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
                    f"--feature={which}", overflow='ignore')
-        yield dim('  or --prompt="text", --find="regex", --timeline=true, --html=page.html')
+        yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(options, console):
     index = index_of(options)
-    for scan, d in all_numbers(options, chosen_features(options, index)):
+    for scan, d in all_numbers(options, features_of(options.feature, options, index)):
         yield from panels(scan, d, index, options, console)
         yield ''
 
@@ -327,6 +212,13 @@ def panels(scan, d, index, options, console):
         yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
                                   f"{len(live):,} live features")
         yield line('  ', captions(scan, f))
+    if d['words']:
+        note = 'fewer than four: they have no coherence'
+        if d['coherence'] is not None:
+            note = (f"coherence {d['coherence']:.4f}, rank {d['concept_rank']:,} of "
+                    f"{d['concepts']:,} as a concept")
+        yield heading('Words', note)
+        yield line('  ', d['words'])
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
@@ -424,7 +316,7 @@ def timeline_view(options, console):
 
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
-    for scan, f in chosen_features(options, index_of(options)):
+    for scan, f in features_of(options.feature, options, index_of(options)):
         t = feature_timeline(timelines[scan.layer], f)
         probed = timelines[scan.layer].probed
         yield bold(f'{name(scan, f)} over training, on {probed:,} tokens at each snapshot')
@@ -456,6 +348,135 @@ def prompt_view(options, console):
             if not features[scan.layer]:
                 cells.append((word, '', '', '', 'no feature fires'))
         yield table_of(('token', '', '', 'feature', 'fires on'), cells)
+        yield ''
+
+def plot_view(options, console):
+    """The timeline as a picture: of the SAEs, or of the features of --feature."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plot takes matplotlib: pip install matplotlib") from None
+    warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
+    index, timelines, columns = index_of(options), timelines_of(options), []
+    if options.feature:
+        for scan, f in features_of(options.feature, options, index):
+            t = feature_timeline(timelines[scan.layer], f)
+            curves = {'density': t['density'], 'token entropy': [x or 0 for x in t['entropy']],
+                      'direction, cosine to the end': t['cos'],
+                      'tokens, cosine to the end': t['same']}
+            said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
+            columns.append((name(scan, f), t['steps'], curves, said))
+    else:
+        for t in chosen(options, timelines):
+            curves = timeline_curves(index[t.layer], t)
+            columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
+    figure = Figure((5 * len(columns) + 1, 2 * len(curves) + 1), layout='constrained')
+    grid = figure.subplots(len(curves), len(columns), sharex='col', squeeze=False)
+    for (title, steps, curves, said), axes in zip(columns, grid.T):
+        axes[0].set_title(title)
+        for axis, (label, values) in zip(axes, curves.items()):
+            axis.plot(steps, values, marker='.')
+            axis.set_ylabel(label)
+        stages = np.linspace(0, len(steps) - 1, 5).round().astype(int)
+        axes[-1].set_xticks([steps[i] for i in stages],
+                            [f'{steps[i]:,}\n{said[i]}' for i in stages], parse_math=False)
+        axes[-1].set_xlabel('step' + ', and what it fires on' * bool(options.feature))
+    figure.savefig(options.plot)
+    yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
+
+def why_numbers(options, index, run):
+    """Of --why=true: explain.why_token, and its target as text."""
+    layers = [scan.layer for scan in chosen(options, index)]
+    tokens = encode(run, prompt_text(options.prompt, options.prompt_file))
+    target = run.tokenizer.encode(options.target, allowed_special='all')
+    d = explain.why_token(run.model, tokens, target, layers)
+    return d, caption(b''.join(run.names[token] for token in d['target']))
+
+def why_view(options, console):
+    index, run = index_of(options), run_of(options)
+    d, answer = why_numbers(options, index, run)
+    yield bold(f"Why {answer}: probability {percent(math.exp(d['base']))}")
+    yield from effects(d, f'log p({answer})', index)
+    yield heading('Likeliest next tokens')
+    yield line('  ', '  '.join(f'{caption(run.names[token])} {percent(p)}'
+                               for token, p in d['likeliest']))
+    yield ''
+
+def why_feature_view(options, console):
+    index = index_of(options)
+    for scan, f in features_of(options.why, options, index):
+        if scan.layer == min(index):
+            raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
+                             "made it fire, only tokens: see --feature")
+        top = feature_numbers(scan, f, options.seed)['top']
+        if not top:
+            raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
+                             "last tokens of a window and on end-of-text: nothing to explain")
+        peak = top[0]['where']
+        tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
+        d = explain.why_feature(run_of(options).model, tokens, scan.layer, f)
+        yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
+        yield one_line(scan, top[0], scan.max[f], console.width)
+        yield from effects(d, 'its activation', index)
+        yield ''
+
+def effects(d, what, index):
+    """Of what, the numbers d of explain.py."""
+    tried = 'all'
+    if len(d['effects']) < d['active']:
+        tried = f"the {len(d['effects'])} with the largest gradient times activation"
+    yield dim(f"{len(d['idx']):,} tokens are read; of {d['active']:,} active features {tried} are "
+              "taken away, one at a time")
+    for title, verb, some in (('For', 'falls', d['pro']), ('Against', 'rises', d['con'])):
+        rows = []
+        for change, layer, f, at in some:
+            scan = index[layer]
+            t, act = max(at, key=lambda place: abs(place[1]))
+            others = f' +{len(at) - 1}' if len(at) > 1 else ''
+            rows.append((f'{change:+.4f}', bold(name(scan, f)), number(act),
+                         caption(scan.names[d['idx'][t]]) + others,
+                         words_of(scan, f) or captions(scan, f)))
+        if rows:
+            yield heading(title, f'without the feature, wherever it fires, {what} {verb}')
+            yield table_of(('change', 'feature', 'strongest', 'token', 'words'), rows)
+    yield heading('Together', 'taken away at once')
+    yield f"  the first {len(d['pro'])} for it   {d['together']:+.4f}"
+    yield f"  all features      {d['whole']:+.4f}"
+    if d['together'] < 0 and d['whole'] < 0:
+        yield f"  so these make up {percent(d['together'] / d['whole'])} of all"
+    yield dim('  ' + d['passes'].replace(': ', ':\n  '))
+
+def trace_view(options, console):
+    index = index_of(options)
+    for scan, f in features_of(options.trace, options, index):
+        higher = [layer for layer in index if layer > scan.layer]
+        if not higher:
+            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}")
+        above = index[higher[0]]
+        d = explain.trace(run_of(options).model, scan, above, f, options.seed)
+        change = d['as_it_is'] - d['without']                                    # (F,)
+        yield bold(f'What {name(scan, f)} does in block {above.layer}')
+        yield line('  ', captions(scan, f))
+        yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
+                  f"{d['windows']} windows")
+        for title, note, score in (('Fires with', 'positions with both / either', d['share']),
+                                   ('Causes', 'without it these are weaker', change),
+                                   ('Holds down', 'without it these are stronger', -change)):
+            best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+            yield from feature_table(title, note, ('both', 'with it', 'without'), [
+                (above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}", f"{d['without'][g]:.4f}")
+                for g in best])
+        yield heading('Next')
+        follow = ['feature', 'trace'][:len(higher)]
+        yield '  ' + '   '.join(f'--{key}={name(above, change.argmax())}' for key in follow)
+        yield ''
+
+def sorted_view(options, console):
+    for scan in chosen(options, index_of(options)):
+        some = in_order(scan, options.sort)[:options.rows]
+        yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
+                                 ('coherence', 'entropy', 'density'), [
+            (scan, f, f'{scan.coherence[f]:.2f}', *ranked(scan, f)[1:]) for f in some])
         yield ''
 
 def find_view(options, console):
@@ -506,22 +527,29 @@ def probe_view(options, console):
 
 def page(options, console):
     """One static file: assets/viewer.html with its data put in."""
-    index, rows = index_of(options), None
+    index, rows, why = index_of(options), None, None
     scan = next(iter(index.values()))
+    words = [safe(raw) for raw in scan.names]
     if options.feature:
-        features = chosen_features(options, index)
+        features = features_of(options.feature, options, index)
     elif options.prompt or options.prompt_file:
         rows = rows_of_prompt(options)
         seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
                 for f, _ in by_layer[scan.layer]}
+        if options.why:
+            why, answer = why_numbers(options, index, run_of(options))
+            seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
+            why |= dict(answer=answer, tokens=[words[token] for token in why.pop('idx')],
+                        likeliest=[(words[token], p) for token, p in why['likeliest']],
+                        tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
         features = [(scan, f) for scan in chosen(options, index)
                     for f in np.flatnonzero(scan.count).tolist()]
-    words = [safe(raw) for raw in scan.names]
     data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
                 dataset=scan.dataset, shown_from=SHOWN_FROM,
-                layers={layer: overview_numbers(scan) for layer, scan in index.items()},
+                layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
+                        for layer, scan in index.items()}, sort=options.sort, why=why,
                 prompt=rows and [(words[token], by_layer) for token, by_layer in rows])
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
@@ -571,22 +599,32 @@ VIEWS = { # the options that choose it, in alphabetical order: the view
     'export': export,
     'feature': feature_view,
     'feature html': page,
+    'feature plot': plot_view,
     'feature timeline': feature_timeline_view,
     'find': find_view,
     'html': page,
     'html prompt': page,
+    'html prompt why': page,
+    'html sort': page,
+    'plot': plot_view,
     'probe': probe_view,
     'prompt': prompt_view,
+    'prompt why': why_view,
+    'sort': sorted_view,
     'timeline': timeline_view,
+    'trace': trace_view,
+    'why': why_feature_view,
 }
 
 def look(options):
     """Shows what the options ask for."""
-    given = vars(options) | dict(prompt=options.prompt or options.prompt_file)
+    given = vars(options) | dict(prompt=options.prompt or options.prompt_file,
+                                 timeline=options.timeline and not options.plot)
     names = sorted(key for key in set(' '.join(VIEWS).split()) if given[key])
     if ' '.join(names) not in VIEWS:
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
-                         "feature or prompt beside it, timeline takes feature")
+                         "feature, prompt or sort beside it, timeline and plot take feature, why "
+                         "takes prompt")
     console = screen()
     show(console, VIEWS[' '.join(names)](options, console))
 

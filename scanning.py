@@ -26,6 +26,8 @@ from sae import norm
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
+SHOWN_FROM = 20               # with fewer firings an entropy says little
+ORDERS = ('coherence', 'entropy', 'density')
 
 def scan_val(run, wanted, key, track):
     """
@@ -52,8 +54,10 @@ def scan_val(run, wanted, key, track):
     for s, layer in enumerate(saes):
         writes = model.writes(layer).detach().float()                        # (F, C)
         found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
-        where = found[-1]['order'] // features.shape[2]      # by feature
-        found[-1] |= concepts(found[-1]['count'], where, tokens, run.names)
+        count, where = found[-1]['count'], found[-1]['order'] // features.shape[2]
+        fires_on = np.split(tokens[where[:count.sum()]], np.cumsum(count)[:-1]) # by feature
+        types_of = lambda f: np.unique(fires_on[f], return_counts=True)
+        found[-1] |= concepts(count, len(tokens), types_of, tokens, run.names)
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
     arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
@@ -96,12 +100,12 @@ def scan_statistics(values, features, tokens, writes, wte):
         found[f'{name}_value'] = torch.cat([top.values for top in tops]).cpu().numpy()
     return found
 
-def concepts(count, where, tokens, names):
+def concepts(count, N, types_of, tokens, names):
     """
     What makes features nameable, found without labels or a judge: of each that fires 20 times or
-    more and on at most 2 % of tokens (N,), the words on which it fires far more often than they
-    occur, and how far these keep company. count (F,); where (P,): positions, feature by feature;
-    names (V,) bytes ->
+    more and on at most 2 % of N positions, the words on which it fires far more often than they
+    occur, and how far these keep company. count (F,); types_of(f): the token types on which f
+    fires, and how often on each; tokens (n,): a text, in which words meet; names (V,) bytes ->
       words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
                        count * log(share of its firings / share of all tokens), one a stem; -1: none
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
@@ -109,10 +113,9 @@ def concepts(count, where, tokens, names):
                        fewer than 4 words
       word_share (F,)  of its firings, on words of three letters or more
     """
-    N, first = len(tokens), np.cumsum(count) - count
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
-    often = np.bincount(tokens, minlength=len(names)) / N                    # (V,)
-    window = np.arange(N) // 64
+    often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
+    window = np.arange(len(tokens)) // 64
 
     @functools.cache
     def windows_with(token):
@@ -122,7 +125,7 @@ def concepts(count, where, tokens, names):
     coherence = np.full(len(count), np.nan, np.float32)
     word_share = np.zeros(len(count), np.float32)
     for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
-        types, times = np.unique(tokens[where[first[f]:first[f] + count[f]]], return_counts=True)
+        types, times = types_of(f)
         types, times = types[is_word[types]], times[is_word[types]]
         word_share[f] = times.sum() / count[f]
         score = times * np.log(times / count[f] / often[types])
@@ -142,10 +145,32 @@ def concepts(count, where, tokens, names):
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
     return dict(words=words, coherence=coherence, word_share=word_share)
 
+def timeline_curves(scan, timeline):
+    """
+    {label: one number a snapshot}: how an SAE's features moved. Coherence is that of concepts, but
+    of the 8 tokens on which a feature fires most: a snapshot holds no others.
+    """
+    curves = {'live, % of the features': [], 'token entropy, median bits': [],
+              'coherence, mean': []}
+    live_share, entropy, coherence = curves.values()
+    for count, bits, tokens, times in zip(timeline.count, timeline.entropy, timeline.top_tokens,
+                                          timeline.top_counts):              # (F,), (F,), (F, 8)
+        types_of = lambda f: (tokens[f][times[f] > 0], times[f][times[f] > 0])
+        found = concepts(count, timeline.probed, types_of, scan.tokens, scan.names)
+        some = found['coherence'][~np.isnan(found['coherence'])]
+        live_share.append(100 * (count > 0).mean())
+        entropy.append(np.median(bits[count > 0]) if count.any() else np.nan)
+        coherence.append(some.mean() if len(some) else np.nan)
+    return curves
+
+def concept_value(scan):
+    """(F,): how nameable: coherence times the share of firings on words; nan without coherence."""
+    return scan.coherence * scan.word_share
+
 def by_concept(scan):
-    """Live features, the most nameable first: coherence times the share of firings on words. Of
-    those that share more than half of their words the first one is there alone."""
-    value = np.where(np.isnan(scan.coherence), -1, scan.coherence * scan.word_share)
+    """Live features, the most nameable first. Of those that share more than half of their words the
+    first one is there alone."""
+    value = np.nan_to_num(concept_value(scan), nan=-1)
     shown, seen = [], []
     for f in np.argsort(-value, kind='stable'):
         words = set(scan.words[f].tolist()) - {-1}
@@ -153,6 +178,22 @@ def by_concept(scan):
             shown.append(int(f))
             seen.append(words)
     return shown
+
+def concept_numbers(scan, f):
+    """A feature's words, coherence (None without), and its place among those that have one."""
+    value = concept_value(scan)
+    coherence = None if np.isnan(scan.coherence[f]) else float(scan.coherence[f])
+    return dict(words=words_of(scan, f), coherence=coherence,
+                concept_rank=1 + int((value > value[f]).sum()),
+                concepts=int((~np.isnan(value)).sum()))
+
+def in_order(scan, order):
+    """Live features by one of ORDERS, the best first: coherence, low entropy, high density."""
+    live = np.flatnonzero(scan.count)
+    coherence = np.nan_to_num(scan.coherence, nan=-2)
+    entropy = scan.rank + scan.F * (scan.count < SHOWN_FROM)
+    worst = dict(coherence=-coherence, entropy=entropy, density=-scan.count)[order]
+    return live[np.argsort(worst[live], kind='stable')]
 
 def words_of(scan, f):
     """The words on which a feature fires far more often than they occur, as text."""
@@ -237,6 +278,11 @@ def firings(scan, f):
     slots = scan.order[scan.first[f]:scan.first[f] + scan.count[f]]
     return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots]
 
+def joint(scan, where):
+    """(F,): of the positions where a feature fires or `where` (P,) is, the share that has both."""
+    both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
+    return both / np.maximum(1, scan.count + len(where) - both)
+
 def feature_numbers(scan, f, seed):
     """
     Every number of one feature's view; tokens are ids.
@@ -262,10 +308,9 @@ def feature_numbers(scan, f, seed):
             example = context(scan, where, acts, int(some[-1])) if len(some) else None
             intervals.append((j * R / INTERVALS, (j + 1) * R / INTERVALS, float(inside.mean()),
                               example))
-    both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
-    share = both / np.maximum(1, scan.count + count - both)                  # (F,)
+    share = joint(scan, where)                                               # (F,)
     share[f] = -1
-    joint = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
+    together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
     pairs = {name: list(zip(getattr(scan, name)[f].tolist(),
                             getattr(scan, f'{name}_value')[f].tolist()))
              for name in ('up', 'down', 'near')}
@@ -276,7 +321,7 @@ def feature_numbers(scan, f, seed):
         max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
         entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f), **pairs,
         hist=np.bincount(bins, minlength=BINS).tolist(), intervals=intervals,
-        joint=list(zip(joint.tolist(), share[joint].tolist())),
+        joint=list(zip(together.tolist(), share[together].tolist())),
         top=contexts(scan, where, acts, where[strongest_first], TOP),
         random=contexts(scan, where, acts, where[drawn], RANDOM))
 

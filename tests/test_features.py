@@ -386,7 +386,8 @@ def test_concepts_by_brute_force():
     count, where = np.array([50, 10, 45, 200]), []
     for n in count:
         where.append(np.sort(rng.choice(np.arange(1000, 3000), n, replace=False)))
-    got = scanning.concepts(count, np.concatenate(where), tokens, names)
+    types_of = lambda f: np.unique(tokens[where[f]], return_counts=True)
+    got = scanning.concepts(count, len(tokens), types_of, tokens, names)
     assert np.isnan(got['coherence'][[1, 3]]).all() and (got['words'][[1, 3]] == -1).all()
     windows = [set(tokens[i:i + 64].tolist()) for i in range(0, 3000, 64)]
     for f in (0, 2):

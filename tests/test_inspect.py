@@ -79,7 +79,7 @@ def test_tokens_that_share_a_character_are_one_piece():
     assert features.pieces(scan, context) == [
         ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
-    console = view.Console(width=80, color_system=None)
+    console = view.screen()
     text, bars = view.paragraph(console, scan, context, 4.0)
     assert text.plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 

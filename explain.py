@@ -1,0 +1,192 @@
+"""
+What made the model say it: features are taken away, and the blocks from theirs on run again. The
+features are part of the model, so each number is exact, in float32, also on a GPU (bf16 would round
+small effects away). Nothing here prints; inspect_features.py does.
+
+Shapes: B runs, T tokens, N scanned tokens, F features, C n_embd, V vocabulary.
+"""
+import numpy as np
+import torch
+from torch.nn.functional import linear
+
+from features import device_of
+from sae import norm
+from scanning import firings, joint
+
+MOST = 300           # features taken away one by one; of more the most promising
+TOGETHER = 10        # features that are taken away together
+AT_ONCE = 4096       # tokens of a batch of runs
+
+def run_scaled(model, idx, scales, end, measure):
+    """
+    Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts), joined.
+    scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a feature away
+    wherever it fires. What lies below the lowest of these blocks runs once.
+    """
+    blocks, saes, first, T = model.transformer.h, model.saes(), min(scales), idx.size(1)
+    x, _ = model.blocks(idx, first)                                          # (1, T, C)
+    rope = model.cos[:T], model.sin[:T]
+    found = []
+    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // T)):
+        for layer, scale in scales.items():
+            scale = scale[rows, None]                                        # (b, 1, F)
+            saes[layer].steer = scale, torch.zeros_like(scale)
+        stream, outs = x.expand(len(rows), -1, -1), []                       # (b, T, C)
+        for block in blocks[first:end]:
+            stream = block(stream, rope, outs)
+        found.append(measure(stream, outs))
+    for layer in scales:
+        saes[layer].steer = None
+    return torch.cat(found)
+
+def kept(model, layers, removals):
+    """removals: B sets of (block, f) -> scales, 0 for these and 1 for all others."""
+    F, device = model.config.n_features, device_of(model)
+    scales = {layer: torch.ones(len(removals), F, device=device) for layer in layers}
+    for b, removal in enumerate(removals):
+        for layer, f in removal:
+            scales[layer][b, f] = 0
+    return scales
+
+def fires_in(model, idx, layers):
+    """{(block, f): [(position, activation), ...]} of the features that are active on idx (1, T)."""
+    fires = {}
+    _, out = model.blocks(idx, max(layers) + 1)
+    for layer, values, indices in zip(model.saes(), out.values.cpu(), out.indices.cpu()):
+        for t, k in (values[0] != 0).nonzero().tolist():
+            if layer in layers:
+                at = t, values[0, t, k].item()
+                fires.setdefault((layer, indices[0, t, k].item()), []).append(at)
+    return fires
+
+def promising(model, idx, fires, layers, end, measure):
+    """
+    Of more than MOST features those with the largest gradient times activation, summed over
+    positions: the derivative by a factor that stands before all of a feature's activations.
+    """
+    if len(fires) <= MOST:
+        return list(fires)
+    with torch.enable_grad():
+        scales = kept(model, layers, [[]])
+        for scale in scales.values():
+            scale.requires_grad_()
+        total = run_scaled(model, idx, scales, end, measure).sum()
+        slopes = torch.autograd.grad(total, list(scales.values()))           # (1, F) each
+    size = {layer: slope[0].abs().tolist() for layer, slope in zip(scales, slopes)}
+    return sorted(fires, key=lambda feature: -size[feature[0]][feature[1]])[:MOST]
+
+@torch.no_grad()
+def explain(model, idx, layers, end, measure):
+    """
+    How measure changes when features of these layers that are active on idx (1, T) are taken away,
+    each at all its positions -> a dict of
+      base      measure of the model as it is
+      active    how many are active
+      effects   [(change, block, f, [(position, activation), ...])], MOST at most, lowest first
+      pro, con  the first and last TOGETHER of them, without which it falls, and rises
+      together  change without any of pro
+      whole     change without any feature of these layers
+      passes    in words: what the features are, and what passes beside them
+    """
+    fires = fires_in(model, idx, layers)
+    features = promising(model, idx, fires, layers, end, measure)
+    scales = kept(model, layers, [[]])
+    base = run_scaled(model, idx, scales, end, measure).item()
+    effects = []
+    for layer in sorted({layer for layer, _ in features}): # only what lies above it runs again
+        own = [feature for feature in features if feature[0] == layer]
+        without = kept(model, [layer], [[feature] for feature in own])
+        changes = run_scaled(model, idx, without, end, measure) - base
+        effects += [(change, *feature, fires[feature])
+                    for change, feature in zip(changes.tolist(), own)]
+    effects.sort(key=lambda effect: effect[0])
+    pro = [effect for effect in effects[:TOGETHER] if effect[0] < 0]
+    con = [effect for effect in effects[::-1][:TOGETHER] if effect[0] > 0]
+    without = kept(model, layers, [[effect[1:3] for effect in pro]])
+    together = run_scaled(model, idx, without, end, measure).item()
+    nothing = {layer: torch.zeros_like(scale) for layer, scale in scales.items()}
+    whole = run_scaled(model, idx, nothing, end, measure).item()
+    return dict(base=base, active=len(fires), effects=effects, pro=pro, con=con,
+                together=together - base, whole=whole - base,
+                passes=what_passes(model.saes()[layers[0]], layers[0]))
+
+def what_passes(sae, layer):
+    """What the features of an SAE explain, and what they do not, in words."""
+    rest = []
+    if sae.site.hook != 'block':
+        rest.append("the stream passes beside them")
+    if sae.alpha < 1:
+        rest.append(f"of the stream a share of {1 - sae.alpha:.2f} passes too")
+    if sae.posthoc:
+        rest.append("the length of each token's stream passes too")
+    return (f"the features are {sae.site.place} {layer}: "
+            f"{' and '.join(rest) or 'nothing else passes, this is the whole truth'}")
+
+@torch.no_grad()
+def why_token(model, tokens, target, layers):
+    """
+    Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
+    log p(target), a sum over its tokens. Adds to explain
+      target    the ids
+      idx       the ids that are read: the last ones that fit into the model
+      likeliest [(token, probability)] of 5 after tokens
+    """
+    T, V, device = model.config.block_size, model.config.vocab_size, device_of(model)
+    p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
+    top = p.topk(min(5, V))
+    likeliest = list(zip(top.indices.tolist(), top.values.tolist()))
+    target = target or [likeliest[0][0]]
+    n = len(target)
+    read = [*tokens[-max(1, T + 1 - n):], *target[:-1]]
+    answer = torch.tensor(target, device=device)[:, None]                    # (n, 1)
+
+    def log_p(stream, _):
+        logits = linear(norm(stream[:, -n:]), model.transformer.wte.weight)[..., :V]
+        log_p = logits.float().log_softmax(-1)                               # (B, n, V)
+        return log_p.gather(-1, answer.expand(len(log_p), -1, -1)).sum((1, 2))
+
+    idx = torch.tensor([read], device=device)
+    d = explain(model, idx, layers, model.config.n_layer, log_p)
+    return d | dict(idx=read, target=target, likeliest=likeliest)
+
+@torch.no_grad()
+def why_feature(model, tokens, layer, f):
+    """
+    Why feature f of a block fires on the last of tokens, by the features of the SAEs below: what is
+    measured is its activation, 0 where it is not among the K. Adds to explain idx, the tokens.
+    """
+    def activation(_, outs):
+        values, indices = outs[-1].values[:, -1], outs[-1].indices[:, -1]    # (B, K)
+        return torch.where(indices == f, values, 0).sum(-1)
+
+    below = [i for i in model.saes() if i < layer]
+    idx = torch.tensor([tokens], device=device_of(model))
+    return explain(model, idx, below, layer + 1, activation) | dict(idx=tokens)
+
+@torch.no_grad()
+def trace(model, scan, above, f, seed, n=16):
+    """
+    What a feature does to the next SAE's features. scan, above: the two SAEs' -> arrays (F,):
+      share              positions of the scan where both fire, of those where either does
+      as_it_is, without  their mean activation where it fires, and what is left of it when it is
+                         taken away, in n windows of the scan at most, drawn at random
+    """
+    where, _ = firings(scan, f)                                              # (P,)
+    windows = np.random.default_rng((seed, scan.layer, f)).permutation(np.unique(where // scan.T))
+    total, positions = np.zeros((2, above.F)), 0
+    scales = kept(model, [scan.layer], [[], [(scan.layer, f)]])
+    for w in windows[:n].tolist():
+        at = torch.from_numpy(where[where // scan.T == w] % scan.T)          # (p,)
+
+        def codes(_, outs):
+            values, indices = outs[-1].values[:, at], outs[-1].indices[:, at]
+            z = values.new_zeros(len(values), above.F)
+            return z.scatter_add(1, indices.flatten(1), values.flatten(1))   # (B, F)
+
+        tokens = scan.tokens[w * scan.T:(w + 1) * scan.T].astype(np.int64)
+        idx = torch.from_numpy(tokens)[None].to(device_of(model))
+        total += run_scaled(model, idx, scales, above.layer + 1, codes).cpu().numpy()
+        positions += len(at)
+    as_it_is, without = total / max(1, positions)
+    return dict(share=joint(above, where), as_it_is=as_it_is, without=without,
+                windows=min(n, len(windows)), positions=positions)

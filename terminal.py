@@ -1,0 +1,144 @@
+"""
+What the viewer's views are made of, on rich: the screen, tables, bars, a feature's captions and
+contexts. Views to stdout, remarks to stderr.
+"""
+import functools
+import math
+import os
+import re
+import sys
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from features import caption, pieces
+from scanning import feature_numbers, fires_on
+
+def screen(stderr=False):
+    """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
+    return Console(stderr=stderr, width=min(80, Console().width), markup=False, emoji=False,
+                   highlight=False, color_system=None if os.environ.get('NO_COLOR') else 'auto')
+
+def tracked(items, description, total=None):
+    """rich's progress bar, where somebody watches."""
+    return track(items, description, total, console=screen(stderr=True), transient=True,
+                 disable=not sys.stderr.isatty())
+
+def show(console, parts):
+    """Prints what a view yields, without the spaces with which rich fills its tables."""
+    with console.capture() as capture:
+        for part in parts:
+            wrap = dict(no_wrap=getattr(part, 'no_wrap', None),
+                        overflow=getattr(part, 'overflow', None)) # of a Text, which rich forgets
+            console.print(part, crop=False, **wrap)
+    print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
+
+BARS = ' ▁▂▃▄▅▆▇█'
+SHADES = [f'black on color({shade})' for shade in (230, 223, 222, 216, 215, 209, 208, 202)]
+
+bold = functools.partial(Text, style='bold')
+dim = functools.partial(Text, style='dim')
+
+def heading(text, note=''):
+    return Text.assemble('\n', bold(text), '  ', dim(note))
+
+def line(*parts, overflow='ellipsis'):
+    """Never wrapped: cut, or with overflow='ignore', to be copied, as long as it is."""
+    return Text.assemble(*parts, no_wrap=True, overflow=overflow)
+
+def spark(numbers, top=None):
+    """Numbers of 0 or more as a row of bars, up to top or the largest; above 0 is always seen."""
+    numbers = [x or 0 for x in numbers]
+    top = top or max(numbers, default=0) or 1
+    return ''.join(BARS[min(8, max(1, round(8 * x / top)))] if x > 0 else ' ' for x in numbers)
+
+def percent(x):
+    return (f'{100 * x:.5f}' if 0 < x < 1e-6 else f'{100 * x:#.3g}'.rstrip('.')) + ' %'
+
+def number(x):
+    """Four digits, so that columns of them align."""
+    return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
+
+def name(scan, f):
+    return f'L{scan.layer}.F{f}'
+
+def captions(scan, f):
+    """The tokens on which a feature fires most, with their shares of its firings."""
+    tokens = fires_on(scan, f)
+    words = [f'{caption(scan.names[token])} {100 * share:.0f}%' for token, share in tokens
+             if share >= 0.005 or token == tokens[0][0]]
+    return '  '.join(words) or 'dead'
+
+def table_of(columns, rows):
+    """Columns are right-aligned, but for the last one, which is cut where the line ends."""
+    table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
+                  show_header=any(columns))
+    for column in columns[:-1]:
+        side = 'left' if column in ('feature', 'token', 'label', 'code') else 'right'
+        table.add_column(column, justify=side, no_wrap=True)
+    table.add_column(columns[-1], no_wrap=True, overflow='ellipsis', ratio=1)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+def feature_table(title, note, columns, rows):
+    """rows: (scan, feature, *cells). Nothing for no rows."""
+    rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
+    table = table_of(('feature', *columns, 'fires on'), rows)
+    return [heading(title, note), table] if rows else []
+
+def examples(scan, features, options, console, said):
+    """A line of each feature, with what is said of it, and its three strongest contexts."""
+    for f, text in zip(features, said):
+        yield line('  ', bold(name(scan, f)), '  ', text)
+        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
+            yield one_line(scan, c, scan.max[f], console.width)
+
+RANKED = ('rank', 'entropy', 'density')
+
+def ranked(scan, f):
+    """The cells of RANKED."""
+    if not scan.count[f]:
+        return '-', '-', percent(0)
+    return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
+
+def level(act, largest):
+    """The eighth of the largest activation, 0 for none."""
+    return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
+
+def shaded(scan, context, largest):
+    """A context as Text, shaded by activation, its peak in «»; and where the « is."""
+    text, begin = Text(), 0
+    for word, act, peak in pieces(scan, context):
+        if peak:
+            core = word.lstrip(' ') or word
+            word = f'{word.removesuffix(core)}«{core}»'
+            begin = len(text) + word.index('«')
+        text.append(word, SHADES[level(act, largest) - 1] if act else None)
+    return text, begin
+
+def paragraph(console, scan, context, largest):
+    """A context wrapped at its own line breaks and at spaces; without colour with bars below."""
+    text, _ = shaded(scan, context, largest)
+    for part in text.divide([match.end() for match in re.finditer('⏎+»?', text.plain)]):
+        for row in part.wrap(console, console.width - 2):
+            bars = [' '] * len(row.plain)
+            for begin, end, shade in row.spans:
+                bars[begin:end] = BARS[SHADES.index(shade) + 1] * (end - begin)
+            bars = ''.join(bar * cell_len(char) for bar, char in zip(bars, row.plain)).rstrip()
+            yield Text.assemble('  ', row)
+            if bars and console.color_system is None:
+                yield '  ' + bars
+
+def one_line(scan, context, largest, width):
+    """A context cut to one line, the peak at the same column in all: to be read downwards."""
+    text, begin = shaded(scan, context, largest)
+    column = width * 2 // 5
+    while cell_len(text.plain[:begin]) > column:
+        text, begin = text[1:], begin - 1
+    text.pad_left(column - cell_len(text.plain[:begin]))
+    text.truncate(width, overflow='ellipsis')
+    return text

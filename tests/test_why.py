@@ -1,0 +1,264 @@
+"""
+What made the model say it (explain.py) against the plain way: each feature steered off by hand, and
+the whole model run again. And its views. Tiny random models, offline, on a CPU.
+
+    python -m pytest tests/test_why.py
+"""
+import copy
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import explain
+import features
+import inspect_features as view
+import scanning
+from sample import set_steering
+from sae import SITES
+from test_features import index, make_run, out, snapshots # fixtures, too
+from test_inspect import data_of, look
+
+TEXT = 'ab c [red] a b\nab'
+
+@pytest.fixture(scope='module')
+def run(out):
+    return features.open_run(out, device='cpu')
+
+def steered(model, tokens, off, measure):
+    """measure(logits (T, V), SAEOut) of the whole model, with the features [(block, f)] off."""
+    set_steering(model, [(layer, f, 0.0, 0.0) for layer, f in off])
+    with torch.no_grad():
+        logits, _, seen = model(torch.tensor([tokens]))
+    set_steering(model, [])
+    return measure(logits[0], seen)
+
+def same_as_by_hand(model, d, layers, measure):
+    """The numbers of d are those of measure after steering; every active feature is there."""
+    by_hand = lambda off: steered(model, d['idx'], off, measure)
+    close = lambda x: pytest.approx(x, abs=2e-5)
+    base = by_hand([])
+    assert d['base'] == close(base)
+    _, _, seen = model(torch.tensor([d['idx']]))
+    active = set()
+    for s, layer in enumerate(model.saes()):
+        for t, k in (seen.values[s, 0] != 0).nonzero().tolist():
+            if layer in layers:
+                active.add((layer, seen.indices[s, 0, t, k].item(), t))
+    told = {(layer, f, t) for _, layer, f, at in d['effects'] for t, _ in at}
+    assert told == active and d['active'] == len(d['effects']) > 10
+    for change, layer, f, _ in d['effects']:
+        assert change == close(by_hand([(layer, f)]) - base)
+    changes = [effect[0] for effect in d['effects']]
+    assert changes == sorted(changes) and max(map(abs, changes)) > 1e-3
+    first = [effect[1:3] for effect in d['effects'][:10] if effect[0] < 0]
+    assert [effect[1:3] for effect in d['pro']] == first
+    assert d['con'] == [effect for effect in d['effects'][:-11:-1] if effect[0] > 0]
+    assert d['together'] == close(by_hand(first) - base)
+    every = [(layer, f) for layer in layers for f in range(model.config.n_features)]
+    assert d['whole'] == close(by_hand(every) - base)
+
+@pytest.mark.parametrize('site', SITES)
+def test_effects_equal_those_of_steering_by_hand(site, tmp_path, monkeypatch):
+    """Also of a lower SAE's feature, which changes what the upper one selects, of a target of
+    several tokens, and in several batches."""
+    monkeypatch.setattr(explain, 'AT_ONCE', 60)
+    model = features.open_run(make_run(tmp_path, sae_site=site), device='cpu').model
+    tokens = np.random.default_rng(0).integers(97, 101, 12).tolist()
+    for target in ([], [97, 256, 98]):
+        d = explain.why_token(model, tokens, target, [1, 2])
+        target = target or [model(torch.tensor([tokens]))[0][0, -1].argmax().item()]
+        assert d['target'] == target and d['idx'] == tokens + target[:-1]
+        same_as_by_hand(model, d, [1, 2], lambda logits, _: sum(
+            logits[11 + i].log_softmax(-1)[token].item() for i, token in enumerate(target)))
+    code = lambda _, seen: (seen.values[1, 0, -1] * (seen.indices[1, 0, -1] == f)).sum().item()
+    f = model(torch.tensor([tokens]))[2].indices[1, 0, -1, 0].item()
+    same_as_by_hand(model, explain.why_feature(model, tokens, 2, f), [1], code)
+
+def test_a_feature_that_does_not_fire_changes_nothing(run):
+    tokens = features.encode(run, TEXT)
+    idx, log_p = torch.tensor([tokens]), lambda x, _: x.sum((1, 2))
+    with torch.no_grad():
+        scales = explain.kept(run.model, [1], [[], [(1, 5)]])                # 5 is dead
+        as_it_is, without = explain.run_scaled(run.model, idx, scales, 3, log_p)
+    assert as_it_is == without
+
+def test_of_many_the_promising(run, monkeypatch):
+    """They are those of gradient times activation, by differences; the whole is still the whole."""
+    tokens = features.encode(run, TEXT)
+    every = explain.why_token(run.model, tokens, [97], [1, 2])
+    monkeypatch.setattr(explain, 'MOST', 6)
+    some = explain.why_token(run.model, tokens, [97], [1, 2])
+    assert some['whole'] == every['whole'] and some['active'] == every['active'] > 6
+    slopes = []
+    for _, layer, f, _ in every['effects']:
+        log_p = []
+        for scale in (0.99, 1.01):
+            set_steering(run.model, [(layer, f, scale, 0.0)])
+            logits = run.model(torch.tensor([tokens]))[0]
+            log_p.append(logits[0, -1].log_softmax(-1)[97].item())
+        slopes.append((-abs(log_p[1] - log_p[0]), layer, f))
+    set_steering(run.model, [])
+    assert {effect[1:3] for effect in some['effects']} == {(l, f) for _, l, f in sorted(slopes)[:6]}
+
+def test_a_prompt_longer_than_the_model_reads(run):
+    """What is read ends with it, and leaves room for the target."""
+    T = run.model.config.block_size
+    tokens = list(range(97, 97 + T + 8))
+    assert explain.why_token(run.model, tokens, [97], [1])['idx'] == tokens[-T:]
+    assert explain.why_token(run.model, tokens, [97, 98], [1])['idx'] == [*tokens[1 - T:], 97]
+    with pytest.raises(ValueError, match='do not fit'):
+        explain.why_token(run.model, tokens, [97] * (T + 1), [1])
+
+def test_trace_by_brute_force(run, index):
+    """Every window where it fires is read with and without it; the shares are those of the scan."""
+    scan, above, model = index[1], index[2], run.model
+    f = int(np.argmax(np.where(scan.count < 60, scan.count, 0)))
+    where, _ = scanning.firings(scan, f)
+    d = explain.trace(model, scan, above, f, seed=0, n=10**6)
+    assert d['positions'] == len(where) and d['windows'] == len(set(where // scan.T))
+    means = np.zeros((2, above.F))
+    for p in where.tolist():
+        tokens = scan.tokens[p // scan.T * scan.T:][:scan.T].tolist()
+        for row, off in zip(means, ([], [(1, f)])):
+            _, indices, values = steered(model, tokens, off, lambda _, seen: (
+                0, seen.indices[1, 0, p % scan.T], seen.values[1, 0, p % scan.T]))
+            np.add.at(row, indices.numpy(), values.numpy() / len(where))
+    assert d['as_it_is'] == pytest.approx(means[0], abs=1e-4)
+    assert d['without'] == pytest.approx(means[1], abs=1e-4)
+    for g in range(above.F):
+        theirs = set(scanning.firings(above, g)[0].tolist())
+        both, either = theirs & set(where.tolist()), theirs | set(where.tolist())
+        assert d['share'][g] == pytest.approx(len(both) / len(either))
+    few = explain.trace(model, scan, above, f, seed=0, n=2)
+    assert few['windows'] == 2 and few['positions'] < len(where)
+
+# --------------------------------------------------------------------------------------------------
+# views
+
+def test_why_view(out, run, index, capsys):
+    d = explain.why_token(run.model, features.encode(run, TEXT), [97, 98], [1, 2])
+    text = look(capsys, out, f'--prompt={TEXT}', '--why=true', '--target=ab')
+    words = ' '.join(text.split())
+    assert f"Why ab: probability {view.percent(np.exp(d['base']))}" in text
+    assert f"of {d['active']} active features all are" in words and 'nothing else passes' in words
+    change, layer, f, at = d['effects'][0]
+    [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text)
+    act, word = max((abs(act), features.caption(run.names[d['idx'][t]])) for t, act in at)
+    assert f'{act:#.4g}' in row and word in row
+    assert text.count('+') > 5 and f"{d['together']:+.4f}" in text and f"{d['whole']:+.4f}" in text
+    one = look(capsys, out, f'--prompt={TEXT}', '--why=true', '--layer=2').partition('Together')[0]
+    assert 'L2.F' in one and 'L1.F' not in one
+
+def test_why_a_feature_and_its_trace(out, index, capsys):
+    f = int(index[2].count.argmax())
+    text = look(capsys, out, f'--why=L2.F{f}')
+    peak = scanning.feature_numbers(index[2], f, view.DEFAULTS['seed'])['top'][0]
+    act = peak['acts'][peak['peak']]
+    assert f"fires with {act:#.4g} at token {peak['where']:,}\n" in text
+    assert 'L1.F' in text and 'its activation falls' in text
+    f = int(index[1].count.argmax())
+    text = look(capsys, out, f'--trace=L1.F{f}', '--rows=3')
+    assert 'in block 2' in text and 'Fires with' in text and 'Causes' in text
+
+@pytest.mark.parametrize('site, alpha, posthoc, rest', (
+    ('resid', 1, False, 'nothing else passes'), ('stream', 1, False, 'nothing else passes'),
+    ('mlp', 1, False, 'the stream passes beside them'),
+    ('resid', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
+def test_what_else_passes(site, alpha, posthoc, rest):
+    sae = SimpleNamespace(site=SITES[site], alpha=alpha, posthoc=posthoc)
+    assert rest in explain.what_passes(sae, 3).partition(f'{SITES[site].place} 3: ')[2]
+
+def test_sorted_lists(out, index, capsys):
+    """Live features alone; without coherence, or too rare for an entropy, they come last."""
+    scan = SimpleNamespace(count=np.array([50, 10, 0, 30, 40]), rank=np.array([2, 1, 0, 4, 3]),
+                           coherence=np.array([-0.5, np.nan, np.nan, 0.1, 0.2]), F=5)
+    orders = dict(coherence=[4, 3, 0, 1], entropy=[0, 4, 3, 1], density=[0, 4, 3, 1])
+    assert {order: scanning.in_order(scan, order).tolist() for order in scanning.ORDERS} == orders
+    text = look(capsys, out, '--sort=density', '--rows=999', '--layer=1')
+    listed = [int(f) for f in re.findall(r'^ +L1.F(\d+)', text, re.M)]
+    assert listed == scanning.in_order(index[1], 'density').tolist()
+
+def test_words_of_a_feature(index, out, capsys):
+    """Its rank is its place by coherence times the share of its firings on words."""
+    scan = copy.deepcopy(index[1])
+    scan.coherence[7], scan.word_share[7], scan.words[7, :4] = 0.5, 0.8, (97, 98, 99, 256)
+    scan.coherence[[3, 9]], scan.word_share[[3, 9]] = 0.9, (0.9, 0.1)
+    d = scanning.concept_numbers(scan, 7)
+    assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
+    assert d['concepts'] == (~np.isnan(scan.coherence)).sum()
+    assert scanning.concept_numbers(scan, 5)['coherence'] is None
+    options = SimpleNamespace(**view.DEFAULTS)
+    numbers = scanning.feature_numbers(scan, 7, 0) | d | dict(effect=None, timeline=None)
+    text = str(list(view.panels(scan, numbers, index, options, view.screen())))
+    assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
+
+def test_page(out, run, index, tmp_path):
+    """It holds what the views show: concepts, their order, and why."""
+    page = tmp_path / 'page.html'
+    view.main([f'--out_dir={out}', f'--html={page}', '--sort=density', '--layer=2'])
+    data = data_of(page)
+    assert data['sort'] == 'density' and data['why'] is None
+    assert data['layers']['1']['concepts'] == scanning.by_concept(index[1])[:20]
+    view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
+    data = data_of(page)
+    d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
+    close = lambda some: [[pytest.approx(x, abs=1e-5), layer, f, [[t, pytest.approx(act, abs=1e-5)]
+                          for t, act in at]] for x, layer, f, at in some]
+    assert data['why']['pro'] == close(d['pro']) and data['why']['con'] == close(d['con'])
+    shown = {(x['layer'], x['f']) for x in data['features']}
+    assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
+    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
+
+def test_timeline_curves_by_brute_force(tmp_path):
+    """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
+    snapshots(tmp_path, 'W_dec')
+    t = features.open_timeline(tmp_path, lambda items, text: items)[1]
+    t.probed = 2000                                          # of them 2 % are 40
+    names = [bytes([97 + i] * 3) for i in range(16)]
+    tokens = np.random.default_rng(0).integers(0, 16, 3000)
+    curves = scanning.timeline_curves(SimpleNamespace(tokens=tokens, names=names), t)
+    live_share, entropy, coherence = curves.values()
+    for i, count in enumerate(t.count):
+        assert live_share[i] == pytest.approx(100 * np.mean(count > 0))
+        assert entropy[i] == pytest.approx(np.median(t.entropy[i][count > 0]))
+        fired = [np.repeat(np.maximum(0, top), times)
+                 for top, times in zip(t.top_tokens[i], t.top_counts[i])]
+        want = scanning.concepts(count, 2000, lambda f: np.unique(fired[f], return_counts=True),
+                                 tokens, names)['coherence']
+        want = want[np.isfinite(want)]
+        assert coherence[i] == pytest.approx(np.mean(want) if len(want) else np.nan, nan_ok=True)
+    assert np.isfinite(coherence).any()
+
+def test_picture(out, index, tmp_path, capsys, monkeypatch):
+    snapshots(tmp_path, 'W_dec')
+    shutil.copy(out / 'index.npz', tmp_path)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    with pytest.raises(SystemExit, match='takes matplotlib: pip install matplotlib'):
+        view.main([f'--out_dir={tmp_path}', '--plot=x.png'])
+    monkeypatch.undo()
+    pytest.importorskip('matplotlib')
+    for argv in (['--timeline=true'], ['--feature=L1.F3,L1.F4']):
+        picture = tmp_path / 'timeline.png'
+        look(capsys, tmp_path, f'--plot={picture}', *argv)
+        assert picture.read_bytes()[:4] == b'\x89PNG'
+        picture.unlink()
+
+@pytest.mark.parametrize('argv, sentence', (
+    (['--why=true'], "with --prompt write --why=true, without it --why=L6.F2386"),
+    (['--why=L2.F1', '--prompt=a'], "with --prompt write --why=true"),
+    (['--target=a', '--prompt=b'], 'takes --prompt and --why=true beside it'),
+    (['--why=L1.F1'], 'L1.F1: no SAE lies below block 1'),
+    (['--why=L2.F5'], 'L2.F5 fires nowhere in the scan'),
+    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
+    (['--trace=x'], 'names no feature'),
+    (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
+def test_bad_input(out, index, argv, sentence, capsys):
+    with pytest.raises(SystemExit) as e:
+        view.main([f'--out_dir={out}', *argv])
+    said = e.value.code if type(e.value.code) is str else capsys.readouterr().err.strip()
+    assert sentence in said and '\n' not in said and e.value.code != 0
