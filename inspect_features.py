@@ -463,9 +463,10 @@ def trace_view(options, console):
                                    ('Causes', 'without it these are weaker', change),
                                    ('Holds down', 'without it these are stronger', -change)):
             best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
-            yield from feature_table(title, note, ('both', 'with it', 'without'), [
-                (above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}", f"{d['without'][g]:.4f}")
-                for g in best])
+            cells = [(f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}", f"{d['without'][g]:.4f}")
+                     for g in best]
+            yield from feature_table(title, note, ('both', 'with it', 'without'),
+                                     [(above, g, *row) for g, row in zip(best, cells)])
         yield heading('Next')
         follow = ['feature', 'trace'][:len(higher)]
         yield '  ' + '   '.join(f'--{key}={name(above, change.argmax())}' for key in follow)
