@@ -54,10 +54,8 @@ def scan_val(run, wanted, key, track):
     for s, layer in enumerate(saes):
         writes = model.writes(layer).detach().float()                        # (F, C)
         found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
-        count, where = found[-1]['count'], found[-1]['order'] // features.shape[2]
-        fires_on = np.split(tokens[where[:count.sum()]], np.cumsum(count)[:-1]) # by feature
-        types_of = lambda f: np.unique(fires_on[f], return_counts=True)
-        found[-1] |= concepts(count, len(tokens), types_of, tokens, run.names)
+        where, count = found[-1]['order'] // features.shape[2], found[-1]['count']
+        found[-1] |= concepts(count, len(tokens), types_by(where, count, tokens), tokens, run.names)
     arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
     arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
     eot = -1 if run.meta['eot'] is None else run.meta['eot']
@@ -68,6 +66,11 @@ def scan_val(run, wanted, key, track):
                 val_sha256=data.meta['val_sha256'], trained_on=run.checkpoint['dataset'],
                 names=names)
     return arrays | dict(meta=json.dumps(meta))
+
+def types_by(where, count, tokens):
+    """f -> the token types on which feature f fires, and how often; where: feature by feature."""
+    fires_on = np.split(tokens[where[:count.sum()]], np.cumsum(count)[:-1])
+    return lambda f: np.unique(fires_on[f], return_counts=True)
 
 def scan_statistics(values, features, tokens, writes, wte):
     """

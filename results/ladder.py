@@ -6,21 +6,29 @@ one call of train.py and leaves one JSON in results/ladder/, of which table and 
     python results/ladder.py --size=large --steps=3000                    196 M tokens, 124 M model
     python results/ladder.py --size=cpu --steps=480 --dataset=stdlib      1 M tokens, on a CPU
     python results/ladder.py --table=true --plot=assets/ladder.png        no training
+    ... --labels=folder     of files *.tsv: what features tell of these is measured too
 
 A run whose JSON is there is not made again; one that was interrupted is resumed.
 """
 import glob
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from configurator import configure, run, writable  # noqa: E402
+from data.dataset import load_meta                 # noqa: E402
+from features import open_run                      # noqa: E402
+from measures import measure                       # noqa: E402
+from model import GPTConfig                        # noqa: E402
 
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, sae_layers=(0,),
@@ -83,8 +91,9 @@ def rows(size):
 
 def make(c, slots, row, seed):
     """
-    One run and its JSON, on one of the free slots: a GPU's number, or None for the CPU.
-    Returns None, or where the run failed the file with what it printed.
+    One run and its JSON, on one of the free slots, (device, its number for CUDA_VISIBLE_DEVICES).
+    Its features are measured while the next run trains there. Returns None, or where the run
+    failed the file with what it printed.
     """
     size, steps = c['size'], c['steps']
     name = f"{size}-{steps}-{row.replace(' ', '-').replace('/', '')}-s{seed}"
@@ -104,16 +113,25 @@ def make(c, slots, row, seed):
     command = [sys.executable, os.path.join(ROOT, 'train.py')]
     command += [f'--{key}={value}' for key, value in options.items()]
 
-    slot = slots.pop()   # there are as many threads as slots
-    gpu = {} if slot is None else dict(CUDA_VISIBLE_DEVICES=slot)
+    device, number = slots.get()
+    gpu = dict(CUDA_VISIBLE_DEVICES=number) if number else {}
     with open(out_dir + '.txt', 'w') as printed:
         failed = subprocess.call(command, stdout=printed, stderr=printed, env=os.environ | gpu)
-    slots.append(slot)
+    slots.put((device, number))
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
         return out_dir + '.txt'
+    result = summary(row, size, os.path.join(out_dir, 'log.jsonl'))
+    _, meta, _ = load_meta(c['dataset'])
+    result['dataset'] = os.path.basename(c['dataset'])
+    result['unique_tokens'] = min(result['tokens'], meta['train_tokens'])
+    if c['labels']:
+        default = GPTConfig(**{key: value for key, value in SIZES[size].items()
+                               if key in ('sae_layers', 'sae_k')})
+        model = open_run(out_dir, c['dataset'], device, for_features=False)
+        result |= measure(model, c['labels'], default.sae_layers[0], default.sae_k)
     with open(target + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(summary(row, size, os.path.join(out_dir, 'log.jsonl')), f, indent=1)
+        json.dump(result, f, indent=1)
     os.replace(target + '.tmp', target)
     return None
 
@@ -137,7 +155,8 @@ def summary(row, size, log):
             for key in ('live', 'busiest', 'l0', 'fvu')}
     return dict(
         row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'],
-        val_loss=last['val_loss'], val_loss_zeroed=last.get('val_loss_zeroed'),
+        train_loss=logs[-1]['loss'], val_loss=last['val_loss'],
+        val_loss_zeroed=last.get('val_loss_zeroed'),
         val_loss_mean=last.get('val_loss_mean'), live_share=mean['live'],
         live_share_min=min((sae['live'] for sae in saes), default=None),
         busiest_share=mean['busiest'], l0=mean['l0'], fvu=mean['fvu'],
@@ -149,63 +168,111 @@ def summary(row, size, log):
 
 # ------------------------------------------------------------------------------------------------
 
-COLUMNS = (   # heading, key of the JSONs, factor, decimals
+LOSSES = (   # heading, key of the JSONs, factor, decimals
     ('loss', 'val_loss', 1, 3),
+    ('train', 'train_loss', 1, 3),
     ('zeroed', 'val_loss_zeroed', 1, 2),
-    ('mean', 'val_loss_mean', 1, 2),
-    ('live%', 'live_share_min', 100, 1),   # of several layers the lowest
-    ('busy%', 'busiest_share', 100, 0),
+    ('toN%', 'to_naive', 100, 0),
     ('L0', 'l0', 1, 0),
     ('FVU', 'fvu', 1, 1),
     ('Mpar', 'params_non_embedding', 1e-6, 1),
     ('MF/t', 'flops_per_token', 1e-6, 0),
 )
+FEATURES = (
+    ('k=1', 'probe_mean/k1', 1, 3),
+    ('k=5', 'probe_mean/k5', 1, 3),
+    ('k=20', 'probe_mean/k20', 1, 3),
+    ('cohe', 'coherence', 1, 2),
+    ('>.05', 'coherent', 1, 0),
+    ('caus%', 'causal_share', 100, 0),
+    ('dupl%', 'duplicates', 100, 1),
+    ('dense%', 'dense_features', 100, 2),
+    ('live%', 'live_share_min', 100, 1),   # of several layers the lowest
+    ('busy%', 'busiest_share', 100, 0),
+)
+
+def value(result, key):
+    """A number of a JSON, that of 'a/b' from the dict under 'a'; None if it is not there."""
+    for name in key.split('/'):
+        result = (result or {}).get(name)
+    return result
+
+def tokens_to(loss, curve):
+    """Where a curve [[tokens, loss], ...] first falls to a loss, between two evals, or None."""
+    for (n, high), (m, low) in zip(curve, curve[1:]):
+        if low <= loss < high:
+            return n + (m - n) * (high - loss) / (high - low)
+    return None
+
+def codes_of_dense(results):
+    """Two more rows: what random directions and channels of the dense models' stream tell."""
+    return [dict(row=name, seed=r['seed'], probe_mean=r[f'probe_{name}_mean'])
+            for name in ('random', 'channels') for r in results if f'probe_{name}_mean' in r]
+
+def print_part(part, columns, order):
+    """One table: a line a row, means over seeds; nothing for rows that have none of the columns."""
+    dense = {r['seed']: r['val_loss'] for r in part if r['row'] == 'dense'}
+    lines = [['row', 'n', '-dense', '+-'] + [heading for heading, *_ in columns]]
+    for row in order:
+        runs = [r for r in part if r['row'] == row]
+        diffs = [r['val_loss'] - dense[r['seed']] for r in runs if 'val_loss' in r
+                 and r['seed'] in dense]
+        line = [row, str(len(runs))]
+        line.append(f"{statistics.mean(diffs):+.3f}" if diffs else '')
+        line.append(f"{statistics.stdev(diffs):.3f}" if len(diffs) > 1 else '')
+        for _, key, factor, decimals in columns:
+            values = [value(r, key) for r in runs]
+            values = [x for x in values if x is not None]    # dense has no SAE
+            line.append(f"{factor * statistics.mean(values):.{decimals}f}" if values else '')
+        if any(line[4:]):
+            lines.append(line)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    for row, *numbers in lines:
+        numbers = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
+        print(row.ljust(widths[0]), *numbers)
 
 def print_table(results):
-    """
-    A part for each size and number of tokens, means over seeds; rows that are not known any more
-    come last.
-    """
+    """Two tables for each size and number of tokens; rows that are not known any more come last."""
     print("n: seeds. -dense: minus dense of the same seed, +-: its standard deviation.\n"
-          "zeroed, mean: loss with the SAEs' output zeroed, or replaced by its mean.\n"
-          "live%: features that fire. busy%: of all firing, by their busiest 1 %.\n"
-          "Mpar: million parameters, embedding apart. MF/t: MFLOP a token.")
+          "zeroed: without the SAEs' output. toN%: tokens to naive's last loss. Mpar:\n"
+          "million parameters, embedding apart. MF/t: MFLOP a token. k=1, 5, 20: accuracy\n"
+          "of probes, mean over sets. cohe, >.05: coherence, and features above 0.05.\n"
+          "caus%: features whose removal changes the loss. dupl%: doubles of others.\n"
+          "dense%: fire on a tenth of the tokens. busy%: firing by the busiest 1 %.")
     for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
         part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
-        dense = {r['seed']: r['val_loss'] for r in part if r['row'] == 'dense'}
-        known = list(rows(size))
-        lines = [['row', 'n', '-dense', '+-'] + [heading for heading, *_ in COLUMNS]]
-        for row in known + sorted({r['row'] for r in part} - set(known)):
-            runs = [r for r in part if r['row'] == row]
-            diffs = [r['val_loss'] - dense[r['seed']] for r in runs if r['seed'] in dense]
-            line = [row, str(len(runs))]
-            line.append(f"{statistics.mean(diffs):+.3f}" if diffs else '')
-            line.append(f"{statistics.stdev(diffs):.3f}" if len(diffs) > 1 else '')
-            for _, key, factor, decimals in COLUMNS:
-                values = [r[key] for r in runs if r.get(key) is not None]   # dense has no SAE
-                line.append(f"{factor * statistics.mean(values):.{decimals}f}" if values else '')
-            if runs:
-                lines.append(line)
-        widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+        naive = {r['seed']: r['val_loss'] for r in part if r['row'] == 'naive'}
+        for r in part:
+            if r['seed'] in naive and (n := tokens_to(naive[r['seed']], r['curve'])):
+                r['to_naive'] = n / tokens
+        part += codes_of_dense(part)
+        known = ['random', 'channels', *rows(size)]
+        order = known + sorted({r['row'] for r in part} - set(known))
         print(f"\n{size}, {tokens / 1e6:.1f} M tokens; losses in nats")
-        for row, *numbers in lines:
-            numbers = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
-            print(row.ljust(widths[0]), *numbers)
+        print_part(part, LOSSES, order)
+        if any('probe_mean' in r for r in part):
+            print("\nits features")
+            print_part(part, FEATURES, order)
 
-def plot(results, c, names):
-    """Validation loss against tokens, the mean over seeds, of the rows in names."""
+def plot(results, c):
+    """Each row a dot: its price, minus dense, to the right, its probes with one feature upwards."""
     import matplotlib.pyplot as plt
     wanted = c['size'], c['steps']
     results = [r for r in results if (r['size'], r['config']['max_iters']) == wanted]
+    dense = {r['seed']: r['val_loss'] for r in results if r['row'] == 'dense'}
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for name in names:
-        curves = [r['curve'] for r in results if r['row'] == name]
-        if curves:
-            tokens = [n / 1e6 for n, _ in curves[0]]
-            losses = [statistics.mean(loss for _, loss in points) for points in zip(*curves)]
-            axes.plot(tokens, losses, label=f"{name}: {losses[-1]:.3f}, n={len(curves)}")
-    end = min([r['val_loss'] for r in results if r['row'] in names], default=0.0)
-    axes.set(xlabel='M tokens', ylabel='validation loss, nats', ylim=(end - 0.05, end + 1.2))
+    for row in dict.fromkeys(r['row'] for r in results):
+        runs = [r for r in results if r['row'] == row and r['seed'] in dense and 'probe_mean' in r]
+        if runs:
+            x = statistics.mean(r['val_loss'] - dense[r['seed']] for r in runs)
+            y = statistics.mean(r['probe_mean']['k1'] for r in runs)
+            axes.plot(x, y, 'o', color='C3' if row == 'default' else 'C0')
+            axes.annotate(row, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
+    for style, name in ((':', 'random'), ('--', 'channels')):
+        values = [r['probe_mean']['k1'] for r in codes_of_dense(results) if r['row'] == name]
+        if values:
+            axes.axhline(statistics.mean(values), color='grey', ls=style, lw=1, label=name)
+    axes.set(xlabel='loss minus dense, nats', ylabel='accuracy of probes with one feature')
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(c['plot'], dpi=130, bbox_inches='tight')
@@ -253,34 +320,36 @@ def problems(c):
     return found
 
 def free_slots(gpus):
-    """As many GPUs, by their numbers (gpus = -1: all that are visible); [None] for the CPU."""
-    import torch
+    """So many GPUs, or all that are visible (-1), as (device, number); the CPU if there is none."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
     if visible == ['']:
         visible = [str(i) for i in range(torch.cuda.device_count())]
-    return (visible if gpus < 0 else visible[:gpus]) or [None]
+    visible = visible if gpus < 0 else visible[:gpus]
+    return [(f'cuda:{i}', number) for i, number in enumerate(visible)] or [('cpu', None)]
 
 def main(argv):
     c = configure(dict(
-        size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='wiki', gpus=-1,
-        results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', table=False, plot=''),
-        argv, problems)
+        size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='wiki', labels='',
+        gpus=-1, results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', table=False,
+        plot=''), argv, problems)
     names = list(dict.fromkeys(c['rows'].split(',')))
     failed = []
     if not c['table']:
         os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
-        slots = free_slots(c['gpus'])
+        slots = queue.Queue()
+        for slot in free_slots(c['gpus']):
+            slots.put(slot)
         jobs = [(row, seed) for seed in dict.fromkeys(c['seeds']) for row in names]
         posthoc = [job for job in jobs if job[0].startswith('posthoc')]
         others = [job for job in jobs if job not in posthoc]   # first: post-hoc needs its twin
-        with ThreadPoolExecutor(len(slots)) as pool:
+        with ThreadPoolExecutor(2 * slots.qsize()) as pool:
             failed += pool.map(lambda job: make(c, slots, *job), others)
             failed += pool.map(lambda job: make(c, slots, *job), posthoc)
     results = load(c['results'])
     print_table(results)
     if c['plot']:
-        plot(results, c, names)
+        plot(results, c)
     failed = [printed for printed in failed if printed]
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; what they printed: {', '.join(failed)}")

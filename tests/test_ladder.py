@@ -98,5 +98,5 @@ def test_plot(tmp_path):
     """The plot is drawn from JSONs alone."""
     pytest.importorskip('matplotlib')
     c = dict(size='tiny', steps=4, plot=tmp_path / 'plot.png')
-    ladder.plot(RUNS, c, ['dense', 'naive', 'default'])
+    ladder.plot([r | dict(probe_mean=dict(k1=0.7)) for r in RUNS], c)
     assert c['plot'].read_bytes()[:4] == b'\x89PNG'
