@@ -19,7 +19,6 @@ import glob
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -283,7 +282,7 @@ model.requires_grad_(not sae_posthoc)
 for sae in saes.values():
     sae.requires_grad_(True)
     sae.posthoc = sae_posthoc
-    sae.alpha.zero_() # a checkpoint may bring one that is further: see set_schedules
+    sae.alpha.zero_() # where schedules begin; a checkpoint may be further
     sae.k.fill_(sae.k_max)
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
@@ -322,6 +321,7 @@ if checkpoint is not None:
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         reason = str(e).strip().split('\n')[-1].strip()
         fail(f"{misfit} ({reason})")
+    # its SAEs keep their alpha and K, unless a schedule is given that was not theirs
     asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
     for sae in saes.values():
         if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:
@@ -356,8 +356,8 @@ def learning_rate_at(step, max_iters):
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
-    # alpha never falls, K never rises: also where a checkpoint's SAE is further than the schedule,
-    # since max_iters grew or a new run begins with it
+    # alpha never falls and K never rises, though a checkpoint's SAE may be further than these: its
+    # run had fewer max_iters, or was another one
     progress = step / max(1, max_iters)
     for opt in optimizers:
         for group in opt.param_groups:
@@ -433,7 +433,7 @@ def save():
             model=raw_model.state_dict(), model_args=asdict(raw_model.config),
             optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
             step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
-            dataset=place, tokenizer=tokenizer, versions=versions))
+            dataset=place, tokenizer=tokenizer))
     wait_for_all()
 
 def git_commit():
@@ -442,9 +442,6 @@ def git_commit():
     with suppress(OSError): # no git
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
-versions = dict(torch=str(torch.__version__), numpy=str(np.__version__),
-                python=platform.python_version(), commit=git_commit(),
-                gpu=torch.cuda.get_device_name() if cuda else None)
 if master:
     os.makedirs(out_dir, exist_ok=True)
     lock()
@@ -454,6 +451,9 @@ if master:
     path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
+    versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit=git_commit(),
+                    python=sys.version.split()[0],
+                    gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
                    params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
