@@ -19,7 +19,6 @@ import glob
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -320,6 +319,7 @@ if checkpoint is not None:
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         reason = str(e).strip().split('\n')[-1].strip()
         fail(f"{misfit} ({reason})")
+    # its SAEs keep their alpha and K, unless a schedule is given that was not theirs
     asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
     for sae in saes.values():
         if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:
@@ -426,7 +426,7 @@ def save():
             model=raw_model.state_dict(), model_args=asdict(raw_model.config),
             optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
             step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
-            dataset=place, tokenizer=tokenizer, versions=versions))
+            dataset=place, tokenizer=tokenizer))
     wait_for_all()
 
 def git_commit():
@@ -435,9 +435,6 @@ def git_commit():
     with suppress(OSError): # no git
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
-versions = dict(torch=str(torch.__version__), numpy=str(np.__version__),
-                python=platform.python_version(), commit=git_commit(),
-                gpu=torch.cuda.get_device_name() if cuda else None)
 if master:
     os.makedirs(out_dir, exist_ok=True)
     lock()
@@ -447,6 +444,9 @@ if master:
     path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
+    versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit=git_commit(),
+                    python=sys.version.split()[0],
+                    gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
                    params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
