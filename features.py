@@ -104,7 +104,8 @@ def write_whole(path, write):
         with open(temporary, 'wb') as file:
             write(file)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
+        e.filename = str(path)                               # in an OSError's sentence
         with suppress(OSError):
             os.remove(temporary)
         raise

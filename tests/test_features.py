@@ -5,6 +5,7 @@ a tiny random model, from nothing but what the model returns. Offline, on a CPU.
     python -m pytest tests/test_features.py
 """
 import copy
+import functools
 import json
 import math
 import re
@@ -69,13 +70,13 @@ def make_run(folder, seed=0, **config):
 def untracked(items, description):
     return items
 
-def opened_aloud(capsys, out, n_tokens=0, dataset=''):
-    """What is said at the opening of an index, and the scan of block 1."""
-    index = scanning.open_index(str(out), dataset, 'cpu', n_tokens, untracked)
-    return capsys.readouterr().err, index[1]
+def open_index(out, n_tokens=0, dataset=''):
+    return scanning.open_index(str(out), dataset, 'cpu', n_tokens, untracked)
 
-def open_index(out, n_tokens=0):
-    return scanning.open_index(str(out), '', 'cpu', n_tokens, untracked)
+def open_aloud(capsys, out, *args):
+    """What is said at the opening of an index, and the scan of block 1."""
+    index = open_index(out, *args)
+    return capsys.readouterr().err, index[1]
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
@@ -544,10 +545,7 @@ def test_timeline(tmp_path, kind):
 def test_index_follows_the_checkpoint(tmp_path, capsys):
     """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
     out = make_run(tmp_path)
-
-    def opened(n_tokens=0):
-        return opened_aloud(capsys, out, n_tokens)
-
+    opened = functools.partial(open_aloud, capsys, out)
     before, path = (out / 'ckpt.pt').read_bytes(), out / 'index.npz'
     assert 'no index' in opened(640)[0] and opened()[0] == opened(640)[0] == ''
     first = features.load_npz(path)
@@ -582,20 +580,21 @@ def test_index_follows_the_val(tmp_path, capsys):
     """Made again for other tokens at the same path; no --dataset is that of training; what was
     scanned of a data set that is gone is kept."""
     out = make_run(tmp_path)
+    opened = functools.partial(open_aloud, capsys, out)
     data, other, gone = (tmp_path / name for name in ('data', 'other', 'gone'))
     make_run(tmp_path / 'new', seed=1)
     shutil.copytree(tmp_path / 'new/data', other)
-    first = opened_aloud(capsys, out, 640)[1]
-    assert 'tokens of ' + str(data) in opened_aloud(capsys, out, 0, str(other))[0]
-    assert opened_aloud(capsys, out, 0, str(other))[0] == ''
-    said, again = opened_aloud(capsys, out)
+    first = opened(640)[1]
+    assert 'tokens of ' + str(data) in opened(0, str(other))[0]
+    assert opened(0, str(other))[0] == ''
+    said, again = opened()
     assert 'tokens of ' + str(other) in said and again.dataset == first.dataset
     data.rename(gone)
-    assert opened_aloud(capsys, out)[0] == ''
+    assert opened()[0] == ''
     with pytest.raises(ValueError, match='is not prepared'):
-        opened_aloud(capsys, out, 0, str(tmp_path / 'nowhere'))
+        opened(0, str(tmp_path / 'nowhere'))
     other.rename(data)
-    said, new = opened_aloud(capsys, out)
+    said, new = opened()
     assert 'scanning' in said and (new.tokens != again.tokens).any()
 
 def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
@@ -610,10 +609,10 @@ def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
     text = 'a [red] b\n<|endoftext|>漢字 ' * 99
     ids = enc.encode(text, allowed_special='all')
     write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
-    said, scan = opened_aloud(capsys, out, 640)
+    said, scan = open_aloud(capsys, out, 640)
     assert said.count('has another tokenizer than this model was trained with') == 1
     assert scan.names == before.names and b''.join(scan.names[t] for t in scan.tokens[:T]).decode(
-        'utf-8', 'ignore') in text and opened_aloud(capsys, out)[0] == ''
+        'utf-8', 'ignore') in text and open_aloud(capsys, out)[0] == ''
     assert features.other_tokenizer(before)
     shutil.rmtree(tmp_path / 'data')
     assert features.open_run(out, device='cpu').names == before.names
