@@ -319,7 +319,7 @@ if checkpoint is not None:
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         reason = str(e).strip().split('\n')[-1].strip()
         fail(f"{misfit} ({reason})")
-    # its SAEs keep their alpha and K, unless a schedule is given that was not theirs
+    # its SAEs keep their alpha, unless a hand-over is given that was not theirs
     asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
     for sae in saes.values():
         if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:

@@ -66,7 +66,7 @@ def test_log_of_a_resumed_run(tmp_path):
                  params_non_embedding=2, flops_per_token=1)
     evals = [dict(event='eval', step=step, tokens=10 * step, val_loss=loss)
              for step, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (1, 6.0), (2, 5.0))]
-    log = [dict(event='log', step=step, tok_s=100 * step) for step in (1, 2)]
+    log = [dict(event='log', step=step, loss=5.5, tok_s=100 * step) for step in (1, 2)]
     lines = [json.dumps(r) for r in [start, *evals[:3], start, *log, *evals[3:]]]
     lines.insert(4, '{"event": "ev')
     (tmp_path / 'log.jsonl').write_text('\n'.join(lines) + '\n')

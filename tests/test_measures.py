@@ -1,0 +1,76 @@
+"""
+measures.py: by brute force on tiny cases.
+
+    python -m pytest tests/test_measures.py
+"""
+import numpy as np
+import pytest
+import torch
+
+import measures
+from model import GPT, GPTConfig
+from sae import SITES
+
+V, T, F, K = 31, 12, 32, 4
+
+def make(site='resid', **changes):
+    torch.manual_seed(0)
+    config = dict(block_size=T, vocab_size=V, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
+                  sae_layers=(1,), sae_site=site, sae_ratio=2, sae_k=K, sae_cap=0)
+    model = GPT(GPTConfig(**config | changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) # projections begin at zero: stir
+    return model
+
+def test_duplicates_by_brute_force():
+    """Feature 3 is half of feature 2, 5 nearly twice 4, 7 is silent: two doubles."""
+    rng = np.random.default_rng(0)
+    z = rng.random((300, 9)) * (rng.random((300, 9)) < 0.4)
+    z[:, 3], z[:, 5], z[:, 7] = z[:, 2] / 2, 2.1 * z[:, 4] + 0.01 * z[:, 1], 0
+    features = np.argsort(-z, axis=1, kind='stable')
+    values = np.take_along_axis(z, features, 1).astype(np.float32)
+    features[values == 0] = 9
+    r = np.corrcoef(np.delete(z, 7, 1).T)
+    mean = np.delete(z, 7, 1).mean(0)
+    want = np.mean([any(r[f, g] > 0.9 and mean[g] > mean[f] for g in range(8)) for f in range(8)])
+    assert want == 0.25
+    assert measures.duplicates(values, features, 9, 'cpu') == pytest.approx(want)
+
+@pytest.mark.parametrize('site', SITES)
+def test_causal_share_by_brute_force(site):
+    """Each feature is steered off by hand, window by window; the interval is Student's without his
+    tables. A feature that writes nothing has no effect."""
+    model = make(site)
+    n_features = model.config.n_features
+    if site == 'resid':
+        with torch.no_grad():
+            model.saes()[1].W_dec[:20] = 0
+    tokens = np.random.default_rng(1).integers(0, V, 40 * T)
+    windows = torch.from_numpy(tokens).view(-1, T)
+    with torch.no_grad():
+        logits, _, out = model(windows)
+        log_p = lambda logits: logits[:, :-1].log_softmax(-1)
+        nats = lambda logits: -log_p(logits).gather(-1, windows[:, 1:, None])[..., 0]
+        active = torch.where(out.values[0] != 0, out.indices[0], n_features) # (40, T, K)
+        excludes_0 = []
+        for f in range(n_features):
+            fires = (active == f).any(-1)
+            if fires.sum() >= 20:
+                scale = torch.ones(n_features)
+                scale[f] = 0
+                model.saes()[1].steer = scale, torch.zeros(n_features)
+                change = (nats(model(windows)[0]) - nats(logits))[fires[:, :-1]].numpy()
+                model.saes()[1].steer = None
+                error = change.std(ddof=1) / len(change) ** 0.5
+                excludes_0.append(abs(change.mean()) > 1.96 * error)
+    features = active.flatten(0, 1).numpy()
+    got = measures.causal_share(model, 1, tokens, features, most=10 ** 6)
+    assert got == pytest.approx(np.mean(excludes_0)) and 0 < got < 1
+    few = measures.causal_share(model, 1, tokens, features, n=5, most=4)
+    assert 5 * few == round(5 * few)
+
+def test_means():
+    records = [dict(a=1, b=dict(c=2, d=None)), dict(a=3, b=dict(c=4, d=5))]
+    assert measures.mean_of(records) == dict(a=2, b=dict(c=3, d=5))
+    assert measures.over_sets(dict(x=dict(k1=1, k5=2), y=dict(k1=3, k5=4))) == dict(k1=2, k5=3)
