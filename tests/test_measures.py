@@ -20,7 +20,7 @@ def make(site='resid', **changes):
     model = GPT(GPTConfig(**config | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn_like(p) # projections begin at zero: stir
+            p += 0.4 * torch.randn_like(p) # projections begin at zero: stir
     return model
 
 def test_duplicates_by_brute_force():
