@@ -66,7 +66,8 @@ def test_causal_share_by_brute_force(site):
                 excludes_0.append(abs(change.mean()) > 1.96 * error)
     features = active.flatten(0, 1).numpy()
     got = measures.causal_share(model, 1, tokens, features, most=10 ** 6)
-    assert got == pytest.approx(np.mean(excludes_0)) and 0 < got < 1
+    assert len(excludes_0) > 9 and got == pytest.approx(np.mean(excludes_0))
+    assert 0 < got < 1 or site == 'attn'
     few = measures.causal_share(model, 1, tokens, features, n=5, most=4)
     assert 0 <= few <= 1
 
