@@ -104,16 +104,14 @@ master = rank == 0
 def problems(c):
     """What is out of range or contradictory in the config c, as a list of sentences."""
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
-    low = dict(eval_interval=1, save_interval=1, eval_tokens=1, log_interval=1, batch_size=1,
-               gradient_accumulation_steps=1, rank_timeout=1, learning_rate=1e-12,
-               sae_lr_factor=1e-12) # of all others 0
+    may_be_0 = ('probe_tokens', 'max_iters', 'warmup_iters', 'seed')
     high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
                 sae_blend_start=1, sae_blend_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
-            a, b = low.get(key, 0), high.get(key, math.inf)
-            if not a <= value <= b:
-                found.append(f"{key}={value} must lie in {a}..{b}")
+            low = int(type(value) is int and key not in may_be_0)
+            if not low <= value <= high.get(key, math.inf):
+                found.append(f"{key}={value} must lie in {low}..{high.get(key, math.inf)}")
     one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
                   dtype=('auto', 'float32', 'bfloat16', 'float16'))
     for key, known in one_of.items():
@@ -167,7 +165,6 @@ elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-wide = torch.float32 if device_type == 'mps' else torch.float64 # for sums; MPS has no float64
 
 store = None # where a rank leaves the reason why it failed
 
@@ -205,10 +202,8 @@ sys.excepthook = on_error
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
-    # between the hosts: for what is decided together, and to wait while one rank works alone. All
-    # must be there within rank_timeout; later they are more patient with each other
-    hosts = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout))
-    dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), hosts)
+    # between the hosts: for what is decided together, and to wait while one rank works alone
+    hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
@@ -294,16 +289,12 @@ if for_muon:
 optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
-log_sums = torch.zeros(4, dtype=wide, device=device)
+log_sums = torch.zeros(4, device=device)
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
     try:
-        n = checkpoint['model_args']['vocab_size']
-        if n != vocab_size:
-            raise ValueError(f"their vocabulary has {n} tokens, that of {data.dir} {vocab_size}")
-        theirs = checkpoint.get('tokenizer', tokenizer)
-        if not resuming and theirs['json'] != tokenizer['json']:
+        if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
         missing = model.load_state_dict(checkpoint['model'], strict=resuming).missing_keys
         missing = [key for key in missing if '.sae.' not in key] # SAEs may be new
@@ -317,12 +308,13 @@ if checkpoint is not None:
             if master: # of all ranks together
                 log_sums.copy_(checkpoint['log_sums'])
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
-        reason = str(e).strip().split('\n')[-1].strip()
-        fail(f"{misfit} ({reason})")
+        *_, reason = str(e).split('\n')
+        fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
-    asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
+    theirs = checkpoint.get('config', {})
+    asked = given & {'sae_blend_start', 'sae_blend_end'}
     for sae in saes.values():
-        if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:
+        if sae_posthoc or any(config[key] != theirs.get(key) for key in asked):
             sae.alpha.zero_()
 checkpoint = None # free the memory
 
@@ -380,7 +372,7 @@ def save_snapshot():
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
-    sums = torch.stack([t.to(wide).sum() for t in raw_model.state_dict().values()])
+    sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
     low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
     high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
     names = [name for name, differs in zip(raw_model.state_dict(), low != high) if differs]
@@ -409,16 +401,6 @@ def write_log(record):
 def due(interval):
     return step % interval == 0 or step == max_iters
 
-def lock():
-    """Of two runs in one out_dir, each would save over the other. It goes with this process."""
-    try:
-        import fcntl # not on Windows
-        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is training in {out_dir}: stop it first, or give another --out_dir")
-    except (ImportError, OSError):
-        pass # some network file systems cannot lock
-
 def save():
     sums = all_reduce(log_sums.clone())
     if master:
@@ -429,23 +411,23 @@ def save():
             dataset=place, tokenizer=tokenizer))
     wait_for_all()
 
-def git_commit():
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ['git', '-C', folder, 'rev-parse', '--short', 'HEAD']
-    with suppress(OSError): # no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
 if master:
     os.makedirs(out_dir, exist_ok=True)
-    lock()
+    try: # of two runs in one out_dir each would save over the other
+        import fcntl
+        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is training in {out_dir}: stop it first, or give another --out_dir")
+    except (ImportError, OSError):
+        pass # Windows has no fcntl, and some network file systems cannot lock
     if not resuming: # what a run left that never saved anything is not of this one
         for name in glob.glob(os.path.join(out_dir, 'features', '*.npz')):
             os.remove(name)
     path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
-    versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit=git_commit(),
-                    python=sys.version.split()[0],
+    commit = subprocess.getoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
+    versions = dict(torch=torch.__version__, numpy=np.__version__, python=sys.version, commit=commit,
                     gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
@@ -558,7 +540,7 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         x, y = next_batch(step, i + 1) # while the GPU works
-        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
+        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1)))
 
     # clip, update, nudge
     for opt in optimizers:
@@ -588,7 +570,7 @@ while True:
                       tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
-            silent = torch.stack([sae.is_silent().to(wide).mean() for sae in saes.values()])
+            silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
             live, alpha = 1 - silent.mean().item(), alpha_now()
             record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
             line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"

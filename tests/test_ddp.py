@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from model import load_checkpoint
-from runs import (ROOT, arguments, assert_same_run, at_call, at_loss, crash, disk_full, finish,
-                  kill, nan, out_of_memory, oversleep, records, resume, terminate, train)
+from runs import (ROOT, arguments, assert_same_run, at_call, at_loss, disk_full, finish, kill,
+                  nan, out_of_memory, oversleep, records, resume, terminate, train)
 
 STEP_4 = 2 * 4 + 1 # its first loss on each of two ranks
 
@@ -60,12 +60,11 @@ def at_step_4(action):
     return partial(at_loss, STEP_4, action, rank=1)
 
 @pytest.mark.parametrize('what, reason', [
-    (at_step_4(crash), 'rank 1: RuntimeError: an accident'),
-    (at_step_4(out_of_memory), 'rank 1: out of memory with batch_size=2'),
+    (at_step_4(out_of_memory), 'rank 1: out of memory with batch_size=2: halve it'),
     (at_step_4(oversleep), 'rank 0: another rank is gone, or silent for 2 s (rank_timeout)'),
     (at_step_4(kill), 'rank 0: another rank is gone, or silent for 60 s (rank_timeout)'),
     (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved')],
-    ids=['raises', 'out of memory', 'lags', 'is killed', 'has a full disk'])
+    ids=['out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     """The other rank leaves within rank_timeout with the reason that the first one gave, and shows
     no traceback of its own; what was saved is there, and the resumed run is the same."""
@@ -74,7 +73,7 @@ def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     assert time.time() - begin < 30
     assert 0 not in codes and None not in codes and codes[0] == 1, text
     assert f'error: {reason}' in text, text
-    assert text.count('Traceback') == ('an accident' in text), text # on the rank that had it
+    assert 'Traceback' not in text
     if reason.startswith('rank 1'):
         assert text.count(f'error: {reason}') == 2, text # said by both
     assert load_checkpoint(str(tmp_path))['step'] == 3
@@ -83,11 +82,10 @@ def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
         resume(tmp_path, tiny_data, ranks=2)
         assert_same_run(pair, tmp_path)
 
-@pytest.mark.parametrize('name', [
-    'new_group', pytest.param('init_process_group', marks=pytest.mark.slow)])
-def test_killed_before_the_first_step(name, tiny_data, tmp_path):
+@pytest.mark.slow
+def test_killed_before_the_first_step(tiny_data, tmp_path):
     """A rank that is gone before all have met: the other one leaves after rank_timeout."""
-    gone = partial(at_call, f'torch.distributed.{name}', 1, kill, rank=1)
+    gone = partial(at_call, 'torch.distributed.init_process_group', 1, kill, rank=1)
     codes, text = train(tmp_path, tiny_data, gone, ranks=2, rank_timeout=2)
     assert codes == [1, -signal.SIGKILL] and 'Traceback' not in text, text
     assert 'error: another rank is gone, or silent for 2 s (rank_timeout)' in text, text
