@@ -280,7 +280,7 @@ for sae in saes.values():
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less.
-groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
+groups = model.optimizer_groups(weight_decay, sae_lr_factor)
 for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
 for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
 optimizers = []
