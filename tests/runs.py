@@ -185,6 +185,9 @@ def half_saved_then_killed(save, checkpoint, f):
 
 def disk_full(save, checkpoint, f):
     f.write(os.urandom(1000))
+    raise RuntimeError("unexpected pos 320 vs 214\nof torch")
+
+def no_space(*args):
     raise OSError(28, "No space left on device")
 
 # --------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def at_step_4(action):
     (at_step_4(out_of_memory), 'rank 1: out of memory with batch_size=2: halve it'),
     (at_step_4(oversleep), 'rank 0: another rank is gone, or silent for 2 s (rank_timeout)'),
     (at_step_4(kill), 'rank 0: another rank is gone, or silent for 60 s (rank_timeout)'),
-    (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved')],
+    (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved in')],
     ids=['out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     """The other rank leaves within rank_timeout with the reason that the first one gave, and shows
@@ -131,34 +131,11 @@ def test_micro_batches_that_do_not_divide(tiny_data, tmp_path):
     assert codes == [2, 2]
     assert 'gradient_accumulation_steps=3 must be a multiple of the 2 ranks' in text
 
-# --------------------------------------------------------------------------------------------------
-# torchrun itself (half a minute)
-
-def torchrun(script, argv):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               script, *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
 @pytest.mark.slow
 def test_torchrun(whole, tiny_data, tmp_path):
-    """The documented command gives the same run."""
-    r = torchrun('train.py', arguments(tmp_path, tiny_data))
+    """The documented command gives the same run. Half a minute."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               ROOT / 'train.py', *arguments(tmp_path, tiny_data)]
+    r = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     assert_close_run(whole, tmp_path)
-
-@pytest.mark.slow
-@pytest.mark.parametrize('failing', [0, 1])
-def test_torchrun_ends_when_a_rank_fails(failing, tiny_data, tmp_path):
-    """One rank raises: torchrun ends the other within a minute and shows the reason."""
-    script = tmp_path / 'accident.py'
-    script.write_text(f"""
-import runpy, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import runs
-runs.at_loss({STEP_4}, runs.crash, rank={failing})
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
-""")
-    r = torchrun(script, arguments(tmp_path / 'out', tiny_data))
-    assert r.returncode != 0 and 'RuntimeError: an accident' in r.stderr
-    assert r.stderr.count(f'error: rank {failing}: RuntimeError: an accident') == 2
-    assert load_checkpoint(str(tmp_path / 'out'))['step'] == 3

@@ -3,7 +3,7 @@ train.py from end to end on one rank: exact resume, kills, signals, torn files, 
 honest numbers.
 
     python -m pytest tests/test_train.py
-    python -m pytest tests/test_train.py --slow     also 2 x 20 kills at random moments, full disks
+    python -m pytest tests/test_train.py --slow     also 2 x 20 kills at random moments
 
 Each run is a process of its own (runs.py) of 8 steps. The one that nobody disturbed is the fixture
 `whole`; all that goes wrong must end in the same weights, optimizer, SAE state and logged numbers.
@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -32,8 +31,8 @@ from data import dataset
 from data.dataset import eval_batches, get_batch, load_dataset
 from features import snapshot
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, crash, finish, kill, nan,
-                  nan_gradient, records, resume, same, send, start, times, train)
+from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, crash, finish, kill,
+                  nan, nan_gradient, records, resume, same, send, start, times, train)
 
 def step_in(out):
     return load_checkpoint(str(out))['step']
@@ -77,6 +76,8 @@ ACCIDENTS = {
     'while a file is written': (partial(at_call, 'torch.save', 2, runs.half_saved_then_killed),
                                 -9, 3, ''),
     'in a snapshot': (partial(at_call, 'os.replace', 6, kill), -9, 6, ''),
+    'disk full': (partial(at_call, 'os.replace', 3, runs.no_space), 1, 3,
+                  'error: [Errno 28] No space left'),
     'an eval crashes': (partial(at_call, 'data.dataset.eval_batches', 5, crash), 1, 3,
                         'error: RuntimeError: an accident'),
     'no compiler': (partial(at_loss, STEP_4, runs.no_compiler), 1, 3,
@@ -113,39 +114,38 @@ def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
     assert not (tmp_path / 'ckpt.pt').exists()
     assert [r['step'] for r in records(tmp_path, 'eval')] == [0]
 
-def terminal_closed():
-    """Under nohup, which ignores SIGHUP; from step 4 on stdout is a pipe that nobody reads."""
+def close_terminal(function, *args, **kwargs):
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(read)
+    os.close(write)
+    return send(signal.SIGHUP, function, *args, **kwargs)
+
+def under_nohup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    def close(function, *args, **kwargs):
-        read, write = os.pipe()
-        os.dup2(write, 1)
-        os.close(read)
-        os.close(write)
-        return send(signal.SIGHUP, function, *args, **kwargs)
-    at_loss(STEP_4, close)
+    at_loss(STEP_4, close_terminal)
 
 def test_terminal_closed(whole, tiny_data, tmp_path):
-    """The run ends as if somebody read what it prints."""
-    text = finish(tmp_path, tiny_data, terminal_closed)
+    """Under nohup the run ends as if somebody read what it prints."""
+    text = finish(tmp_path, tiny_data, under_nohup)
     assert 'step     4/8' in text and 'step     6/8' not in text and 'error' not in text
     assert_same_run(whole, tmp_path)
 
 def test_never_saved(whole, tiny_data, tmp_path):
-    """Killed before the first save: nothing to resume, one sentence, exit code 1. A new run takes
-    the folder over, and nothing of the old one is left in it. Ctrl-C before training has begun
-    leaves at once."""
+    """Ctrl-C before training has begun leaves at once: nothing to resume, one sentence, exit code
+    1. A new run takes the folder over, and nothing of the old one is left in it."""
     interrupt = partial(at_call, 'torch.compile', 1, partial(send, signal.SIGINT))
     code, text = train(tmp_path, tiny_data, interrupt, compile='true')
     assert code == 130 and 'Traceback' not in text
-    assert train(tmp_path, tiny_data, partial(at_loss, 3, kill))[0] == -signal.SIGKILL
+    (tmp_path / 'log.jsonl').write_text('of the old run')
+    (tmp_path / 'features').mkdir()
     (tmp_path / 'features' / '0000001.npz').write_bytes(b'of the old run')
     code, text = train(tmp_path, tiny_data, init_from='resume')
     assert code == 1 and text.startswith('error: no checkpoint in') and text.count('\n') == 1
     finish(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
-    for folder in ('.', 'features'):
-        assert sorted(os.listdir(tmp_path / folder)) == sorted(os.listdir(whole / folder))
-    assert (tmp_path / 'log.jsonl').read_text().count('"event": "start"') == 1
+    assert sorted(os.listdir(tmp_path / 'features')) == sorted(os.listdir(whole / 'features'))
+    assert 'old run' not in (tmp_path / 'log.jsonl').read_text()
 
 def test_new_run_in_a_used_folder(whole, tiny_data, tmp_path):
     """nanoGPT writes over it. Here it is refused, exit code 2, and nothing is touched; also where
@@ -201,37 +201,6 @@ def test_watching_changes_nothing(whole, tiny_data, tmp_path):
     evals = records(tmp_path, 'eval')
     assert [evals[step] for step in (0, 3, 6, 8)] == records(whole, 'eval')
 
-def tmpfs(path, pages):
-    """A file system of that many pages of 4 KiB at path; called again, it gets another size."""
-    options = f"{'remount,' if path.is_mount() else ''}size={pages * 4}k"
-    path.mkdir(exist_ok=True)
-    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(path)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-SLOW_SIZES = [pytest.param(n, marks=pytest.mark.slow) for n in range(1, 200, 7)]
-
-@pytest.mark.parametrize('pages', [None, *SLOW_SIZES])
-def test_full_disk_indeed(pages, whole, tiny_data, tmp_path):
-    """A real full disk (needs root), by default one that holds a checkpoint and a half. Wherever
-    it fills up, in a save, a snapshot or the log: one sentence, what was saved is whole, and with
-    more room the run ends the same."""
-    out, size = tmp_path / 'disk', sum(map(len, contents(whole).values()))
-    one = (whole / 'ckpt.pt').stat().st_size
-    if not tmpfs(out, pages or (size - one) // 4096 + one // 8192):
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        code, text = train(out, tiny_data)
-        if code: # it is enough for the whole run at about 90 pages
-            assert code == 1 and text.count('error: ') == 1 and 'Traceback' not in text, text
-            assert 'No space left' in text or 'is the disk full?' in text, text
-        assert tmpfs(out, 10_000)
-        saved = (out / 'ckpt.pt').exists()
-        assert pages or code == 1 and saved
-        finish(out, tiny_data, init_from='resume' if saved else 'scratch')
-        assert_same_run(whole, out)
-    finally:
-        subprocess.run(['umount', str(out)], check=True)
-
 def test_fp16(whole, tiny_data, tmp_path):
     """Gradients that overflow skip the update and halve the scale, which is logged; training goes
     on. Gradients are clipped as they are, not as they were scaled. In the log, which is strict
@@ -252,15 +221,14 @@ RANGES = dict(dropout=2, sae_site='middle', batch_size=0, learning_rate=-1, warm
               seed=-1, grad_clip=-1, beta1=1, eval_tokens=0, sae_silent_steps='many')
 CONTRADICTIONS = dict(sae_layers=7, n_embd=18, sae_k=99, sae_posthoc='true', device='cuda:99',
                       sae_blend_start=0.95, bolck_size=3)
-NUMBERS = [key for key, value in TINY.items() if type(value) in (int, float)] + [
-    'rank_timeout', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'learning_rate',
-    'sae_lr_factor', 'min_lr_ratio', 'sae_nudge']
+NUMBERS = [key for key, value in TINY.items()
+           if type(value) in (int, float) and key != 'sae_layers']
+NUMBERS += ['rank_timeout', 'weight_decay', 'beta2', 'sae_lr_factor', 'sae_nudge']
 
 @pytest.mark.parametrize('bad', [RANGES, CONTRADICTIONS, dict.fromkeys(NUMBERS, -7)])
 def test_all_problems_at_once(bad, tiny_data, tmp_path):
     """Every value that is out of range or contradicts another, one line each, exit code 2, before
     any work."""
-    bad = {key: value for key, value in bad.items() if key != 'sae_layers' or value != -7}
     code, text = train(tmp_path / 'out', tiny_data, **bad)
     lines = text.splitlines()
     assert code == 2 and len(lines) == len(bad) and 'Traceback' not in text, text
@@ -322,15 +290,6 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     assert len(named) == len(lines)
     assert 'error: n_layer=6, but n_layer=2 in the checkpoint' in lines
 
-def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
-    """More steps, other intervals, a moved data set: the run goes on."""
-    shutil.copytree(whole, tmp_path / 'out')
-    shutil.copytree(tiny_data, tmp_path / 'moved')
-    changes = dict(max_iters=10, eval_interval=5, log_interval=1, eval_tokens=64, dtype='bfloat16')
-    resume(tmp_path / 'out', tmp_path / 'moved', **changes)
-    assert step_in(tmp_path / 'out') == 10
-    assert [r['step'] for r in records(tmp_path / 'out', 'log')] == [2, 4, 6, 8, 9, 10]
-
 def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_data, tmp_path):
     """The hand-over is a share of max_iters, but alpha stays at 1, unless a key asks for another
     one. Another learning rate is said."""
@@ -340,7 +299,8 @@ def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_
         return records(out, 'eval')[-2]['val_loss'] == records(whole, 'eval')[-1]['val_loss']
     longer, tuned = tmp_path / 'longer', tmp_path / 'tuned'
     shutil.copytree(whole, longer)
-    text = resume(longer, tiny_data, max_iters=16, eval_interval=8)
+    shutil.copytree(tiny_data, tmp_path / 'moved')
+    text = resume(longer, tmp_path / 'moved', max_iters=16, eval_interval=8)
     assert goes_on(longer, 8)
     assert 'learning rate at step 8: 0.0003 with max_iters=8, now 0.00274\n' in text
     new = dict(init_from=whole, eval_interval=8)
@@ -501,19 +461,16 @@ def test_train_loss_by_brute_force(tiny_data, tmp_path):
     assert each[0]['loss'] == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert each[0]['grad_norm'] == pytest.approx(norm, rel=1e-5) and each[0]['tokens'] == 128
 
-@pytest.mark.parametrize('eval_tokens', [128, 16])
-def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
+def test_eval_metrics_by_brute_force(whole, tiny_data):
     """Val loss, with the SAE zeroed and replaced by its mean, L0, FVU, live share and the share of
-    the busiest, by loops; also where the eval tokens do not fill one batch."""
-    train(tmp_path, tiny_data, eval_tokens=eval_tokens, max_iters=6)
-    record = records(tmp_path, 'eval')[-1]
-    model = load_model(load_checkpoint(str(tmp_path)))
+    the busiest, by loops."""
+    record, model = records(whole, 'eval')[-1], load_model(load_checkpoint(str(whole)))
     sae, tokens = model.saes()[1], load_dataset(tiny_data).val
     @torch.no_grad()
     def loss(gate, fill):
         sae.gate.fill_(gate)
         sae.fill.copy_(fill)
-        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, eval_tokens)]
+        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, 128)]
         return float(np.mean([r[1].item() for r in results])), [r[2] for r in results]
     normal, outs = loss(1, torch.zeros(16))
     code, fired, positions = torch.zeros(64), torch.zeros(64), 0
@@ -598,33 +555,3 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     resume(out, tiny_data, ranks=ranks, **changes)
     assert_same_run(tmp_path / 'whole', out)
     assert in_saves
-
-@pytest.mark.slow
-def test_long_run_leaks_nothing(tiny_data, tmp_path):
-    """A save, an eval and a snapshot every third step: memory and open files stay flat, and the
-    disk holds two checkpoints, one snapshot an eval, one line a log or eval, and nothing else.
-
-    LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s"""
-    seconds, out, seen = 60 * float(os.environ.get('LONG_RUN_MINUTES', 0.5)), tmp_path / 'out', []
-    argv = arguments(out, tiny_data, max_iters=10 ** 7, sae_blend_start=0, sae_blend_end=0)
-    p, = start('train.py', argv, tmp_path / 'text')
-    for i in range(21): # when a twentieth is over all that is allocated once has been
-        p.join(seconds / 21)
-        assert p.is_alive(), (tmp_path / 'text').read_text()[-1000:]
-        with open(f'/proc/{p.pid}/statm') as f:
-            mb = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
-        seen.append((mb, len(os.listdir(f'/proc/{p.pid}/fd'))))
-        print(f"{mb:.1f} MB, {seen[-1][1]} open files", flush=True)
-    p.terminate()
-    p.join(60)
-    assert p.exitcode == 143
-    steps, snapshots = step_in(out), sorted((out / 'features').iterdir())
-    log = (out / 'log.jsonl').read_bytes()
-    print(f"{steps:,} steps, {sum(map(len, contents(out).values())):,} bytes")
-    assert steps > seconds # or there was nothing to see
-    assert seen[-1][0] < seen[0][0] + 20 and seen[-1][1] <= seen[0][1] + 1
-    assert sorted(os.listdir(out)) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
-    assert [int(f.stem) for f in snapshots] == list(range(0, steps + 1, 3))[:len(snapshots)]
-    assert len(snapshots) >= steps // 3
-    assert max(f.stat().st_size for f in snapshots) < 2 * 64 * 16 + 400 * 64 # 2 F C, and the rest
-    assert len(log.splitlines()) == 1 + steps // 2 + len(snapshots)
