@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,16 +167,10 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
-store = None # where a rank leaves the reason why it failed
-
 def fail(message, code=1):
-    """A sentence to stderr and a non-zero exit. Of several ranks, all say why the first failed."""
-    if store is not None:
-        key = 'failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
-        message = f"rank {rank}: {message}"
-        with suppress(RuntimeError): # without torchrun the store goes with rank 0
-            message = store.compare_set(key, '', message).decode()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """A sentence to stderr and a non-zero exit."""
+    print(f"error: rank {rank}: {message}" if ddp else f"error: {message}", file=sys.stderr,
+          flush=True)
     os._exit(code) # no waiting in collectives that the others will never join
 
 def on_error(kind, e, trace):
@@ -184,8 +179,7 @@ def on_error(kind, e, trace):
     if kind is KeyboardInterrupt:
         os._exit(130)
     if ddp and (issubclass(kind, dist.DistError) or kind is RuntimeError and 'gloo' in message):
-        reason = message.split('] ')[-1].split('. ')[0]
-        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout): {reason}"
+        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout)"
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in message:
         message = (f"out of memory with batch_size={batch_size}: halve it, and double "
                    "gradient_accumulation_steps, or take a smaller model")
@@ -204,8 +198,6 @@ if ddp:
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
     # between the hosts: for what is decided together, and to wait while one rank works alone
     hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
-    address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
     if ddp and t.numel(): # sums over SAE layers are empty in a dense model
@@ -343,14 +335,14 @@ def learning_rate_at(step, max_iters):
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
-    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
-    # or a new run begins with it
-    progress = step / max(1, max_iters)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
+    # or a new run begins with it
+    alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
     for sae in saes.values():
-        sae.alpha.clamp_(min=blend_alpha(progress, sae_blend_start, sae_blend_end))
+        sae.alpha.clamp_(min=alpha)
 
 def alpha_now():
     return min((sae.alpha.item() for sae in saes.values()), default=1.0)
@@ -421,8 +413,7 @@ if master:
     except (ImportError, OSError):
         pass # Windows has no fcntl, and some network file systems cannot lock
     if not resuming: # what a run left that never saved anything is not of this one
-        for name in glob.glob(os.path.join(out_dir, 'features', '*.npz')):
-            os.remove(name)
+        shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
     path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
@@ -447,20 +438,17 @@ if resuming:
         say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
             f"{now:.3g}")
 
-stop_signal = 0 # the one that came to this rank
-def on_signal(signum, frame):
-    global stop_signal
-    stop_signal = signum
+signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
     signum = getattr(signal, name, signal.SIGTERM)
     if signal.getsignal(signum) != signal.SIG_IGN:
-        signal.signal(signum, on_signal)
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
 
 def stopped():
     """The signal that came to any rank, seen by all after the same step; 0: none."""
     if not ddp:
-        return stop_signal
-    flag = torch.tensor(stop_signal)
+        return signals[-1]
+    flag = torch.tensor(signals[-1])
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=hosts)
     return int(flag)
 
