@@ -44,9 +44,10 @@ import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
                       open_timeline, parse_feature, prompt_rows, prompt_text, safe, settled_at,
                       write_safetensors, write_whole)
+from measures import pooled_codes, probe, read_labels
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
-                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
-                      removal_effect, timeline_curves, words_of)
+                      in_order, open_index, overview_numbers, removal_effect, timeline_curves,
+                      words_of)
 from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
                       level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
                       spark, table_of, tracked)

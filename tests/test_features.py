@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import features
+import measures
 import scanning
 from data.dataset import encode_encoding, eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
@@ -432,7 +433,7 @@ def test_logistic_is_the_least_cost():
     for _ in range(20_000):
         error = 1 / (1 + np.exp(-(X @ w[:3] + w[3]))) - y
         w -= 0.02 * np.append(X.T @ error + w[:3], error.sum())
-    np.testing.assert_allclose(scanning.logistic(X, y), w, atol=1e-4)
+    np.testing.assert_allclose(measures.logistic(X, y), w, atol=1e-4)
 
 def test_probe_finds_what_holds_the_label():
     """A column that holds the label reaches 1 and is named; a loud one is chosen before a quiet
@@ -440,15 +441,15 @@ def test_probe_finds_what_holds_the_label():
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(3), 200)
     X = rng.random((600, 40)).astype(np.float32)
-    scores, _ = scanning.probe(X, y, 0)
+    scores, _ = measures.probe(X, y, 0)
     assert all(abs(score.mean() - 0.5) < 0.08 for score in scores.values())
     X[:, 7], X[:, 11] = y == 0, y == 1
     X[:, 5] = 5 * rng.normal(size=600) + 3 * (y == 0)
-    scores, best = scanning.probe(X, y, 0, ks=(1, 5))
+    scores, best = measures.probe(X, y, 0, ks=(1, 5))
     assert list(best[:2]) == [7, 11] and scores['B', 1].shape == (3, 3)
     assert (scores['B', 1][:2] == 1).all() and (scores['B', 5][:2] == 1).all()
     assert scores['A', 1][0].mean() < 0.8
-    two, best = scanning.probe(X, np.minimum(y, 1), 0, ks=(1,))
+    two, best = measures.probe(X, np.minimum(y, 1), 0, ks=(1,))
     assert two['B', 1].shape == (1, 3) and best.tolist() == [7]
 
 @torch.no_grad()
@@ -457,7 +458,7 @@ def test_pooled_codes_by_brute_force(out):
     padding and end-of-text do not count."""
     run = features.open_run(out, device='cpu')
     texts = [features.encode(run, text) for text in ('ab', 'cc c' * 9, 'a' * 25, 'b')]
-    got = scanning.pooled_codes(run.model, 1, texts * 25, 3, untracked)
+    got = measures.pooled_codes(run.model, 1, texts * 25, 3, untracked)
     sae, block = run.model.saes()[1], run.model.transformer.h[1]
     rows = torch.randn(sae.n_features, 16, generator=torch.Generator().manual_seed(3))
     rows = rows / rows.norm(dim=1, keepdim=True)
