@@ -2,12 +2,6 @@
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
 here prints but notes, to stderr; train.py, inspect_features.py and sample.py do.
 
-  statistics   of features over a set of tokens
-  timeline     the snapshots that training takes at each eval
-  evaluation   the loss, and what the model loses without its features
-  run          an opened checkpoint, and the one way in which a text is read
-  text         tokens that are safe on any screen
-
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
 (in the timeline), V vocabulary, P pairs that occur.
@@ -18,7 +12,6 @@ import os
 import re
 import sys
 import unicodedata
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -97,23 +90,16 @@ def snapshot(model, batches):
 def say(note):
     print(note, file=sys.stderr, flush=True)
 
-def write_whole(path, write):
-    """Calls write(file), then gives the file its name: whole or not at all. Raises OSError."""
-    temporary = f'{path}.{os.getpid()}.tmp'                  # others may write the same file now
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException as e:
-        e.filename = str(path)                               # in an OSError's sentence
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
-
 def save_npz(path, arrays, save=np.savez_compressed):
     """Writes {name: array} whole or not at all. Raises OSError."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save(file, **arrays))
+    temporary = Path(f'{path}.{os.getpid()}.tmp')            # others may write the same file now
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, 'wb') as file:
+            save(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def keep(path, arrays, save=np.savez_compressed):
     """save_npz of what can be made again: where it cannot be written, that is said."""
@@ -301,23 +287,15 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     if for_features and not model.saes():
         raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
                          "at or to steer; train one with --sae_layers")
+    if 'tokenizer' not in checkpoint:
+        raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
     if dataset:
         load_meta(dataset) # for its error
-    dataset, V = dataset or checkpoint['dataset'], model.config.vocab_size
-    if kept := checkpoint.get('tokenizer'):
-        meta, text = kept['meta'], kept['json']
-        tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
-    else: # a checkpoint of an older version
-        trained_on = checkpoint.get('data_sha256')
-        folder, meta, _ = load_meta(dataset, trained_on)
-        if meta['vocab_size'] != V:
-            raise ValueError(f"{folder} has {meta['vocab_size']} token types, the model in "
-                             f"{out_dir} {V}: give the --dataset of its training")
-        tokenizer = load_tokenizer(folder, meta)
-        if meta['tokenizer'].endswith('.json') and meta['train_sha256'] != trained_on:
-            say(f"warning: {dataset} is not the data that this model was trained on: if its "
-                "tokenizer is another too, the text is garbled")
-    return Run(out_dir, checkpoint, model, dataset, meta, tokenizer, token_bytes(tokenizer, V))
+    kept, V = checkpoint['tokenizer'], model.config.vocab_size
+    meta, text = kept['meta'], kept['json']
+    tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
+    return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
+               token_bytes(tokenizer, V))
 
 def other_tokenizer(run):
     """
@@ -357,15 +335,15 @@ def read_file(key, path):
         why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
         raise ValueError(f"{key}={path!r} cannot be read: {why}") from None
 
-def prompt_text(prompt, prompt_file):
+def prompt_text(options):
     """What --prompt or --prompt_file gives, '' for neither. Raises ValueError, one sentence."""
-    if prompt and prompt_file:
+    if options.prompt and options.prompt_file:
         raise ValueError("prompt and prompt_file are both given: choose one")
-    if not prompt_file:
-        return prompt
-    text = read_file('prompt_file', prompt_file)
+    if not options.prompt_file:
+        return options.prompt
+    text = read_file('prompt_file', options.prompt_file)
     if not text:
-        raise ValueError(f"prompt_file={prompt_file!r} is empty: write a prompt into it")
+        raise ValueError(f"prompt_file={options.prompt_file!r} is empty: write a prompt into it")
     return text
 
 def encode(run, text):
@@ -424,14 +402,6 @@ def strongest(values, indices, n):
     pairs = [(f, a) for f, a in zip(indices.tolist(), values.tolist()) if a]
     return sorted(pairs, key=lambda pair: -abs(pair[1]))[:n]
 
-def prompt_rows(run, text, n):
-    """[(token, {block: its n strongest features})] of a text."""
-    tokens = encode(run, text)
-    _, values, indices = read(run.model, tokens)
-    layers = list(enumerate(run.model.saes()))
-    return [(token, {layer: strongest(values[s, t], indices[s, t], n) for s, layer in layers})
-            for t, token in enumerate(tokens)]
-
 # --------------------------------------------------------------------------------------------------
 # tokens as text that is safe on any screen
 
@@ -448,17 +418,16 @@ def safe(raw, keep=''):
     for char in raw.decode('utf-8', 'surrogateescape'):
         code, kind = ord(char), unicodedata.category(char)
         if char in keep:
-            out += char
+            pass
         elif char in SIGNS:
-            out += SIGNS[char]
+            char = SIGNS[char]
         elif 0xDC80 <= code <= 0xDCFF:
-            out += f'<0x{code - 0xDC00:02X}>'
+            char = f'<0x{code - 0xDC00:02X}>'
         elif kind[0] == 'C' or kind in ('Zl', 'Zp'):
-            out += f'<U+{code:04X}>'
+            char = f'<U+{code:04X}>'
         elif kind[0] == 'M' and not out:
-            out += '◌' + char
-        else:
-            out += char
+            char = '◌' + char
+        out += char
     return out
 
 def caption(raw):

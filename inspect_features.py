@@ -42,8 +42,8 @@ from rich.text import Text
 import configurator
 import explain
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
-                      open_timeline, parse_feature, prompt_rows, prompt_text, safe, settled_at,
-                      write_safetensors, write_whole)
+                      open_timeline, parse_feature, prompt_text, read, safe, settled_at, strongest,
+                      write_safetensors)
 from measures import pooled_codes, probe, read_labels
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
                       in_order, open_index, overview_numbers, removal_effect, timeline_curves,
@@ -131,9 +131,13 @@ def all_numbers(options, features):
         d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
 
-def rows_of_prompt(options):
-    text = prompt_text(options.prompt, options.prompt_file)
-    return prompt_rows(run_of(options), text, options.top)
+def rows_of_prompt(options, run):
+    """[(token, {block: its --top strongest features})] of the prompt."""
+    tokens = encode(run, prompt_text(options))
+    _, values, indices = read(run.model, tokens)             # (S, n, K) both
+    layers = list(enumerate(run.model.saes()))
+    return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
+                     for s, layer in layers}) for t, token in enumerate(tokens)]
 
 def overview(options, console):
     for scan in chosen(options, index_of(options)):
@@ -333,7 +337,7 @@ def feature_timeline_view(options, console):
         yield ''
 
 def prompt_view(options, console):
-    index, rows = index_of(options), rows_of_prompt(options)
+    index, rows = index_of(options), rows_of_prompt(options, run_of(options))
     for scan in chosen(options, index):
         yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
         yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
@@ -388,7 +392,7 @@ def plot_view(options, console):
 def why_numbers(options, index, run):
     """Of --why=true: explain.why_token, and its target as text."""
     layers = [scan.layer for scan in chosen(options, index)]
-    tokens = encode(run, prompt_text(options.prompt, options.prompt_file))
+    tokens = encode(run, prompt_text(options))
     target = run.tokenizer.encode(options.target, allowed_special='all')
     d = explain.why_token(run.model, tokens, target, layers)
     return d, caption(b''.join(run.names[token] for token in d['target']))
@@ -535,11 +539,12 @@ def page(options, console):
     if options.feature:
         features = features_of(options.feature, options, index)
     elif options.prompt or options.prompt_file:
-        rows = rows_of_prompt(options)
+        run = run_of(options)
+        rows = rows_of_prompt(options, run)
         seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
                 for f, _ in by_layer[scan.layer]}
         if options.why:
-            why, answer = why_numbers(options, index, run_of(options))
+            why, answer = why_numbers(options, index, run)
             seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
             why |= dict(answer=answer, tokens=[words[token] for token in why.pop('idx')],
                         likeliest=[(words[token], p) for token, p in why['likeliest']],
@@ -566,7 +571,7 @@ def page(options, console):
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
-    write_whole(options.html, lambda file: file.write(text))
+    Path(options.html).write_bytes(text)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def export(options, console):

@@ -600,7 +600,7 @@ def test_index_follows_the_val(tmp_path, capsys):
 
 def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
     """The data set made again with another one: the captions are those of training, and the new val
-    is read as the model reads text. A checkpoint without it has the data set's."""
+    is read as the model reads text."""
     out = make_run(tmp_path)
     before = features.open_run(out, device='cpu')
     ranks = {bytes([255 - i]): i for i in range(256)}
@@ -620,11 +620,8 @@ def test_the_checkpoint_carries_its_tokenizer(tmp_path, capsys):
     checkpoint = load_checkpoint(out)
     del checkpoint['tokenizer']
     save_checkpoint(out, checkpoint)
-    with pytest.raises(ValueError, match='is not prepared'):
+    with pytest.raises(ValueError, match='is of an older version'):
         features.open_run(out, device='cpu')
-    write_dataset(tmp_path / 'data', [ids], [ids], V, enc, 'again', EOT)
-    assert features.open_run(out, device='cpu').names[:256] == before.names[:256][::-1]
-    assert 'is not the data that this model was trained on' in capsys.readouterr().err
 
 @pytest.mark.parametrize('module, name', ((features, 'open'), (features.os, 'replace')))
 def test_caches_that_cannot_be_written(module, name, tmp_path, capsys, monkeypatch):
