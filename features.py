@@ -116,18 +116,6 @@ def load_npz(path):
     except Exception: # damage shows up as almost any: zip, zlib, header, end of file
         return {}
 
-def write_safetensors(path, tensors):
-    """{name: tensor} as a safetensors file: length of the header, header in JSON, raw data."""
-    header, data = {}, b''
-    for key, x in tensors.items():
-        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        header[key] = dict(dtype='F32', shape=x.shape, data_offsets=offsets)
-        data += raw
-    header = json.dumps(header).encode()
-    header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
-
 def of_layer(arrays, layer):
     """{'L6.count': ..., ...} -> {'count': ...}"""
     start = f'L{layer}.'
