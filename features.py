@@ -353,33 +353,28 @@ def autocast(model):
     return torch.autocast('cuda', torch.bfloat16, enabled=device_of(model).type == 'cuda')
 
 @torch.no_grad()
-def forward(model, idx):
-    """idx (B, T) -> logits (B, T, V), SAEOut."""
-    with autocast(model):
-        logits, _, out = model(idx.to(device_of(model)))
-    return logits, out
-
-@torch.no_grad()
 def see(model, idx, upto=None):
     """The SAEOut of the first `upto` blocks, all if None, on idx (B, T), without the logits."""
     with autocast(model):
         return model.blocks(idx.to(device_of(model)), upto)[1]
 
+@torch.no_grad()
 def read(model, tokens):
     """
     One pass over a text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and
     indices (S, n, K) of its features. A text beyond block_size is read in windows that overlap by
     half, so that no token is read with less than half a window.
     """
-    idx, T = torch.tensor([tokens]), model.config.block_size
+    idx, T = torch.tensor([tokens], device=device_of(model)), model.config.block_size
     losses, values, indices, done = [], [], [], 0
     while done < len(tokens):
         start = max(0, done - T // 2)
         new = slice(done - start, None)                     # what no earlier window held
-        logits, out = forward(model, idx[:, start:start + T])
+        with autocast(model):
+            logits, _, out = model(idx[:, start:start + T])
         targets = idx[0, done + 1:start + T + 1]
-        logits = logits[0, new][:len(targets)].float().cpu() # the last token has no target
-        losses.append(cross_entropy(logits, targets, reduction='none'))
+        logits = logits[0, new][:len(targets)].float()      # the last token has no target
+        losses.append(cross_entropy(logits, targets, reduction='none').cpu())
         values.append(out.values[:, 0, new].float().cpu())
         indices.append(out.indices[:, 0, new].cpu())
         done = start + T

@@ -46,8 +46,7 @@ from features import (SETTLED, caption, encode, feature_timeline, for_page, open
                       open_timeline, parse_feature, prompt_text, read, safe, settled_at, strongest)
 from measures import pooled_codes, probe, read_labels
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
-                      in_order, open_index, overview_numbers, removal_effect, timeline_curves,
-                      words_of)
+                      in_order, open_index, overview_numbers, timeline_curves, words_of)
 from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
                       level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
                       spark, sparklines, table_of, tracked)
@@ -128,7 +127,7 @@ def all_numbers(options, features):
         d = feature_numbers(scan, f, options.seed) | concept_numbers(scan, f)
         timeline = timelines.get(scan.layer)
         d['timeline'] = timeline and feature_timeline(timeline, f)
-        d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
+        d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
 
 def rows_of_prompt(options, run):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, linear, normalize
+from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset
-from explain import kept, run_scaled
+from explain import loss_changes
 from features import codes, device_of, encode, read_file, see
 from model import GPT
 from sae import norm
@@ -186,26 +186,16 @@ def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
     removal changes the next token's loss: the 95 % interval of the mean change, over up to `most`
     positions where the feature fires, excludes 0. features (N, K).
     """
-    T, V = model.config.block_size, model.config.vocab_size
-    wte, rng = model.transformer.wte.weight, np.random.default_rng(seed)
+    T, rng = model.config.block_size, np.random.default_rng(seed)
     often = np.bincount(features.reshape(-1), minlength=model.config.n_features + 1)[:-1] >= 20
     changes = {f: [] for f in rng.permutation(np.flatnonzero(often))[:n].tolist()}
     for start in T * rng.permutation(len(tokens) // T):
-        idx = torch.from_numpy(tokens[start:start + T].astype(np.int64)).to(device_of(model))
         fires = features[start:start + T - 1]
         here = [f for f in np.unique(fires).tolist() if len(changes.get(f, [0] * most)) < most]
-        if not here:
-            continue
-
-        def losses(stream, _):
-            logits = linear(norm(stream[:, :-1]), wte)[..., :V].float()      # (B, T - 1, V)
-            targets = idx[1:].expand(len(logits), -1)
-            return cross_entropy(logits.transpose(1, 2), targets, reduction='none')
-
-        scales = kept(model, [layer], [[], *([(layer, f)] for f in here)])
-        loss = run_scaled(model, idx[None], scales, model.config.n_layer, losses).cpu().numpy()
-        for f, change in zip(here, loss[1:] - loss[0]):
-            changes[f] += change[(fires == f).any(1)].tolist()
+        if here:
+            by_feature = loss_changes(model, layer, tokens[start:start + T], here)
+            for f, change in zip(here, by_feature):
+                changes[f] += change[(fires == f).any(1)].tolist()
     excludes_0 = []
     for x in changes.values():
         x = np.array(x[:most])

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset, load_meta
-from features import (VERSION, codes, device_of, forward, keep, load_npz, open_run, other_tokenizer,
-                      safe, say, token_statistics)
+from features import (VERSION, codes, device_of, keep, load_npz, open_run, other_tokenizer, safe,
+                      say, token_statistics)
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
@@ -352,34 +352,6 @@ def context(scan, where, acts, peak):
     around[where[inside] - begin] = acts[inside]
     return dict(tokens=scan.tokens[begin:end].tolist(), acts=around.tolist(), peak=peak - begin,
                 where=peak, times=0)
-
-def removal_effect(model, scan, f, n, seed):
-    """
-    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it
-    fires: exact, since the feature is part of the model. At n of its positions, drawn at random;
-    None where there is none.
-    """
-    sae, T = model.saes()[scan.layer], scan.T
-    where, _ = firings(scan, f)
-    where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
-    as_it_is = torch.ones(scan.F, device=device_of(model))
-    without = as_it_is.clone()
-    without[f] = 0
-    changes = []
-    for w in np.unique(where // T).tolist():
-        x = torch.from_numpy(scan.tokens[w * T:(w + 1) * T].astype(np.int64))
-        at = torch.from_numpy(where[where // T == w] % T)
-        losses = []
-        for scale in (as_it_is, without):
-            sae.steer = scale, torch.zeros_like(scale)
-            logits = forward(model, x[None])[0][0, at.to(device_of(model))]  # (positions, V)
-            losses.append(cross_entropy(logits.float().cpu(), x[at + 1], reduction='none'))
-        changes += (losses[1] - losses[0]).tolist()
-    sae.steer = None
-    if not changes:
-        return None
-    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)),
-                worse=float(np.mean(np.array(changes) > 0)))
 
 def find(scan, pattern):
     """

@@ -21,6 +21,7 @@ import tiktoken
 import torch
 from torch.nn.functional import cross_entropy
 
+import explain
 import features
 import measures
 import scanning
@@ -291,15 +292,15 @@ def test_removal_effect(index, truth):
             change += [float(losses[1][t] - losses[0][t]) for v, t, _ in fires[layer][f]
                        if v == w and t < T - 1]
     d = np.array(change)
-    got = scanning.removal_effect(model, index[layer], f, 10**6, 0)
+    got = explain.removal_effect(model, index[layer], f, 10**6, 0)
     want = dict(mean=d.mean(), std=d.std(), worse=(d > 0).mean(), n=len(d))
     assert got == pytest.approx(want, abs=2e-5)
     assert abs(d.mean()) > 1e-3 # there was something to measure
-    few = [scanning.removal_effect(model, index[layer], f, 8, seed) for seed in range(40)]
+    few = [explain.removal_effect(model, index[layer], f, 8, seed) for seed in range(40)]
     assert {x['n'] for x in few} == {8} and few[0] != few[1] # at random places, not the first
     means = np.array([x['mean'] for x in few])
     assert abs(means.mean() - d.mean()) < 4 * d.std() / math.sqrt(40 * 8)
-    assert scanning.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
+    assert explain.removal_effect(model, index[layer], 5, 4, 0) is None # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
 @pytest.mark.parametrize('regex', ('a', 'ab|c', 'b+', r'\[red\]', '(?i)A\\s', '漢字?', 'é|<',
