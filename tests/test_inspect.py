@@ -166,7 +166,7 @@ def test_probe_view(out, index, tmp_path, capsys):
 
 def test_timeline_views(out, index, tmp_path, capsys):
     """A folder with features/ and an index, as kept under results/, needs no checkpoint."""
-    last = snapshots(tmp_path, 'W_dec')[-1]
+    last = snapshots(tmp_path)[-1]
     text, live = look(capsys, tmp_path, '--timeline=true'), last['L1.count'] > 0
     line = [line.split() for line in text.splitlines() if line.strip().startswith('40 ')][0]
     settled = features.settled_at(features.open_timeline(tmp_path, untracked)[1])
@@ -182,8 +182,8 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert 'Timeline' in text and 'Top contexts' in text
 
 def test_torn_and_foreign_snapshots(tmp_path):
-    snapshots(tmp_path, 'W_dec')
-    snapshots(tmp_path / 'other', 'W_dec', F=11)
+    snapshots(tmp_path)
+    snapshots(tmp_path / 'other', F=11)
     whole = (tmp_path / 'features/0000040.npz').read_bytes()
     other = (tmp_path / 'other/features/0000010.npz').read_bytes()
     for name, content in (('0000050.npz', b'PK\x03\x04 torn'), ('0000050.npz', b''),

@@ -216,7 +216,7 @@ def test_page(out, run, index, tmp_path):
 
 def test_timeline_curves_by_brute_force(tmp_path):
     """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
-    snapshots(tmp_path, 'W_dec')
+    snapshots(tmp_path)
     t = features.open_timeline(tmp_path, lambda items, text: items)[1]
     t.probed = 2000                                          # of them 2 % are 40
     names = [bytes([97 + i] * 3) for i in range(16)]
@@ -235,7 +235,7 @@ def test_timeline_curves_by_brute_force(tmp_path):
     assert np.isfinite(coherence).any()
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
-    snapshots(tmp_path, 'W_dec')
+    snapshots(tmp_path)
     shutil.copy(out / 'index.npz', tmp_path)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(SystemExit, match='takes matplotlib: pip install matplotlib'):
