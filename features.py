@@ -275,12 +275,12 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     if for_features and not model.saes():
         raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
                          "at or to steer; train one with --sae_layers")
-    if 'tokenizer' not in checkpoint:
+    kept = checkpoint.get('tokenizer')
+    if kept is None:
         raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
     if dataset:
         load_meta(dataset) # for its error
-    kept, V = checkpoint['tokenizer'], model.config.vocab_size
-    meta, text = kept['meta'], kept['json']
+    meta, text, V = kept['meta'], kept['json'], model.config.vocab_size
     tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
     return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
                token_bytes(tokenizer, V))
