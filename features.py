@@ -327,12 +327,8 @@ def prompt_text(options):
     """What --prompt or --prompt_file gives, '' for neither. Raises ValueError, one sentence."""
     if options.prompt and options.prompt_file:
         raise ValueError("prompt and prompt_file are both given: choose one")
-    if not options.prompt_file:
-        return options.prompt
-    text = read_file('prompt_file', options.prompt_file)
-    if not text:
-        raise ValueError(f"prompt_file={options.prompt_file!r} is empty: write a prompt into it")
-    return text
+    file = options.prompt_file
+    return read_file('prompt_file', file) if file else options.prompt
 
 def encode(run, text):
     """

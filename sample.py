@@ -58,8 +58,9 @@ def problems(config):
 
 def parse_steering(specs, model):
     """
-    The values of --steer -> [(label, edits)], one for each strength of a sweep, where edits is
-    [(block, feature, scale, add)]; no specs give [('unsteered', [])]. Raises ValueError.
+    The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
+    pair), where edits is [(block, feature, scale, add)]; no specs give [('unsteered', [])]. Raises
+    ValueError.
     """
     saes, choices = model.saes(), []
     for spec in specs:
@@ -73,8 +74,6 @@ def parse_steering(specs, model):
                              "the text yet: train on, then steer")
         choices.append([(f"L{i}.F{f}={text.strip()}", (i, f, *parse_strength(text.strip(), spec)))
                         for text in strengths.split(',')])
-    if sum(len(choice) > 1 for choice in choices) > 1:
-        raise ValueError("more than one --steer is a sweep: give a list of strengths to one only")
     return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
             for chosen in itertools.product(*choices)]
 

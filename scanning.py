@@ -6,12 +6,12 @@ Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs, C
 n_embd, V vocabulary, P places where a feature fires.
 """
-import contextlib
 import functools
 import json
 import math
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,9 +229,8 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     """
     path, key = Path(out_dir) / 'index.npz', []
     index = read_index(load_npz(path))
-    with contextlib.suppress(OSError, zipfile.BadZipFile):
-        with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
-            key = [item.CRC for item in z.infolist()]        # the content, without reading it
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
+        key = [item.CRC for item in z.infolist()]            # the content, without reading it
     why = "there is no index of this version that is whole"
     for scan in list(index.values())[:1]:
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
