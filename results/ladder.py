@@ -33,8 +33,8 @@ from model import GPTConfig                        # noqa: E402
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, sae_layers=(0,),
                  sae_k=8, eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
-    'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
-                sae_ratio=11, sae_k=32, sae_cap=0.03, gradient_accumulation_steps=2,
+    'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
+                sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
                 warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_layers=(3,),
                   eval_tokens=524_288),
