@@ -39,11 +39,10 @@ def look(capsys, out, *argv):
 # --------------------------------------------------------------------------------------------------
 # views
 
-VIEWS = ([], ['--layer=2'], ['--layer=1', '--feature=7', '--examples=16'], ['--rows=0'],
-         ['--feature=L2.F5'], ['--feature=L1.F3,L2.F9', '--effect=4'], ['--prompt=ab c [red]'],
-         ['--find=a|漢'], ['--find=\x1b'], ['--find=never there'], ['--feature=3', '--examples=0'])
-
-@pytest.mark.parametrize('argv', VIEWS, ids=' '.join)
+@pytest.mark.parametrize('argv', (
+    [], ['--rows=0'], ['--feature=L2.F5'], ['--feature=L1.F3,L2.F9', '--effect=4'],
+    ['--prompt=ab c [red]'], ['--find=a|漢'], ['--find=\x1b'], ['--find=never there'],
+    ['--feature=3', '--examples=0']), ids=' '.join)
 def test_views_keep_to_80_plain_columns(out, index, argv, capsys):
     look(capsys, out, *argv)
 
@@ -65,14 +64,13 @@ def test_feature_view(out, index, capsys):
     run = features.open_run(out, device='cpu')
     effect = explain.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
     assert f"mean {effect['mean']:+.4f} nats" in text
-    squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█]', '', text)
+    squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█◌]', '', text)
     for c in scanning.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:
         pieces = features.pieces(scan, c) # each context is whole, but for line breaks and bars
         shown = ''.join(f'«{text}»' if peak else text for text, _, peak in pieces)
         assert squeeze(shown) in squeeze(text)
-        assert [peak for _, _, peak in pieces].count(True) == 1
-        whole = features.safe(b''.join(scan.names[t] for t in c['tokens'])).replace('◌', '')
-        assert ''.join(text for text, _, _ in pieces).replace('◌', '') == whole
+        whole = features.safe(b''.join(scan.names[t] for t in c['tokens']))
+        assert re.sub('[«»]', '', squeeze(shown)) == squeeze(whole)
 
 def test_tokens_that_share_a_character_are_one_piece():
     names = [b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2', b'\xe6', b'z', b'\xe6']
@@ -132,7 +130,7 @@ def test_numbers_keep_three_or_four_digits():
 TEXT = 'ab c\n' * 12 + '<|endoftext|>[red] 漢字 b' # more than one window
 
 def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
-    """The same tokens, features and activations, those of a plain forward pass."""
+    """The same tokens, features and activations; test_sample.py has a plain forward pass."""
     (tmp_path / 'text').write_text(TEXT, 'utf-8')
     text = look(capsys, out, f'--prompt_file={tmp_path}/text', '--layer=2', '--top=2')
     lines = text.split('fires on')[-1].splitlines()[1:]
@@ -148,12 +146,6 @@ def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
     assert tokens.count(run.meta['eot']) == 2 and len(tokens) > 32
     assert [f for _, _, f in viewer] == [f for f, _ in sampler] and len(viewer) == 2 * len(tokens)
     assert all(abs(float(a[1]) - float(b[1])) < 0.006 for a, b in zip(viewer, sampler))
-    with torch.no_grad():
-        seen = run.model(torch.tensor([tokens[:32]]))[2]
-    for t in range(32):
-        best = sorted(zip(seen.values[1, 0, t].tolist(), seen.indices[1, 0, t].tolist()))[:-3:-1]
-        assert [f'L2.F{f}' for _, f in best] == [f for _, _, f in viewer[2 * t:2 * t + 2]]
-        assert viewer[2 * t][1] == view.number(best[0][0])
 
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
