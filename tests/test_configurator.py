@@ -4,7 +4,6 @@ traceback.
 
     python -m pytest tests/test_configurator.py
 """
-import os
 import re
 import subprocess
 import sys
