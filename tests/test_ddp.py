@@ -86,7 +86,7 @@ def test_killed_before_the_first_step(tiny_data, tmp_path):
     gone = partial(at_call, 'torch.distributed.init_process_group', 1, kill, rank=1)
     codes, text = train(tmp_path, tiny_data, gone, ranks=2, rank_timeout=2)
     assert codes == [1, -signal.SIGKILL] and 'Traceback' not in text, text
-    assert 'error: another rank is gone, or silent for 2 s (rank_timeout)' in text, text
+    assert 'error: rank 0: another rank is gone, or silent for 2 s (rank_timeout)' in text, text
 
 @pytest.mark.slow
 def test_slow_rank_0_is_waited_for(tiny_data, tmp_path):
