@@ -166,10 +166,9 @@ class GPT(nn.Module):
             wte=nn.Embedding(padded, C), # also the output head (tied); padded logits never count
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
         frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)                 # (D/2,)
-        angles = torch.outer(torch.arange(config.block_size), frequencies)    # (T, D/2)
-        angles = angles.unsqueeze(1)                                          # (T, 1, D/2)
+        angles = torch.arange(config.block_size).view(-1, 1, 1) * frequencies # (T, 1, D/2)
         cos = torch.cat((angles.cos(), angles.cos()), -1)                     # (T, 1, D)
-        sin = torch.cat((angles.sin(), -angles.sin()), -1)                    # (T, 1, D)
+        sin = torch.cat((angles.sin(), -angles.sin()), -1)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
@@ -250,12 +249,11 @@ class GPT(nn.Module):
         likeliest token, top_k keeps the k likeliest. A full cache restarts from the last half of
         the context.
         """
-        cache, new = None, idx[:, -self.config.block_size:]
+        size, new = self.config.block_size, idx[:, -self.config.block_size:]
+        cache = KVCache(self.config, idx.size(0), idx.device, self.stream_dtype(idx.device))
         for _ in range(max_new_tokens):
-            if cache is None or cache.pos == self.config.block_size:
-                if cache is not None:
-                    new = idx[:, -max(1, self.config.block_size // 2):]
-                cache = KVCache(self.config, idx.size(0), idx.device, self.stream_dtype(idx.device))
+            if cache.pos == size:
+                cache.pos, new = 0, idx[:, -max(1, size // 2):]
             logits = self(new, cache=cache)[0][:, -1].float()        # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -15,7 +15,6 @@ Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a
 finite, 4 ranks came to differ, 128 + signal after SIGTERM, SIGHUP or Ctrl-C (the step was finished
 and saved).
 """
-import glob
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 
 # Before torch is loaded: on a CPU, threads that wait for each other spin for some microseconds,
 # then sleep. To sleep at once is a third slower; to spin on, many times where a core is kept busy.
@@ -137,7 +137,7 @@ def problems(c):
                      f"sae_layers, sae_recon above 0, and a sae_site of {', '.join(own)}")
     if not writable(c['out_dir']):
         found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
-    if c['init_from'] != 'resume' and glob.glob(os.path.join(c['out_dir'], 'ckpt*.pt')):
+    if c['init_from'] != 'resume' and any(Path(c['out_dir']).glob('ckpt*.pt')):
         found.append(f"out_dir={c['out_dir']} holds a run: --init_from=resume goes on with it; "
                      "else give another --out_dir, or delete that folder first")
     return found
@@ -169,8 +169,8 @@ tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
 def fail(message, code=1):
     """A sentence to stderr and a non-zero exit."""
-    print(f"error: rank {rank}: {message}" if ddp else f"error: {message}", file=sys.stderr,
-          flush=True)
+    who = f"rank {rank}: " if ddp else ""
+    print(f"error: {who}{message}", file=sys.stderr, flush=True)
     os._exit(code) # no waiting in collectives that the others will never join
 
 def on_error(kind, e, trace):
@@ -259,9 +259,8 @@ if resuming:
 # --------------------------------------------------------------------------------------------------
 # model
 torch.manual_seed(seed)
-vocab_size = data.meta['vocab_size']
 model_args = {key: config[key] for key in model_keys}
-model = GPT(GPTConfig(vocab_size=vocab_size, **model_args)).to(device)
+model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
 raw_model = model # without what compile and DDP put around it
 saes = model.saes() # {block: SAE}
 model.requires_grad_(not sae_posthoc)
@@ -432,11 +431,10 @@ sparse = f"SAE at {sae_site} of block {blocks}: {raw_model.config.n_features} fe
 say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dense, no SAE layer'}\n"
     f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
     f"{world_size} x {device_type}, {dtype}")
-if resuming:
+if resuming and was['max_iters'] != max_iters:
     before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
-    if before != now:
-        say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
-            f"{now:.3g}")
+    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
+        f"{now:.3g}")
 
 signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
