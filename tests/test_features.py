@@ -49,7 +49,7 @@ def make_model(seed=0, **config):
             p += 0.1 * torch.randn_like(p) # projections begin at zero: stir
         for i, sae in model.saes().items():
             sae.b_enc[5] = -1e4
-            sae.b_enc -= 0.7 * (i == 2) # there some tokens have fewer than K
+            sae.b_enc -= 1.2 * (i == 2) # there some tokens have fewer than K
     return model
 
 def make_run(folder, seed=0, **config):
