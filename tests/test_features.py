@@ -342,6 +342,8 @@ def test_concepts_by_brute_force():
     names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
     tokens = rng.integers(0, len(names), 3000)
     tokens[:1200] = 6                                        # windows without a word
+    tokens[:1984][tokens[:1984] == 2] = 6                    # two that never meet
+    tokens[1984:][tokens[1984:] == 3] = 6
     count, where = np.array([50, 10, 45, 200]), []
     for n in count:
         where.append(np.sort(rng.choice(np.arange(1000, 3000), n, replace=False)))
