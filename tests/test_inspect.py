@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 
+import explain
 import features
 import inspect_features as view
 import sample
@@ -61,7 +62,7 @@ def test_feature_view(out, index, capsys):
                 f'Token Entropy {scan.entropy[7]:.4f}\n') in text
     assert text.count('Example ') == 4 and f'{scan.count[7]:,} of them' in text
     run = features.open_run(out, device='cpu')
-    effect = scanning.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
+    effect = explain.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
     assert f"mean {effect['mean']:+.4f} nats" in text
     squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█◌]', '', text)
     for c in scanning.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:

@@ -95,7 +95,8 @@ def test_of_many_the_promising(run, monkeypatch):
         log_p = []
         for scale in (0.99, 1.01):
             set_steering(run.model, [(layer, f, scale, 0.0)])
-            logits, _ = features.forward(run.model, torch.tensor([tokens]))
+            with torch.no_grad():
+                logits = run.model(torch.tensor([tokens]))[0]
             log_p.append(logits[0, -1].log_softmax(-1)[97].item())
         slopes.append((-abs(log_p[1] - log_p[0]), layer, f))
     set_steering(run.model, [])
