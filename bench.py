@@ -5,9 +5,8 @@ How fast it is: every number beside its alternatives, all of them measured in on
     python bench.py --step=false         one part only
 
 layer   one SAE layer, forward and backward: kernels.py (fast; fast_skewed: some features fire
-        often), sae.py's plain path, the textbook in bf16 (scatter), a dense autoencoder (dense_ae),
-        EleutherAI's sparsify if installed; alone, the encoder's matmul, the selection, torch.topk,
-        and the floor. Then the output head with the loss
+        often), sae.py's plain path, the textbook in bf16 (scatter), a dense autoencoder (dense_ae);
+        alone, the encoder's matmul, which is the floor, the selection, torch.topk
 step    train.py with config/dense_gpt.py and config/sae_gpt.py in turns, on made-up tokens
 """
 import json
@@ -30,8 +29,8 @@ from sae import SAE
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
-N = 32_768 if GPU else 256               # tokens through the layer and the head
-V = 50_257 if GPU else 500               # vocabulary
+N = 32_768 if GPU else 256               # tokens through the layer
+V = 50_257 if GPU else 500               # vocabulary of the step's tokens
 SHAPES = [(32, 256, 4)]                  # C, F, K
 TRAIN = dict( # makes config/*_gpt.py tiny; 7 blocks, because the SAE is after the seventh
     max_iters=4, log_interval=1, n_layer=7, n_head=2, n_embd=16, block_size=32, batch_size=2,
@@ -63,10 +62,10 @@ def median_ms(fn):
         times += [a.elapsed_time(b) for a, b in events]
     return median(times)
 
-def measure(row, name, forward, inputs, gy=None):
+def measure(row, name, forward, inputs, gy):
     """
     Adds to row, of forward and backward: name_ms (None if it does not fit the card); on a GPU
-    name_gb at the peak, gradients included, and name_kept_gb between the two beside y.
+    name_gb at the peak, gradients included.
     """
     row[f'{name}_ms'] = None
     torch.cuda.empty_cache() # of what the one before has left
@@ -75,16 +74,11 @@ def measure(row, name, forward, inputs, gy=None):
         if GPU:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            y = forward()
-            row[f'{name}_kept_gb'] = (torch.cuda.memory_allocated() - before - y.nbytes) / 1e9
-            torch.autograd.grad(y, inputs, gy)
+            torch.autograd.grad(forward(), inputs, gy)
             row[f'{name}_gb'] = (torch.cuda.max_memory_allocated() - before) / 1e9
     print(f"{name}: {row[f'{name}_ms']} ms", flush=True)
 
-def compiled(fn): # on a CPU without a C++ compiler
-    return torch.compile(fn, dynamic=False, backend='inductor' if GPU else 'eager')
-
-def bench_layer(C, F, K, copy, matmul):
+def bench_layer(C, F, K):
     """A row: what `measure` finds of each variant, all with the same bf16 h and dy."""
     print(f"layer C={C} F={F} K={K}", flush=True)
     torch.manual_seed(0)
@@ -109,6 +103,8 @@ def bench_layer(C, F, K, copy, matmul):
             a = torch.zeros_like(a).scatter(-1, indices, values)
         return a @ W_dec + b_dec
 
+    # a CPU may come without a C++ compiler
+    compiled = torch.compile(plain, dynamic=False, backend='inductor' if GPU else 'eager')
     x, W = h.detach(), P[0].detach().bfloat16()
     pre = x @ W.t()
     if kernels.fits(N, F, C, K, h.dtype, h.device):
@@ -122,45 +118,15 @@ def bench_layer(C, F, K, copy, matmul):
         values, indices = kernels.topk_autoencode(x, *P, K)[1:3] # to be filled again
         row['select_ms'] = median_ms(lambda: kernels.select(pre, P[1].detach(), values, indices))
     measure(row, 'plain', plain, [h, *P], gy)
-    measure(row, 'plain_compiled', compiled(plain), [h, *P], gy)
+    measure(row, 'plain_compiled', compiled, [h, *P], gy)
     measure(row, 'scatter', lambda: dense_ae(textbook=True), [h, *P], gy)
     measure(row, 'dense_ae', dense_ae, [h, *P], gy)
-    try: # eai-sparsify on PyPI
-        from sparsify import SparseCoder, SparseCoderConfig
-        coder = SparseCoder(C, SparseCoderConfig(num_latents=F, k=K), DEVICE, torch.bfloat16)
-        inputs = [h, *coder.parameters()]
-        measure(row, 'sparsify', lambda: coder.decode(*coder.encode(h)[:2]), inputs, gy)
-    except Exception as e: # not installed, or the interface of another version
-        print(f"sparsify is not timed: {type(e).__name__}: {e}", flush=True)
     row['encoder_ms'] = median_ms(lambda: torch.mm(x, W.t(), out=pre))
     row['topk_ms'] = median_ms(lambda: pre.topk(K, dim=-1))
-    # What nothing with a dense encoder can beat: 2 N C F operations, then, once over memory, h
-    # twice, y, dy, dh in bf16; weights twice and their gradients in fp32; values, indices twice.
-    traffic = 10 * N * C + 24 * F * C + 16 * N * K
-    row['floor_ms'] = 2 * N * C * F / matmul / 1e9 + traffic / copy / 1e9
-    return row
-
-def bench_head():
-    """The output head with the loss, as a row; x in bf16, W in fp32, as in training."""
-    C = 768 if GPU else 32
-    x = torch.randn(N, C, device=DEVICE).bfloat16().requires_grad_()
-    W = torch.randn((V + 63) // 64 * 64, C, device=DEVICE).div_(50).requires_grad_() # padded
-    targets = torch.randint(V, (N,), device=DEVICE)
-    reference = compiled(kernels.linear_cross_entropy_ref)
-    row = dict(N=N, C=C, V=V)
-    measure(row, 'fused', lambda: kernels.linear_cross_entropy(x, W, targets, V), [x, W])
-    measure(row, 'compiled', lambda: reference(x, W, targets, V), [x, W])
     return row
 
 def bench_layers():
-    """The card's copy rate, TB/s read and written; its bf16 matmul rate, TFLOP/s; all rows."""
-    a = torch.zeros(2**30 if GPU else 2**20, dtype=torch.int8, device=DEVICE)
-    copy = 2 * a.nbytes / median_ms(a.clone) / 1e9
-    n = 8192 if GPU else 256
-    a, b = torch.randn(2, n, n, device=DEVICE).bfloat16() # of zeros, clocks would rise
-    matmul = 2 * n**3 / median_ms(lambda: a @ b) / 1e9
-    layers = [bench_layer(*shape, copy, matmul) for shape in SHAPES]
-    return dict(copy_tb_s=copy, matmul_tflop_s=matmul, layer=layers, head=bench_head())
+    return [bench_layer(*shape) for shape in SHAPES]
 
 def train(folder, kind, out):
     """Runs train.py on the tokens in folder -> tokens/s of each steady line of its log."""
@@ -183,7 +149,7 @@ def bench_step():
         for kind in ['dense', 'sae'] * (2 if GPU else 1): # in turns, as clocks drift
             found[kind] += train(folder, kind, folder / f'{kind}-{len(found[kind])}')
     dense, sae = median(found['dense']), median(found['sae'])
-    return dict(step=dict(dense_tok_s=dense, sae_tok_s=sae, sae_share=1 - sae / dense))
+    return dict(dense_tok_s=dense, sae_tok_s=sae, sae_share=1 - sae / dense)
 
 def main(argv):
     options = configure(dict(layer=True, step=True, out=''), argv)
@@ -191,7 +157,7 @@ def main(argv):
     result = dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU', torch=str(torch.__version__))
     for part, bench in ('layer', bench_layers), ('step', bench_step):
         if options[part]:
-            result |= bench()
+            result[part] = bench()
             if options['out']: # after each part: the next one may fail
                 Path(options['out']).write_text(json.dumps(result, indent=1), encoding='utf-8')
     print(json.dumps(result, indent=1))

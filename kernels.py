@@ -1,7 +1,7 @@
 """
 Three fast paths on a GPU, in Triton: topk_autoencode, one SAE layer, whose plain path is sae.py's;
-mlp, a block's MLP; linear_cross_entropy, the output head and the loss. The plain reference of these
-two stands beside them, and runs where there is no Triton or no GPU.
+mlp, a block's MLP; linear_cross_entropy, the output head and the loss. These two compute in plain
+PyTorch where there is no Triton or no GPU.
 
 Of the SAE layer only the encoder's product is dense. The rest touches K of F features a token:
 
@@ -575,8 +575,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, gy, gvalues, *_):
     h, W_enc = ctx.saved_tensors[:2]
-    if gy is None:
-        gy = torch.zeros_like(h)
+    gy = torch.zeros_like(h) if gy is None else gy
     dh, dW_enc, db_enc, dW_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
     # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
     db_dec = gy.sum(0, dtype=torch.float32) - (db_enc[:, None] * W_enc).sum(0)
@@ -599,10 +598,6 @@ def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     return _autoencode(h, W_enc, b_enc, W_dec, b_dec, k)[:4]
 
 # ---------------------------------------------------------------------------- MLP
-def mlp_ref(x, W_fc, W_proj):
-    """relu(x W_fc^T)^2 W_proj^T in plain PyTorch; same arguments and result as mlp."""
-    return linear(torch.relu(linear(x, W_fc.to(x.dtype))).square(), W_proj.to(x.dtype))
-
 @torch.library.custom_op("sae::mlp", mutates_args=())
 def _mlp(x: Tensor, W_fc: Tensor, W_proj: Tensor) -> tuple[Tensor, Tensor]:
     """-> the result and act, the hidden layer."""
@@ -640,18 +635,13 @@ def mlp(x, W_fc, W_proj):
     """
     A GPT's MLP: relu(x W_fc^T)^2 W_proj^T, x (..., C), W_fc (4C, C), W_proj (C, 4C) -> (..., C).
     Differentiable, once, in all three. Under autocast pass x in its dtype; weights may stay fp32.
-    Kernel: bf16 on Hopper, 1024 tokens or more, widths multiples of 8; else the reference.
+    Kernel: bf16 on Hopper, 1024 tokens or more, widths multiples of 8.
     """
     if not _fits_matmul(x, *W_fc.shape):
-        return mlp_ref(x, W_fc, W_proj)
+        return linear(torch.relu(linear(x, W_fc.to(x.dtype))).square(), W_proj.to(x.dtype))
     return _mlp(x.flatten(0, -2), W_fc, W_proj)[0].view_as(x)
 
 # ---------------------------------------------------------------------------- head and loss
-def linear_cross_entropy_ref(x, W, targets, vocab_size):
-    """Logits and loss in plain PyTorch; same arguments and result as linear_cross_entropy."""
-    logits = linear(x, W.to(x.dtype))[:, :vocab_size]                       # (N, V)
-    return cross_entropy(logits.float(), targets)
-
 @jit
 def _softmax_loss(logits, targets, losses, scale, V: tl.constexpr, V_PAD: tl.constexpr,
                   BLOCK: tl.constexpr, GRAD: tl.constexpr):
@@ -737,9 +727,10 @@ def linear_cross_entropy(x, W, targets, vocab_size):
     (N,) int64. Rows of W from vocab_size on pad it and do not count. Differentiable, once, in x
     and W. NaN in x gives NaN; on the kernels a target outside the vocabulary, -100 too, does so.
     Under autocast pass x in its dtype; W may stay fp32.
-    Kernels: N > 0, x in fp32 or bf16 (fp16 would lose gradients of 1/N); else the reference.
+    Kernels: N > 0, x in fp32 or bf16 (fp16 would lose gradients of 1/N).
     """
     if not (available(x.device) and x.dtype in (torch.float32, torch.bfloat16) and x.shape[0] > 0):
-        return linear_cross_entropy_ref(x, W, targets, vocab_size)
+        logits = linear(x, W.to(x.dtype))[:, :vocab_size]                   # (N, V)
+        return cross_entropy(logits.float(), targets)
     grads = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     return _linear_loss(x, W, targets, vocab_size, grads)[0]

@@ -11,7 +11,7 @@ n_embd = 192
 block_size = 256
 sae_layers = (1,)        # after the second of four blocks
 sae_ratio = 11           # F = 11 * 192 = 2,112 features
-sae_k = 32
+sae_k = 20               # about one in a hundred
 sae_cap = 0.03           # with so few features a laxer one leaves them to "the", "and", "for"
 
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step

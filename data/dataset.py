@@ -46,9 +46,9 @@ def token_dtype(vocab_size):
 
 def load_meta(name_or_path, sha256=None):
     """
-    (folder, its meta.json, how to prepare it). Raises ValueError, one sentence. A data set that is
-    not there may lie beside the code: data/mine, seen from another folder; or, under the name that
-    it had, one whose train.bin has this sha256.
+    (folder, its meta.json, how to prepare it). Raises ValueError. A data set that is not there may
+    lie beside the code: data/mine, seen from another folder; or, under the name that it had, one
+    whose train.bin has this sha256.
     """
     path = data_dir(name_or_path)
     file = path / 'meta.json'
@@ -65,17 +65,16 @@ def load_meta(name_or_path, sha256=None):
                          f"{how}, or name another with --dataset=")
     try:
         meta = json.loads(file.read_bytes())
-        ok = all(type(meta[key]) is kind for key, kind in META.items())
-        ok = ok and (meta['eot'] is None or meta['eot'] in range(meta['vocab_size']))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        ok = False
-    if not ok:
-        raise ValueError(f"{file} is torn, or is not the meta.json of a data set: {how} again")
+        assert all(type(meta[key]) is kind for key, kind in META.items())
+        assert meta['eot'] is None or meta['eot'] in range(meta['vocab_size'])
+    except (ValueError, KeyError, TypeError, RecursionError, AssertionError):
+        raise ValueError(f"{file} is torn, or is not the meta.json of a data set: {how} "
+                         "again") from None
     return path, meta, how
 
 def load_dataset(name_or_path, check_hash=False):
     """
-    Opens a data set whose files belong together; anything else is a ValueError, one sentence.
+    Opens a data set whose files belong together; anything else is a ValueError.
     With check_hash every byte is read (about 1 GB/s), else the first 16 M tokens.
     """
     path, meta, how = load_meta(name_or_path)
@@ -158,7 +157,7 @@ def gather(tokens, starts, block_size):
 # tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
 
 def load_tokenizer(folder, meta):
-    """The tiktoken.Encoding of the data set in `folder`. Raises ValueError, one sentence."""
+    """The tiktoken.Encoding of the data set in `folder`. Raises ValueError."""
     if not meta['tokenizer'].endswith('.json'):
         return named_encoding(meta['tokenizer'])
     file = Path(folder) / meta['tokenizer']
@@ -220,13 +219,13 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
     with tempfile.TemporaryDirectory(suffix='.tmp', dir=out) as temp:
         temp = Path(temp)
         for split, pieces in zip(SPLITS, (train_iter, val_iter)):
-            n, digest = 0, hashlib.sha256()
+            digest = hashlib.sha256()
             with open(temp / f'{split}.bin', 'wb') as f:
                 for ids in pieces:
                     raw = to_bytes(ids, vocab_size)
                     f.write(raw)
                     digest.update(raw)
-                    n += len(raw) // dtype.itemsize
+                n = f.tell() // dtype.itemsize
             if n == 0:
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
             meta |= {f'{split}_tokens': n, f'{split}_sha256': digest.hexdigest()}

@@ -10,7 +10,6 @@ one call of train.py and leaves one JSON in results/ladder/, of which table and 
 
 A run whose JSON is there is not made again; one that was interrupted is resumed.
 """
-import glob
 import json
 import os
 import queue
@@ -18,12 +17,14 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from configurator import configure, run, writable  # noqa: E402
 from data.dataset import load_meta                 # noqa: E402
 from features import open_run                      # noqa: E402
@@ -33,8 +34,8 @@ from model import GPTConfig                        # noqa: E402
 SIZES = {
     'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, sae_layers=(0,),
                  sae_k=8, eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
-    'cpu': dict(n_layer=4, n_head=4, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
-                sae_ratio=11, sae_k=32, sae_cap=0.03, gradient_accumulation_steps=2,
+    'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
+                sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
                 warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_layers=(3,),
                   eval_tokens=524_288),
@@ -97,8 +98,8 @@ def make(c, slots, row, seed):
     """
     size, steps = c['size'], c['steps']
     name = f"{size}-{steps}-{row.replace(' ', '-').replace('/', '')}-s{seed}"
-    target, out_dir = os.path.join(c['results'], name + '.json'), os.path.join(c['out'], name)
-    if os.path.exists(target):
+    target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
+    if target.exists():
         return None
     evals = 4 if size == 'cpu' else 10
     options = dict(
@@ -107,32 +108,32 @@ def make(c, slots, row, seed):
     options |= SIZES[size] | rows(size)[row]
     options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir)
     if 'sae_posthoc' in options:
-        options['init_from'] = os.path.join(c['out'], f'{size}-{steps}-dense-s{seed}')
-    if os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        options['init_from'] = Path(c['out'], f'{size}-{steps}-dense-s{seed}')
+    if (out_dir / 'ckpt.pt').exists():
         options['init_from'] = 'resume'
-    command = [sys.executable, os.path.join(ROOT, 'train.py')]
+    command = [sys.executable, ROOT / 'train.py']
     command += [f'--{key}={value}' for key, value in options.items()]
 
     device, number = slots.get()
     gpu = dict(CUDA_VISIBLE_DEVICES=number) if number else {}
-    with open(out_dir + '.txt', 'w') as printed:
-        failed = subprocess.call(command, stdout=printed, stderr=printed, env=os.environ | gpu)
+    printed = f'{out_dir}.txt'
+    with open(printed, 'w') as f:
+        failed = subprocess.call(command, stdout=f, stderr=f, env=os.environ | gpu)
     slots.put((device, number))
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
-        return out_dir + '.txt'
-    result = summary(row, size, os.path.join(out_dir, 'log.jsonl'))
+        return printed
+    result = summary(row, size, out_dir / 'log.jsonl')
     _, meta, _ = load_meta(c['dataset'])
     result['dataset'] = os.path.basename(c['dataset'])
     result['unique_tokens'] = min(result['tokens'], meta['train_tokens'])
     if c['labels']:
-        default = GPTConfig(**{key: value for key, value in SIZES[size].items()
-                               if key in ('sae_layers', 'sae_k')})
-        model = open_run(out_dir, c['dataset'], device, for_features=False)
-        result |= measure(model, c['labels'], default.sae_layers[0], default.sae_k)
-    with open(target + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(result, f, indent=1)
-    os.replace(target + '.tmp', target)
+        model = open_run(str(out_dir), c['dataset'], device, for_features=False)
+        k = SIZES[size].get('sae_k', GPTConfig.sae_k)
+        result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
+    temporary = target.with_suffix('.tmp')
+    temporary.write_text(json.dumps(result, indent=1), encoding='utf-8')
+    temporary.replace(target)
     return None
 
 def summary(row, size, log):
@@ -141,12 +142,9 @@ def summary(row, size, log):
     several lines of one step, as a resumed run has, the last counts; a torn line is skipped.
     """
     steps = dict(start={}, log={}, eval={})
-    with open(log, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
+    for line in log.read_text(encoding='utf-8', errors='replace').splitlines():
+        with suppress(ValueError):
+            record = json.loads(line)
             steps[record['event']][record.get('step')] = record
     (start,), logs, evals = (list(records.values()) for records in steps.values())
     last = evals[-1]
@@ -280,18 +278,15 @@ def plot(results, c):
 NEEDED = {'row', 'size', 'seed', 'tokens', 'val_loss', 'config', 'curve'}
 
 def load(folder):
-    """All results in a folder. Raises ValueError, one sentence, for a file that is none."""
+    """All results in a folder. Raises ValueError for a file that is none."""
     results = []
-    for path in sorted(glob.glob(os.path.join(folder, '*.json'))):
+    for path in sorted(Path(folder).glob('*.json')):
         try:
-            with open(path, encoding='utf-8') as f:
-                result = json.load(f)
-        except ValueError:
-            result = None
-        if type(result) is not dict or not NEEDED <= set(result) or result['size'] not in SIZES:
+            results.append(json.loads(path.read_text(encoding='utf-8')))
+            assert NEEDED <= set(results[-1]) and results[-1]['size'] in SIZES
+        except (ValueError, TypeError, AssertionError):
             raise ValueError(f"{path} is torn, or no result of this script: delete it, and its run "
-                             "will be made again")
-        results.append(result)
+                             "will be made again") from None
     return results
 
 # ------------------------------------------------------------------------------------------------
@@ -307,10 +302,8 @@ def problems(c):
     for key in ('results', 'out'):
         if training and not writable(c[key]):
             found.append(f"{key}={c[key]} must be a folder that can be written")
-    if c['table'] and not glob.glob(os.path.join(c['results'], '*.json')):
+    if c['table'] and not list(Path(c['results']).glob('*.json')):
         found.append(f"results={c['results']} holds no results: run this without --table=true")
-    if c['gpus'] < -1:
-        found.append(f"gpus={c['gpus']} must be a number of GPUs, 0 for the CPU, -1 for all")
     if c['steps'] < 1:
         found.append(f"steps={c['steps']} must be at least 1")
     if not c['seeds'] or min(c['seeds']) < 0:
@@ -330,7 +323,7 @@ def free_slots(gpus):
 def main(argv):
     c = configure(dict(
         size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='wiki', labels='',
-        gpus=-1, results=os.path.join(ROOT, 'results', 'ladder'), out='out-ladder', table=False,
+        gpus=-1, results=str(ROOT / 'results' / 'ladder'), out='out-ladder', table=False,
         plot=''), argv, problems)
     names = list(dict.fromkeys(c['rows'].split(',')))
     failed = []
@@ -341,11 +334,10 @@ def main(argv):
         for slot in free_slots(c['gpus']):
             slots.put(slot)
         jobs = [(row, seed) for seed in dict.fromkeys(c['seeds']) for row in names]
-        posthoc = [job for job in jobs if job[0].startswith('posthoc')]
-        others = [job for job in jobs if job not in posthoc]   # first: post-hoc needs its twin
         with ThreadPoolExecutor(2 * slots.qsize()) as pool:
-            failed += pool.map(lambda job: make(c, slots, *job), others)
-            failed += pool.map(lambda job: make(c, slots, *job), posthoc)
+            for posthoc in False, True:   # which needs its dense twin's checkpoint
+                now = [job for job in jobs if job[0].startswith('posthoc') == posthoc]
+                failed += pool.map(lambda job: make(c, slots, *job), now)
     results = load(c['results'])
     print_table(results)
     if c['plot']:

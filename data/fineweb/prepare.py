@@ -43,7 +43,7 @@ def read_shard(path):
     n. Raises ValueError where it is no whole shard.
     """
     size, header = path.stat().st_size, np.fromfile(path, '<i4', 3).tolist()
-    if size <= 1024 or header != [20240520, 1, (size - 1024) / 2]:
+    if header != [20240520, 1, (size - 1024) / 2]:
         path.unlink() # or every later run would stop here
         raise ValueError(f"{path.name} is no whole shard: it has {size:,} bytes and begins with "
                          f"{header}, not with 20240520, 1, tokens; deleted: run this again")

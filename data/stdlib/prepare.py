@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import tokenize
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2])) # the repository
@@ -49,12 +50,10 @@ def documents():
             continue # a template, or unreadable: no source
         if text and len(LITERAL.findall(text)) <= 0.3 * (text.count('\n') + 1):
             yield path.relative_to(root).as_posix(), text
-    try:
+    with suppress(ImportError): # some distributions ship Python without it
         from pydoc_data.topics import topics
-    except ImportError: # some distributions ship Python without it
-        topics = {}
-    for name in sorted(topics):
-        yield f"help topic {name}", topics[name]
+        for name in sorted(topics):
+            yield f"help topic {name}", topics[name]
 
 def is_val(name):
     """By name alone: a file stays on its side when others come or go with the next Python."""
@@ -64,15 +63,15 @@ def train_bpe(texts, vocab_size):
     """
     Returns {token bytes: id}: the 256 bytes, then up to vocab_size - 256 merged tokens.
     Ordinary BPE: join the most frequent pair of neighbours, again and again; of equals the one with
-    the lower ids. Fast enough in plain Python because it works on distinct words with their counts
-    (this library has 46 thousand), and a merge touches only the words that contain its pair.
+    the lower ids. It works on distinct words, strings of chr(id) for each token, with their counts;
+    a merge touches only the words that contain its pair.
     """
     import regex
     split = regex.compile(PATTERN)
     counts = Counter()
     for text in texts:
         counts.update(split.findall(text))
-    words = [list(word.encode()) for word in counts] # as ids
+    words = [word.encode().decode('latin-1') for word in counts] # bytes are the first 256 ids
     counts = list(counts.values())
 
     tokens = [bytes([i]) for i in range(256)]
@@ -92,19 +91,14 @@ def train_bpe(texts, vocab_size):
             continue
         if -n < 2:
             break # what occurs once is no pattern
-        a, b = pair
-        new = len(tokens) # a new spelling: where an older ab+c was joined, no a+bc is left
-        tokens.append(tokens[a] + tokens[b])
+        new = chr(len(tokens)) # a new spelling: where an older ab+c was joined, no a+bc is left
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         grown = set()
         for w in where.pop(pair):
             word = words[w]
             for old in zip(word, word[1:]):
                 pair_count[old] -= counts[w]
-            i = 0
-            while i < len(word) - 1:
-                if word[i] == a and word[i + 1] == b:
-                    word[i:i + 2] = [new]
-                i += 1
+            words[w] = word = word.replace(''.join(pair), new)
             for now in zip(word, word[1:]):
                 pair_count[now] += counts[w]
                 if new in now:

@@ -5,11 +5,10 @@ Makes a data set of your own text: .txt and .md files (UTF-8), and .jsonl files 
     python data/text/prepare.py notes/ "books/*.txt" chat.jsonl --out=mytext
     python train.py config/sae_cpu.py --dataset=mytext
 
---out is a name in data/, or a path; --encoding=gpt2 may be any tiktoken name, which tiktoken
-fetches once. A document is a file, or a line of a .jsonl; in a text file a line <|endoftext|>
-begins the next one. What is longer than a 40th of the whole, or than LONGEST, is cut into several,
-at line ends, so that a book alone will do. Documents go to val.bin whenever it has less than a 20th
-of the text so far. All text is held in memory.
+--out is a name in data/, or a path; --encoding=gpt2 may be any tiktoken name, fetched once. A
+document is a file, or a line of a .jsonl; in a text file a line <|endoftext|> begins the next one.
+What is longer than a 40th of the whole, or than LONGEST, is cut at line ends, so that a book alone
+will do. val.bin gets a 20th of the text. All text is held in memory.
 """
 import glob
 import json
@@ -35,19 +34,14 @@ def find_files(patterns):
         raise ValueError("no text is named: give files or folders, and --out=NAME")
     files, others = set(), set()
     for pattern in patterns:
-        path = Path(os.path.abspath(os.path.expanduser(pattern)))
-        if path.is_dir():
-            hits = path.rglob('*')
-        elif path.exists():
-            hits = [path]
-        else:
-            hits = map(Path, glob.glob(str(path), recursive=True))
-        hits = {hit for hit in hits if hit.is_symlink() or not hit.is_dir()}
+        path = os.path.abspath(os.path.expanduser(pattern))
+        named = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        hits = {hit for path in map(Path, named) for hit in (path, *path.rglob('*'))}
         texts = {hit for hit in hits if hit.is_file() and hit.suffix.lower() in SUFFIXES}
         if not texts:
             raise ValueError(f"no {', '.join(SUFFIXES)} file matches {pattern!r}")
         files |= texts
-        others |= hits - texts
+        others |= {hit for hit in hits - texts if hit.is_symlink() or not hit.is_dir()}
     return sorted(files), len(others)
 
 def read(file):
