@@ -224,7 +224,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--timeline=true'], 'there are no snapshots'),
     (['--top=0'], 'top=0 must be at least 1'), (['--rows=-1'], 'rows=-1 must be at least 0'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),
-    (['--html=/no/such/folder/x.html'], "No such file or directory: '/no/such/folder/x.html'"),
+    (['--html=/no/such/folder/x.html'], "No such file or directory: '/no/such/folder/x.html"),
     (['--find=a', '--prompt=b'], 'find and prompt do not go together'),
     (['--html=x', '--timeline=true'], 'html and timeline do not go together'),
     (['--export=x', '--find=a', '--feature=3'], 'export and feature and find do not go'),
