@@ -190,8 +190,8 @@ def check_contexts(d, scan, windows, where):
 def test_scan_and_snapshot_by_brute_force(site, tmp_path):
     """At every site; the snapshot of the same windows agrees."""
     out = make_run(tmp_path, seed=1, sae_site=site)
-    index = open_index(out, 60 * T)
-    windows, fires, model = brute(out, 60 * T)
+    index = open_index(out, 40 * T)
+    windows, fires, model = brute(out, 40 * T)
     check_scan(index, windows, fires)
     got = features.snapshot(model, torch.from_numpy(windows).split(7))
     assert got['probed'] == windows.size and got['layers'] == [1, 2]
