@@ -38,7 +38,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                   *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
             sys.exit(0)
         elif arg.startswith('--'):
-            named, where = {key: value if equals else ...}, "on the command line"
+            named, where = {key: value if equals else True}, "on the command line"
         else:
             named, where = read_file(arg, config, problems), f"in {arg}"
         given.update(named)
@@ -49,10 +49,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
                 problems.append(f"unknown key {key!r} {where}: {hint}")
             elif (new := convert(value, kind)) is None:
-                said = f"{key}={show(value)} {where}: expected "
-                if value is ...: # --key without =
-                    said = f"--{key}: expected --{key}="
-                problems.append(said + EXPECTED[kind])
+                problems.append(f"{key}={show(value)} {where}: expected {EXPECTED[kind]}")
                 unread.append(key)
             elif kind is list and config[key] is not defaults[key]: # given before
                 config[key] = config[key] + new
@@ -105,14 +102,12 @@ def read_file(path, config, problems):
                         "options are written --key=value")
         return {}
     changed = {n: v for n, v in names.items() if n not in config or v is not config[n]}
-    own = [n for n, v in changed.items() if n.startswith('_') or callable(v) or ismodule(v)]
-    return {n: v for n, v in changed.items() if n in config or n not in own}
+    return {n: v for n, v in changed.items()
+            if n in config or not (n.startswith('_') or callable(v) or ismodule(v))}
 
 def convert(value, kind):
     """value as that type, or None where it cannot be understood."""
-    if kind is bool and value is ...:
-        value = True
-    elif kind is list and isinstance(value, str):
+    if kind is list and isinstance(value, str):
         value = [value]
     elif kind is not str and isinstance(value, str):
         text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing
@@ -121,16 +116,11 @@ def convert(value, kind):
     if kind is tuple:
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         ok = all(type(v) is int for v in value)
-    elif kind is int:
-        ok = type(value) is int and abs(value) < 2**63
     elif kind is float:
         ok = type(value) in (int, float) and abs(value) <= sys.float_info.max # false for nan
     else:
-        ok = type(value) is kind
+        ok = type(value) is kind and (kind is not int or abs(value) < 2**63)
     return kind(value) if ok else None
 
 def show(value):
-    try:
-        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    except ValueError: # Python will not print more than 4,300 digits
-        return "a very long number"
+    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

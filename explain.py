@@ -1,13 +1,13 @@
 """
-What made the model say it: features are taken away, and the blocks from theirs on run again. The
-features are part of the model, so each number is exact, in float32, also on a GPU (bf16 would round
-small effects away). Nothing here prints; inspect_features.py does.
+What features do to what the model says: they are taken away, and the blocks from theirs on run
+again. They are part of the model, so each number is exact, in float32, also on a GPU (bf16 would
+round small effects away). Nothing here prints; inspect_features.py does.
 
 Shapes: B runs, T tokens, N scanned tokens, F features, C n_embd, V vocabulary.
 """
 import numpy as np
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
 from features import device_of
 from sae import norm
@@ -50,13 +50,13 @@ def kept(model, layers, removals):
 
 def fires_in(model, idx, layers):
     """{(block, f): [(position, activation), ...]} of the features that are active on idx (1, T)."""
-    fires = {}
     _, out = model.blocks(idx, max(layers) + 1)
-    for layer, values, indices in zip(model.saes(), out.values.cpu(), out.indices.cpu()):
-        for t, k in (values[0] != 0).nonzero().tolist():
-            if layer in layers:
-                at = t, values[0, t, k].item()
-                fires.setdefault((layer, indices[0, t, k].item()), []).append(at)
+    blocks, fires = list(model.saes()), {}
+    values, indices = out.values[:, 0].cpu(), out.indices[:, 0].cpu()        # (S, T, K)
+    for s, t, k in values.nonzero().tolist():
+        if blocks[s] in layers:
+            feature = blocks[s], indices[s, t, k].item()
+            fires.setdefault(feature, []).append((t, values[s, t, k].item()))
     return fires
 
 def promising(model, idx, fires, layers, end, measure):
@@ -90,8 +90,7 @@ def explain(model, idx, layers, end, measure):
     """
     fires = fires_in(model, idx, layers)
     features = promising(model, idx, fires, layers, end, measure)
-    scales = kept(model, layers, [[]])
-    base = run_scaled(model, idx, scales, end, measure).item()
+    base = run_scaled(model, idx, kept(model, layers, [[]]), end, measure).item()
     effects = []
     for layer in sorted({layer for layer, _ in features}): # only what lies above it runs again
         own = [feature for feature in features if feature[0] == layer]
@@ -102,12 +101,12 @@ def explain(model, idx, layers, end, measure):
     effects.sort(key=lambda effect: effect[0])
     pro = [effect for effect in effects[:TOGETHER] if effect[0] < 0]
     con = [effect for effect in effects[::-1][:TOGETHER] if effect[0] > 0]
-    without = kept(model, layers, [[effect[1:3] for effect in pro]])
-    together = run_scaled(model, idx, without, end, measure).item()
-    nothing = {layer: torch.zeros_like(scale) for layer, scale in scales.items()}
-    whole = run_scaled(model, idx, nothing, end, measure).item()
+    without = kept(model, layers, [[effect[1:3] for effect in pro], []])
+    for scale in without.values():
+        scale[1] = 0                     # all, also those that fire only where others are away
+    together, whole = (run_scaled(model, idx, without, end, measure) - base).tolist()
     return dict(base=base, active=len(fires), effects=effects, pro=pro, con=con,
-                together=together - base, whole=whole - base,
+                together=together, whole=whole,
                 passes=what_passes(model.saes()[layers[0]], layers[0]))
 
 def what_passes(sae, layer):
@@ -119,8 +118,13 @@ def what_passes(sae, layer):
         rest.append(f"of the stream a share of {1 - sae.alpha:.2f} passes too")
     if sae.posthoc:
         rest.append("the length of each token's stream passes too")
-    return (f"the features are {sae.site.place} {layer}: "
-            f"{' and '.join(rest) or 'nothing else passes, this is the whole truth'}")
+    said = ' and '.join(rest) or "nothing else passes, this is the whole truth"
+    return f"the features are {sae.site.place} {layer}: {said}"
+
+def logits_of(model, stream):
+    """The stream (B, T, C) after the last block -> logits (B, T, V)."""
+    logits = linear(norm(stream), model.transformer.wte.weight)
+    return logits[..., :model.config.vocab_size].float()
 
 @torch.no_grad()
 def why_token(model, tokens, target, layers):
@@ -131,9 +135,9 @@ def why_token(model, tokens, target, layers):
       idx       the ids that are read: the last ones that fit into the model
       likeliest [(token, probability)] of 5 after tokens
     """
-    T, V, device = model.config.block_size, model.config.vocab_size, device_of(model)
+    T, device = model.config.block_size, device_of(model)
     p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
-    top = p.topk(min(5, V))
+    top = p.topk(min(5, len(p)))
     likeliest = list(zip(top.indices.tolist(), top.values.tolist()))
     target = target or [likeliest[0][0]]
     n = len(target)
@@ -141,8 +145,7 @@ def why_token(model, tokens, target, layers):
     answer = torch.tensor(target, device=device)[:, None]                    # (n, 1)
 
     def log_p(stream, _):
-        logits = linear(norm(stream[:, -n:]), model.transformer.wte.weight)[..., :V]
-        log_p = logits.float().log_softmax(-1)                               # (B, n, V)
+        log_p = logits_of(model, stream[:, -n:]).log_softmax(-1)             # (B, n, V)
         return log_p.gather(-1, answer.expand(len(log_p), -1, -1)).sum((1, 2))
 
     idx = torch.tensor([read], device=device)
@@ -162,6 +165,39 @@ def why_feature(model, tokens, layer, f):
     below = [i for i in model.saes() if i < layer]
     idx = torch.tensor([tokens], device=device_of(model))
     return explain(model, idx, below, layer + 1, activation) | dict(idx=tokens)
+
+@torch.no_grad()
+def loss_changes(model, layer, tokens, features):
+    """
+    How the losses of tokens (T,) change, in nats, when a feature of a block is taken away, for each
+    of n features: (n, T - 1), that of token j at j - 1.
+    """
+    idx = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model))
+
+    def losses(stream, _):
+        logits = logits_of(model, stream[:, :-1])                            # (B, T - 1, V)
+        targets = idx[1:].expand(len(logits), -1)                            # (B, T - 1)
+        return cross_entropy(logits.transpose(1, 2), targets, reduction='none')
+
+    scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
+    loss = run_scaled(model, idx[None], scales, model.config.n_layer, losses)
+    return (loss[1:] - loss[0]).cpu().numpy()
+
+def removal_effect(model, scan, f, n, seed):
+    """
+    The change of the next token's loss, in nats, when a feature is taken away, at n of the
+    positions where it fires, drawn at random; None where there is none.
+    """
+    T, where = scan.T, firings(scan, f)[0]                                   # (P,)
+    where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
+    changes = []
+    for w in np.unique(where // T).tolist():
+        by_place = loss_changes(model, scan.layer, scan.tokens[w * T:(w + 1) * T], [f])[0]
+        changes += by_place[where[where // T == w] % T].tolist()
+    if not changes:
+        return None
+    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)),
+                worse=float(np.mean(np.array(changes) > 0)))
 
 @torch.no_grad()
 def trace(model, scan, above, f, seed, n=16):

@@ -2,12 +2,6 @@
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
 here prints but notes, to stderr; train.py, inspect_features.py and sample.py do.
 
-  statistics   of features over a set of tokens
-  timeline     the snapshots that training takes at each eval
-  evaluation   the loss, and what the model loses without its features
-  run          an opened checkpoint, and the one way in which a text is read
-  text         tokens that are safe on any screen
-
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
 (in the timeline), V vocabulary, P pairs that occur.
@@ -18,7 +12,6 @@ import os
 import re
 import sys
 import unicodedata
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -97,23 +90,16 @@ def snapshot(model, batches):
 def say(note):
     print(note, file=sys.stderr, flush=True)
 
-def write_whole(path, write):
-    """Calls write(file), then gives the file its name: whole or not at all. Raises OSError."""
-    temporary = f'{path}.{os.getpid()}.tmp'                  # others may write the same file now
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-        os.replace(temporary, path)
-    except BaseException as e:
-        e.filename = str(path)                               # in an OSError's sentence
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
-
 def save_npz(path, arrays, save=np.savez_compressed):
     """Writes {name: array} whole or not at all. Raises OSError."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: save(file, **arrays))
+    temporary = Path(f'{path}.{os.getpid()}.tmp')            # others may write the same file now
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, 'wb') as file:
+            save(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def keep(path, arrays, save=np.savez_compressed):
     """save_npz of what can be made again: where it cannot be written, that is said."""
@@ -129,18 +115,6 @@ def load_npz(path):
             return {name: z[name] for name in z.files}
     except Exception: # damage shows up as almost any: zip, zlib, header, end of file
         return {}
-
-def write_safetensors(path, tensors):
-    """{name: tensor} as a safetensors file: length of the header, header in JSON, raw data."""
-    header, data = {}, b''
-    for key, x in tensors.items():
-        raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        header[key] = dict(dtype='F32', shape=x.shape, data_offsets=offsets)
-        data += raw
-    header = json.dumps(header).encode()
-    header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
 
 def of_layer(arrays, layer):
     """{'L6.count': ..., ...} -> {'count': ...}"""
@@ -301,23 +275,15 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     if for_features and not model.saes():
         raise ValueError(f"the model in {out_dir} is dense: it has no SAE, and no features to look "
                          "at or to steer; train one with --sae_layers")
+    kept = checkpoint.get('tokenizer')
+    if kept is None:
+        raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
     if dataset:
         load_meta(dataset) # for its error
-    dataset, V = dataset or checkpoint['dataset'], model.config.vocab_size
-    if kept := checkpoint.get('tokenizer'):
-        meta, text = kept['meta'], kept['json']
-        tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
-    else: # a checkpoint of an older version
-        trained_on = checkpoint.get('data_sha256')
-        folder, meta, _ = load_meta(dataset, trained_on)
-        if meta['vocab_size'] != V:
-            raise ValueError(f"{folder} has {meta['vocab_size']} token types, the model in "
-                             f"{out_dir} {V}: give the --dataset of its training")
-        tokenizer = load_tokenizer(folder, meta)
-        if meta['tokenizer'].endswith('.json') and meta['train_sha256'] != trained_on:
-            say(f"warning: {dataset} is not the data that this model was trained on: if its "
-                "tokenizer is another too, the text is garbled")
-    return Run(out_dir, checkpoint, model, dataset, meta, tokenizer, token_bytes(tokenizer, V))
+    meta, text, V = kept['meta'], kept['json'], model.config.vocab_size
+    tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
+    return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
+               token_bytes(tokenizer, V))
 
 def other_tokenizer(run):
     """
@@ -357,16 +323,12 @@ def read_file(key, path):
         why = getattr(e, 'strerror', None) or "it is not UTF-8 text"
         raise ValueError(f"{key}={path!r} cannot be read: {why}") from None
 
-def prompt_text(prompt, prompt_file):
+def prompt_text(options):
     """What --prompt or --prompt_file gives, '' for neither. Raises ValueError, one sentence."""
-    if prompt and prompt_file:
+    if options.prompt and options.prompt_file:
         raise ValueError("prompt and prompt_file are both given: choose one")
-    if not prompt_file:
-        return prompt
-    text = read_file('prompt_file', prompt_file)
-    if not text:
-        raise ValueError(f"prompt_file={prompt_file!r} is empty: write a prompt into it")
-    return text
+    file = options.prompt_file
+    return read_file('prompt_file', file) if file else options.prompt
 
 def encode(run, text):
     """
@@ -387,33 +349,28 @@ def autocast(model):
     return torch.autocast('cuda', torch.bfloat16, enabled=device_of(model).type == 'cuda')
 
 @torch.no_grad()
-def forward(model, idx):
-    """idx (B, T) -> logits (B, T, V), SAEOut."""
-    with autocast(model):
-        logits, _, out = model(idx.to(device_of(model)))
-    return logits, out
-
-@torch.no_grad()
 def see(model, idx, upto=None):
     """The SAEOut of the first `upto` blocks, all if None, on idx (B, T), without the logits."""
     with autocast(model):
         return model.blocks(idx.to(device_of(model)), upto)[1]
 
+@torch.no_grad()
 def read(model, tokens):
     """
     One pass over a text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and
     indices (S, n, K) of its features. A text beyond block_size is read in windows that overlap by
     half, so that no token is read with less than half a window.
     """
-    idx, T = torch.tensor([tokens]), model.config.block_size
+    idx, T = torch.tensor([tokens], device=device_of(model)), model.config.block_size
     losses, values, indices, done = [], [], [], 0
     while done < len(tokens):
         start = max(0, done - T // 2)
         new = slice(done - start, None)                     # what no earlier window held
-        logits, out = forward(model, idx[:, start:start + T])
+        with autocast(model):
+            logits, _, out = model(idx[:, start:start + T])
         targets = idx[0, done + 1:start + T + 1]
-        logits = logits[0, new][:len(targets)].float().cpu() # the last token has no target
-        losses.append(cross_entropy(logits, targets, reduction='none'))
+        logits = logits[0, new][:len(targets)].float()      # the last token has no target
+        losses.append(cross_entropy(logits, targets, reduction='none').cpu())
         values.append(out.values[:, 0, new].float().cpu())
         indices.append(out.indices[:, 0, new].cpu())
         done = start + T
@@ -423,14 +380,6 @@ def strongest(values, indices, n):
     """The n strongest features of one token as [(f, activation)]; values, indices (K,)."""
     pairs = [(f, a) for f, a in zip(indices.tolist(), values.tolist()) if a]
     return sorted(pairs, key=lambda pair: -abs(pair[1]))[:n]
-
-def prompt_rows(run, text, n):
-    """[(token, {block: its n strongest features})] of a text."""
-    tokens = encode(run, text)
-    _, values, indices = read(run.model, tokens)
-    layers = list(enumerate(run.model.saes()))
-    return [(token, {layer: strongest(values[s, t], indices[s, t], n) for s, layer in layers})
-            for t, token in enumerate(tokens)]
 
 # --------------------------------------------------------------------------------------------------
 # tokens as text that is safe on any screen
@@ -448,17 +397,16 @@ def safe(raw, keep=''):
     for char in raw.decode('utf-8', 'surrogateescape'):
         code, kind = ord(char), unicodedata.category(char)
         if char in keep:
-            out += char
+            pass
         elif char in SIGNS:
-            out += SIGNS[char]
+            char = SIGNS[char]
         elif 0xDC80 <= code <= 0xDCFF:
-            out += f'<0x{code - 0xDC00:02X}>'
+            char = f'<0x{code - 0xDC00:02X}>'
         elif kind[0] == 'C' or kind in ('Zl', 'Zp'):
-            out += f'<U+{code:04X}>'
+            char = f'<U+{code:04X}>'
         elif kind[0] == 'M' and not out:
-            out += '◌' + char
-        else:
-            out += char
+            char = '◌' + char
+        out += char
     return out
 
 def caption(raw):

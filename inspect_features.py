@@ -41,15 +41,15 @@ from rich.text import Text
 
 import configurator
 import explain
+from export import export_saes
 from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
-                      open_timeline, parse_feature, prompt_rows, prompt_text, safe, settled_at,
-                      write_safetensors, write_whole)
+                      open_timeline, parse_feature, prompt_text, read, safe, settled_at, strongest)
+from measures import pooled_codes, probe, read_labels
 from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
-                      in_order, open_index, overview_numbers, pooled_codes, probe, read_labels,
-                      removal_effect, timeline_curves, words_of)
+                      in_order, open_index, overview_numbers, timeline_curves, words_of)
 from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
                       level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
-                      spark, table_of, tracked)
+                      spark, sparklines, table_of, tracked)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -127,12 +127,16 @@ def all_numbers(options, features):
         d = feature_numbers(scan, f, options.seed) | concept_numbers(scan, f)
         timeline = timelines.get(scan.layer)
         d['timeline'] = timeline and feature_timeline(timeline, f)
-        d['effect'] = model and removal_effect(model, scan, f, options.effect, options.seed)
+        d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
 
-def rows_of_prompt(options):
-    text = prompt_text(options.prompt, options.prompt_file)
-    return prompt_rows(run_of(options), text, options.top)
+def rows_of_prompt(options, run):
+    """[(token, {block: its --top strongest features})] of the prompt."""
+    tokens = encode(run, prompt_text(options))
+    _, values, indices = read(run.model, tokens)             # (S, n, K) both
+    layers = list(enumerate(run.model.saes()))
+    return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
+                     for s, layer in layers}) for t, token in enumerate(tokens)]
 
 def overview(options, console):
     for scan in chosen(options, index_of(options)):
@@ -160,31 +164,29 @@ def overview_of(scan, options, console):
         yield from examples(scan, named, options, console, [
             f'{scan.coherence[f]:.2f}  {percent(scan.count[f] / scan.N)}  {words_of(scan, f)}'
             for f in named])
-    by_rank = np.argsort(scan.rank, kind='stable')
-    known = by_rank[scan.count[by_rank] >= SHOWN_FROM]
+    known = in_order(scan, 'entropy')
+    known = known[scan.count[known] >= SHOWN_FROM]
     _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
     words = known[np.sort(firsts)]           # one a token: many features may fire on line breaks
-    densest = np.argsort(-scan.count, kind='stable')[:d['live']]
     of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
     for title, note, features in (('Most word-like', f'lowest {of}; one a token', words),
                                   ('Most abstract', f'highest token {of}', known[::-1]),
-                                  ('Densest', 'fire on the most positions', densest)):
-        yield from feature_table(title, note, RANKED, [(scan, f, *ranked(scan, f))
-                                                       for f in features[:options.rows]])
+                                  ('Densest', 'fire on the most positions',
+                                   in_order(scan, 'density'))):
+        rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
+        yield from feature_table(title, note, RANKED, rows)
     if len(known) > 3 * options.rows:
         yield heading('In between', "evenly spaced by rank; their strongest contexts")
-        places = np.linspace(0, len(known) - 1, options.rows + 2)[1:-1]
-        between = known[places.astype(int)]
+        between = known[np.linspace(0, len(known) - 1, options.rows + 2)[1:-1].astype(int)]
         yield from examples(scan, between, options, console,
                             [captions(scan, f) for f in between])
     some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
     yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
     yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
     if len(known):
-        which = name(scan, known[len(known) // 2])
         yield heading('Next')
         yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--feature={which}", overflow='ignore')
+                   f"--feature={name(scan, known[len(known) // 2])}", overflow='ignore')
         yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(options, console):
@@ -195,14 +197,13 @@ def feature_view(options, console):
 
 def panels(scan, d, index, options, console):
     """All panels of one feature; d: its numbers."""
-    f, count, which = d['f'], d['count'], name(scan, d['f'])
-    live = np.flatnonzero(scan.count)
+    f, count = d['f'], d['count']
     peak = lambda c: number(c['acts'][c['peak']])
     about = f" is dead: it never fired in {scan.N:,} tokens"
     if count:
         about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
                  f"max {number(d['max'])} · mean {number(d['mean'])}")
-    yield Text.assemble(bold(which), about)
+    yield Text.assemble(bold(name(scan, f)), about)
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if count:
         used = int(np.flatnonzero(d['hist'])[-1]) + 1
@@ -210,7 +211,7 @@ def panels(scan, d, index, options, console):
         yield heading('Activations', f"{count:,} of them{signed}")
         yield f"  0 |{spark(d['hist'][:used])}| {number(used / BINS * d['R'])}"
         yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
-                                  f"{len(live):,} live features")
+                                  f"{(scan.count > 0).sum():,} live features")
         yield line('  ', captions(scan, f))
     if d['words']:
         note = 'fewer than four: they have no coherence'
@@ -257,34 +258,12 @@ def panels(scan, d, index, options, console):
         yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
                f"standard deviation {e['std']:.4f}")
         yield f"  the loss rises at {percent(e['worse'])} of them"
-    elif count:
-        yield heading('Without it', 'what its removal does to the loss: takes some seconds')
-        yield f"  --feature={which} --effect=64"
     if d['timeline']:
         yield from sparklines(d['timeline'])
-    yield heading('Next')
-    if len(live):
-        before = name(scan, live[np.searchsorted(live, f) - 1])
-        after = name(scan, live[np.searchsorted(live, f, 'right') % len(live)])
-        yield f"  previous: --feature={before}   next: --feature={after}"
     if count:
+        yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
         yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--steer={which}={number(d['max'])} --compare=true", overflow='ignore')
-
-def sparklines(t):
-    """A feature over training; t from feature_timeline."""
-    steps, settled, n = t['steps'], t['settled'], len(t['steps'])
-    bits = max(x or 0 for x in t['entropy'])
-    yield heading('Timeline', f'{n} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
-    yield f"  density        |{spark(t['density'])}| 0 to {percent(max(t['density']))}"
-    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {bits:.2f} bits"
-    yield f"  direction      |{spark(t['cos'], 1)}| cosine to the end, 0 to 1"
-    yield f"  fires on       |{spark(t['same'], 1)}| cosine of the token counts to the end, 0 to 1"
-    if settled < n:
-        yield ' ' * (18 + settled) + '^'
-        yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'
-    else:
-        yield '  not settled: silent in the last snapshot, or other tokens just before it'
+                   f"--steer={name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
 def timelines_of(options):
     timelines = open_timeline(options.out_dir, tracked)
@@ -332,7 +311,7 @@ def feature_timeline_view(options, console):
         yield ''
 
 def prompt_view(options, console):
-    index, rows = index_of(options), rows_of_prompt(options)
+    index, rows = index_of(options), rows_of_prompt(options, run_of(options))
     for scan in chosen(options, index):
         yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
         yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
@@ -387,7 +366,7 @@ def plot_view(options, console):
 def why_numbers(options, index, run):
     """Of --why=true: explain.why_token, and its target as text."""
     layers = [scan.layer for scan in chosen(options, index)]
-    tokens = encode(run, prompt_text(options.prompt, options.prompt_file))
+    tokens = encode(run, prompt_text(options))
     target = run.tokenizer.encode(options.target, allowed_special='all')
     d = explain.why_token(run.model, tokens, target, layers)
     return d, caption(b''.join(run.names[token] for token in d['target']))
@@ -462,14 +441,10 @@ def trace_view(options, console):
         for title, note, score in (('Fires with', 'positions with both / either', d['share']),
                                    ('Causes', 'without it these are weaker', change),
                                    ('Holds down', 'without it these are stronger', -change)):
-            best = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
-            cells = [(f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}", f"{d['without'][g]:.4f}")
-                     for g in best]
-            yield from feature_table(title, note, ('both', 'with it', 'without'),
-                                     [(above, g, *row) for g, row in zip(best, cells)])
-        yield heading('Next')
-        follow = ['feature', 'trace'][:len(higher)]
-        yield '  ' + '   '.join(f'--{key}={name(above, change.argmax())}' for key in follow)
+            rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
+                     f"{d['without'][g]:.4f}")
+                    for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+            yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
         yield ''
 
 def sorted_view(options, console):
@@ -485,13 +460,13 @@ def find_view(options, console):
     for scan in chosen(options, index_of(options)):
         precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
-        best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
         yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
         rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-                 f'{f1[f]:.3f}') for f in best]
+                 f'{f1[f]:.3f}')
+                for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
         yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
                                  'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
-        if not best:
+        if not rows:
             yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
         yield ''
 
@@ -534,11 +509,12 @@ def page(options, console):
     if options.feature:
         features = features_of(options.feature, options, index)
     elif options.prompt or options.prompt_file:
-        rows = rows_of_prompt(options)
+        run = run_of(options)
+        rows = rows_of_prompt(options, run)
         seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
                 for f, _ in by_layer[scan.layer]}
         if options.why:
-            why, answer = why_numbers(options, index, run_of(options))
+            why, answer = why_numbers(options, index, run)
             seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
             why |= dict(answer=answer, tokens=[words[token] for token in why.pop('idx')],
                         likeliest=[(words[token], p) for token, p in why['likeliest']],
@@ -565,35 +541,11 @@ def page(options, console):
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
-    write_whole(options.html, lambda file: file.write(text))
+    Path(options.html).write_bytes(text)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def export(options, console):
-    """
-    The SAEs as folders L<block> that SAELens loads with SAE.load_from_disk: architecture topk, on
-    the layer's normalised input norm(x). Nothing is left behind.
-    """
-    run = run_of(options)
-    config = run.model.config
-    hooks = dict(resid='hook_resid_post', mlp='hook_mlp_out', attn='hook_attn_out')
-    if config.sae_site not in hooks:
-        raise ValueError(f"site {config.sae_site} is no TopK autoencoder (it has no encoder of its "
-                         "own): SAELens has no such SAE; resid, mlp and attn can be exported")
-    for layer, sae in run.model.saes().items():
-        folder = Path(options.export) / f'L{layer}'
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = dict(sae_lens_version='6.0.0',            # that of the format
-                        hook_name=f'blocks.{layer}.{hooks[config.sae_site]}',
-                        context_size=config.block_size, step=run.checkpoint['step'],
-                        input='RMS-normalised: x / sqrt(mean(x^2))')
-        about = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=sae.k,
-                     dtype='float32', device='cpu', apply_b_dec_to_input=True,
-                     normalize_activations='none', reshape_activations='none',
-                     rescale_acts_by_decoder_norm=False, metadata=metadata)
-        (folder / 'cfg.json').write_text(json.dumps(about, indent=1), 'utf-8')
-        weights = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-        write_safetensors(folder / 'sae_weights.safetensors', weights)
-        yield f'SAE of block {layer} -> {folder}'
+    yield from export_saes(run_of(options), Path(options.export))
 
 VIEWS = { # the options that choose it, in alphabetical order: the view
     '': overview,

@@ -1,8 +1,10 @@
 """
-How good the features of a run are, measured without a person or a judge: results/ladder.py stores
-it for each run, beside its loss. Nothing here prints.
+How good the features of a run are, measured without a person or a judge: the probe, which the
+viewer shows too, and what results/ladder.py stores of each run beside its loss. Nothing here
+prints.
 
-Shapes: N tokens of val, T of a window, F features, K active a token, B runs.
+Shapes: N tokens of val, n texts or features, T tokens of a window, C n_embd, F features, K active
+a token, B runs or texts.
 """
 import math
 from dataclasses import replace
@@ -10,29 +12,146 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset
-from explain import kept, run_scaled
-from features import codes, device_of, encode
+from explain import loss_changes
+from features import codes, device_of, encode, read_file, see
 from model import GPT
 from sae import norm
-from scanning import concepts, pooled_codes, probe, read_labels, types_by
+from scanning import concepts, types_by
 
-def silently(items, description):
-    return items
+# --------------------------------------------------------------------------------------------------
+# the probe: do a few features tell labels apart?
+
+def read_labels(path):
+    """Labels (n,), texts (n,) of a probe file. Raises ValueError, one sentence."""
+    labels, texts = [], []
+    for n, line in enumerate(read_file('probe', path).split('\n'), 1):
+        label, _, text = line.partition('\t')
+        if text.strip():
+            labels.append(label)
+            texts.append(text)
+        elif line.strip():
+            raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
+    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    if len(counts) < 2 or min(counts.values()) < 4:
+        found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
+        raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, "
+                         "and of each 4 texts or more, to train on some and test on the others")
+    return labels, texts
+
+@torch.no_grad()
+def pooled_codes(model, layer, texts, seed, track=lambda items, description: items):
+    """
+    What the SAE of a block makes of texts, lists of token ids that begin with end-of-text: means
+    over the tokens after it, up to 128. {'features': X (n, F), 'random directions': X (n, F),
+    'channels': X (n, C)}. Random directions are F random unit rows on what the SAE reads, relu, the
+    K largest of each token: without them no accuracy says anything (arXiv 2602.14111).
+    """
+    sae, device, read_by_sae = model.saes()[layer], device_of(model), []
+    K, F, width = sae.k, sae.n_features, len(sae.fill)
+    rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
+    rows = normalize(rows, dim=-1).to(device)                                # (F, C)
+    lengths = np.array([min(len(text), 129, model.config.block_size) for text in texts])
+    longest_first = np.argsort(-lengths, kind='stable')
+    batches = np.split(longest_first, range(32, len(texts), 32)) # of texts of like length
+    X = {name: np.zeros((len(texts), n), np.float32) for name, n in
+         (('features', F), ('random directions', F), ('channels', width))}
+    hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
+    for batch in track(batches, "reading texts"):
+        idx = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
+        share = torch.zeros(idx.shape)                       # of each token in its text's mean
+        for row, n in enumerate(batch):
+            idx[row, :lengths[n]] = torch.tensor(texts[n][:lengths[n]])
+            share[row, 1:lengths[n]] = 1 / max(1, lengths[n] - 1)
+        share = share.to(device)                                             # (B, T)
+        out = see(model, idx, layer + 1)
+        x = read_by_sae.pop()
+        h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
+        values, indices = (h @ rows.T).relu().topk(K, dim=-1)                # (B, T, K)
+        X['features'][batch] = pool(out.values[-1], out.indices[-1], share, F)
+        X['random directions'][batch] = pool(values, indices, share, F)
+        X['channels'][batch] = (h * share[..., None]).sum(1).cpu().numpy()
+    hook.remove()
+    return X
+
+def pool(values, indices, share, n_features):
+    """values, indices (B, T, K), share (B, T) -> the mean code of each text (B, F)."""
+    z = torch.zeros(*share.shape, n_features, device=share.device)           # (B, T, F)
+    z.scatter_(-1, indices, values.float())
+    return torch.einsum('bt,btf->bf', share, z).cpu().numpy()
+
+def logistic(X, y):
+    """
+    Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,), the
+    last of them the bias: the least sum of losses + |weights|^2 / 2 (L2, C = 1).
+    """
+    X = np.hstack((X, np.ones((len(X), 1))))
+    penalty = np.append(np.ones(X.shape[1] - 1), 1e-9)       # the bias is free
+    cost = lambda w: np.logaddexp(0, X @ w).sum() - y @ (X @ w) + penalty @ w ** 2 / 2
+    w = np.zeros(X.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-X @ w))
+        gradient = X.T @ (p - y) + penalty * w
+        if np.abs(gradient).max() < 1e-6:
+            break
+        step = np.linalg.solve((X.T * (p * (1 - p))) @ X + np.diag(penalty), gradient)
+        while cost(w - step) > cost(w) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        w = w - step
+    return w
+
+def probe(X, y, seed, ks=(1, 5, 20), splits=3):
+    """
+    How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
+    texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
+    of each class (classes,) by protocol B. Columns are ranked on the training part by the
+    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
+    deviation, so that loud features have no advantage, A (SAEBench) does not. Of two classes one is
+    probed.
+    """
+    classes = np.unique(y)
+    classes = classes[1:] if len(classes) == 2 else classes
+    scores = {(how, k): np.zeros((len(classes), splits)) for how in 'BA' for k in ks}
+    best = np.zeros(len(classes), int)
+    for c, split in np.ndindex(len(classes), splits):
+        rng = np.random.default_rng((seed, c, split))
+        own, rest = (rng.permutation(np.flatnonzero(part))
+                     for part in (y == classes[c], y != classes[c]))
+        n = min(len(own), len(rest))
+        cut = round(0.8 * n)
+        train, test = (np.concatenate((own[part], rest[part]))
+                       for part in (slice(cut), slice(cut, n)))
+        t, t_test = y[train] == classes[c], y[test] == classes[c]
+        rows = X[train]
+        gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
+        for how, score in (('B', gap / (deviation + 0.01 * deviation.max() + 1e-12)), ('A', gap)):
+            ranked = np.argsort(-score, kind='stable')
+            if how == 'B' and split == 0:
+                best[c] = ranked[0]
+            for k in ks:
+                if how == 'A' and k >= X.shape[1]:           # all columns, however they are ranked
+                    scores['A', k] = scores['B', k]
+                    continue
+                some = ranked[:k]
+                mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
+                w = logistic((rows[:, some] - mean) / scale, t)
+                guess = (X[test][:, some] - mean) / scale @ w[:-1] + w[-1] > 0
+                scores[how, k][c, split] = (guess == t_test).mean()
+    return scores, best
+
+# --------------------------------------------------------------------------------------------------
+# what the ladder stores
 
 def probes(run, layer, folder):
-    """
-    {code: {set of labels: {k: accuracy}}} by protocol B, for the label files *.tsv of a folder.
-    The codes are those of pooled_codes.
-    """
+    """{code of pooled_codes: {set of labels: {k: accuracy}}}, for the files *.tsv of a folder."""
     found = {}
     for path in sorted(Path(folder).glob('*.tsv')):
         labels, texts = read_labels(path)
         y = np.unique(labels, return_inverse=True)[1]
         tokens = [encode(run, text) for text in texts]
-        for code, X in pooled_codes(run.model, layer, tokens, 0, silently).items():
+        for code, X in pooled_codes(run.model, layer, tokens, seed=0).items():
             scores, _ = probe(X, y, 0)
             by_k = {f'k{k}': float(scores['B', k].mean()) for k in (1, 5, 20)}
             found.setdefault(code, {})[path.stem] = by_k
@@ -67,26 +186,16 @@ def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
     removal changes the next token's loss: the 95 % interval of the mean change, over up to `most`
     positions where the feature fires, excludes 0. features (N, K).
     """
-    T, V = model.config.block_size, model.config.vocab_size
-    wte, rng = model.transformer.wte.weight, np.random.default_rng(seed)
+    T, rng = model.config.block_size, np.random.default_rng(seed)
     often = np.bincount(features.reshape(-1), minlength=model.config.n_features + 1)[:-1] >= 20
     changes = {f: [] for f in rng.permutation(np.flatnonzero(often))[:n].tolist()}
     for start in T * rng.permutation(len(tokens) // T):
-        idx = torch.from_numpy(tokens[start:start + T].astype(np.int64)).to(device_of(model))
         fires = features[start:start + T - 1]
         here = [f for f in np.unique(fires).tolist() if len(changes.get(f, [0] * most)) < most]
-        if not here:
-            continue
-
-        def losses(stream, _):
-            logits = linear(norm(stream[:, :-1]), wte)[..., :V].float()      # (B, T - 1, V)
-            targets = idx[1:].expand(len(logits), -1)
-            return cross_entropy(logits.transpose(1, 2), targets, reduction='none')
-
-        scales = kept(model, [layer], [[], *([(layer, f)] for f in here)])
-        loss = run_scaled(model, idx[None], scales, model.config.n_layer, losses).cpu().numpy()
-        for f, change in zip(here, loss[1:] - loss[0]):
-            changes[f] += change[(fires == f).any(1)].tolist()
+        if here:
+            by_feature = loss_changes(model, layer, tokens[start:start + T], here)
+            for f, change in zip(here, by_feature):
+                changes[f] += change[(fires == f).any(1)].tolist()
     excludes_0 = []
     for x in changes.values():
         x = np.array(x[:most])

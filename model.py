@@ -50,13 +50,10 @@ class GPTConfig:
         """Everything that is wrong with this config, as a list of sentences; [] if it is sound."""
         found = []
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                found.append(f"{field.name}={value} must be at least 1")
-            if field.type is float and not 0 <= value < math.inf:
-                found.append(f"{field.name}={value} must be 0 or more, and finite")
-        if self.dropout >= 1:
-            found.append(f"dropout={self.dropout} must be below 1")
+            value, low = getattr(self, field.name), int(field.type is int)
+            high = 1 if field.name == 'dropout' else math.inf
+            if field.type in (int, float) and not low <= value < high:
+                found.append(f"{field.name}={value} must be at least {low} and below {high}")
         if self.sae_site not in SITES:
             found.append(f"sae_site={self.sae_site!r} must be one of {', '.join(SITES)}")
         if found: # what follows computes with these
@@ -64,18 +61,15 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head "
                          "size (RoPE turns pairs)")
-        layers = list(self.sae_layers)
-        wrong = [i for i in layers if type(i) is not int or not 0 <= i < self.n_layer]
-        if wrong or len(set(layers)) < len(layers):
+        layers, K, F_ = list(self.sae_layers), self.sae_k, self.n_features
+        if len({i for i in layers if i in range(self.n_layer)}) < len(layers):
             found.append(f"sae_layers={layers} must be different block indices in "
                          f"0..{self.n_layer - 1}")
-        if layers and self.sae_k > self.n_features:
-            found.append(f"sae_k={self.sae_k} must not exceed the {self.n_features} features of "
-                         f"site {self.sae_site}")
-        elif layers and 0 < self.sae_cap <= self.sae_k / self.n_features:
-            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {self.sae_k} / "
-                         f"{self.n_features}, the share of tokens on which a feature fires on "
-                         "average")
+        if layers and K > F_:
+            found.append(f"sae_k={K} must not exceed the {F_} features of site {self.sae_site}")
+        elif layers and 0 < self.sae_cap <= K / F_:
+            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {K} / {F_}, the "
+                         "share of tokens on which a feature fires on average")
         return found
 
 class KVCache:
@@ -172,10 +166,9 @@ class GPT(nn.Module):
             wte=nn.Embedding(padded, C), # also the output head (tied); padded logits never count
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
         frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)                 # (D/2,)
-        angles = torch.outer(torch.arange(config.block_size), frequencies)    # (T, D/2)
-        angles = angles.unsqueeze(1)                                          # (T, 1, D/2)
+        angles = torch.arange(config.block_size).view(-1, 1, 1) * frequencies # (T, 1, D/2)
         cos = torch.cat((angles.cos(), angles.cos()), -1)                     # (T, 1, D)
-        sin = torch.cat((angles.sin(), -angles.sin()), -1)                    # (T, 1, D)
+        sin = torch.cat((angles.sin(), -angles.sin()), -1)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
         self.init_weights()
@@ -256,12 +249,11 @@ class GPT(nn.Module):
         likeliest token, top_k keeps the k likeliest. A full cache restarts from the last half of
         the context.
         """
-        cache, new = None, idx[:, -self.config.block_size:]
+        size, new = self.config.block_size, idx[:, -self.config.block_size:]
+        cache = KVCache(self.config, idx.size(0), idx.device, self.stream_dtype(idx.device))
         for _ in range(max_new_tokens):
-            if cache is None or cache.pos == self.config.block_size:
-                if cache is not None:
-                    new = idx[:, -max(1, self.config.block_size // 2):]
-                cache = KVCache(self.config, idx.size(0), idx.device, self.stream_dtype(idx.device))
+            if cache.pos == size:
+                cache.pos, new = 0, idx[:, -max(1, size // 2):]
             logits = self(new, cache=cache)[0][:, -1].float()        # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -295,20 +287,19 @@ class GPT(nn.Module):
         sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in own)
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
-    def optimizer_groups(self, weight_decay, learning_rate, sae_lr_factor):
+    def optimizer_groups(self, weight_decay, sae_lr_factor):
         """
         Groups of the parameters that are not frozen: the matrices of the blocks and the embedding
         decay; the SAE's parameters do not (decay would silence rare features, which get few
-        gradients), and have their own learning rate.
+        gradients). The learning rate of a group is lr_factor times the model's.
         """
         groups = dict(matrices=[], embedding=[], sae=[])
         for name, p in self.named_parameters():
             kind = 'sae' if '.sae.' in name else 'embedding' if 'wte' in name else 'matrices'
             if p.requires_grad:
                 groups[kind].append(p)
-        factor = dict(matrices=1.0, embedding=1.0, sae=sae_lr_factor)
         return [dict(params=params, name=kind, weight_decay=0.0 if kind == 'sae' else weight_decay,
-                     lr=learning_rate * factor[kind], lr_factor=factor[kind])
+                     lr_factor=sae_lr_factor if kind == 'sae' else 1.0)
                 for kind, params in groups.items() if params]
 
 # --------------------------------------------------------------------------------------------------
@@ -328,35 +319,29 @@ def save_checkpoint(out_dir, checkpoint):
     except (OSError, RuntimeError) as e: # on a full disk torch raises RuntimeError: unexpected pos
         with suppress(OSError):
             os.remove(tmp)
-        reason = str(e).splitlines()[0]
         raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? "
-                      f"({reason})") from None
+                      f"({str(e).splitlines()[0]})") from None
     if os.path.exists(path):
-        try:
-            os.replace(path, prev)
-        except OSError as e: # no reason to end a run
-            print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
+        os.replace(path, prev)
     os.replace(tmp, path)
 
 CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 
-def load_checkpoint(out_dir, map_location='cpu'):
+def load_checkpoint(out_dir):
     """
-    The newest checkpoint in out_dir that is whole, as a dict; falls back to the one before, and
-    says so. Raises ValueError with one sentence if there is none. Only tensors and plain values are
-    ever unpickled.
+    The newest checkpoint in out_dir that is whole, as a dict on the CPU; falls back to the one
+    before, and says so. Raises ValueError with one sentence if there is none. Only tensors and
+    plain values are ever unpickled.
     """
     problems = []
     for name in CHECKPOINTS:
         path = os.path.join(out_dir, name)
         try:
             with zipfile.ZipFile(path) as z:
-                bad = z.testzip() # every record's CRC: torch.load alone misses a flipped bit
-            if bad is not None:
-                raise ValueError(f"record {bad} is damaged")
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            sound = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
-            if not sound or type(checkpoint.get('step')) is not int:
+                if z.testzip(): # every record's CRC: torch.load alone misses a flipped bit
+                    raise ValueError("a record is damaged")
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            if not {'model', 'model_args', 'step'} <= set(checkpoint):
                 raise ValueError("another program's file")
         except FileNotFoundError:
             problems.append(f"{path} is missing")

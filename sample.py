@@ -14,18 +14,17 @@ Given several times, the edits apply in their order. At site stream the feature 
 """
 import itertools
 import sys
-from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from rich.cells import set_cell_size
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, open_run, other_tokenizer,
-                      parse_feature, prompt_text, read, safe, strongest)
+from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
+                      prompt_text, read, safe, strongest)
 
 DEFAULTS = dict(
     out_dir='out',
@@ -35,24 +34,23 @@ DEFAULTS = dict(
     max_new_tokens=200,
     temperature=0.8,      # 0: always the likeliest token
     top_k=200,            # only among the top_k likeliest; 0: among all
+    stop=False,           # end a text where the model does, with its end-of-text token
     seed=1337,
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
     compare=False,        # steered and unsteered text side by side
-    dataset='',           # of a checkpoint without its tokenizer: whose; '': that of training
     device='auto',        # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )
 
 def problems(config):
     """Everything that is wrong with the options, as a list of sentences."""
-    c = SimpleNamespace(**config)
     at_least = dict(num_samples=1, max_new_tokens=1, top_k=0, show_features=0, seed=0)
     found = [f"{key}={config[key]} must be at least {low}" for key, low in at_least.items()
              if config[key] < low]
-    if c.temperature != 0 and not 1e-3 <= c.temperature <= 1e3:
-        found.append(f"temperature={c.temperature} must be 0 (always the likeliest token) or lie "
-                     "in 0.001..1000")
-    if c.compare and not c.steer:
+    if config['temperature'] != 0 and not 1e-3 <= config['temperature'] <= 1e3:
+        found.append(f"temperature={config['temperature']} must be 0 (always the likeliest token) "
+                     "or lie in 0.001..1000")
+    if config['compare'] and not config['steer']:
         found.append("compare=true needs something to compare with, e.g. --steer=L6.F2386=8")
     return found
 
@@ -61,8 +59,9 @@ def problems(config):
 
 def parse_steering(specs, model):
     """
-    The values of --steer -> [(label, edits)], one for each strength of a sweep, where edits is
-    [(block, feature, scale, add)]; no specs give [('unsteered', [])]. Raises ValueError.
+    The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
+    pair), where edits is [(block, feature, scale, add)]; no specs give [('unsteered', [])]. Raises
+    ValueError.
     """
     saes, choices = model.saes(), []
     for spec in specs:
@@ -76,8 +75,6 @@ def parse_steering(specs, model):
                              "the text yet: train on, then steer")
         choices.append([(f"L{i}.F{f}={text.strip()}", (i, f, *parse_strength(text.strip(), spec)))
                         for text in strengths.split(',')])
-    if sum(len(choice) > 1 for choice in choices) > 1:
-        raise ValueError("more than one --steer is a sweep: give a list of strengths to one only")
     return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
             for chosen in itertools.product(*choices)]
 
@@ -94,14 +91,11 @@ def parse_strength(text, spec):
 
 def set_steering(model, edits):
     """edits [(block, feature, scale, add)] compose in their order; [] undoes all steering."""
-    saes = model.saes()
-    for sae in saes.values():
-        sae.steer = None
+    for sae in model.saes().values():
+        ones = torch.ones(sae.n_features, device=device_of(model))
+        sae.steer = (ones, torch.zeros_like(ones)) if edits else None        # (F,), (F,)
     for i, f, scale, add in edits:
-        if saes[i].steer is None:
-            ones = torch.ones(saes[i].n_features, device=device_of(model))
-            saes[i].steer = ones, torch.zeros_like(ones)                     # (F,), (F,)
-        scales, adds = saes[i].steer
+        scales, adds = model.saes()[i].steer
         scales[f] *= scale
         adds[f] = adds[f] * scale + add
 
@@ -118,19 +112,23 @@ def usual_activation(run, i, f):
 # --------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
 
-def sample(model, prompt, options, seed, edits=()):
+def sample(model, prompt, options, seed, edits=(), stop=None):
     """
-    prompt, a list of ids -> the same with max_new_tokens more. Equal arguments give equal ids.
-    Leaves the model unsteered.
+    prompt, a list of ids -> the same with max_new_tokens more, or fewer: the last is then `stop`.
+    Equal arguments give equal ids. Leaves the model unsteered.
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     set_steering(model, edits)
+    idx, new = torch.tensor([prompt], device=device), []
     with autocast(model):
-        new = list(model.generate(torch.tensor([prompt], device=device), options.max_new_tokens,
-                                  options.temperature, options.top_k or None, generator))
+        for token in model.generate(idx, options.max_new_tokens, options.temperature,
+                                    options.top_k or None, generator):
+            new.append(token.item())
+            if new[-1] == stop:
+                break
     set_steering(model, [])
-    return prompt + torch.cat(new, dim=1)[0].tolist()
+    return prompt + new
 
 def measure(model, tokens, n_prompt, features):
     """
@@ -151,9 +149,8 @@ def measure(model, tokens, n_prompt, features):
 
 def print_columns(left, right):
     """Two texts side by side, in 80 columns whatever characters they hold."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(width=39, overflow='fold')
-    table.add_column(width=37, overflow='fold')
+    table = Table.grid(Column(width=39, overflow='fold'), Column(width=37, overflow='fold'),
+                       padding=(0, 2, 0, 0))
     table.add_row(left, right)
     Console(width=80, markup=False, emoji=False, highlight=False).print(table)
 
@@ -183,21 +180,20 @@ def print_table(scores, features, n):
 
 def write_samples(options):
     """Does what the options ask for."""
-    given = prompt_text(options.prompt, options.prompt_file)
+    given = prompt_text(options)
     for_features = bool(options.steer or options.show_features)
-    run = open_run(options.out_dir, options.dataset, options.device, for_features)
-    model, saes = run.model, run.model.saes()
-    with suppress(ValueError): # its data set may be gone
-        other_tokenizer(run)
-    prompt = encode(run, given)
+    run = open_run(options.out_dir, device=options.device, for_features=for_features)
+    model, prompt = run.model, encode(run, given)
     versions = parse_steering(options.steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
     for i, f in steered:
-        print(f"L{i}.F{f}, {saes[i].site.place} {i}: {usual_activation(run, i, f)}")
+        place = model.saes()[i].site.place
+        print(f"L{i}.F{f}, {place} {i}: {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
     titled = len(versions) * options.num_samples > 1 or options.steer
     if options.compare:
         versions = [('unsteered', []), *versions]
+    stop = run.meta['eot'] if options.stop else None
     begins = 0 if given and run.meta['eot'] is None else 1 # tokens that stand before every text
 
     def text(tokens):
@@ -205,7 +201,7 @@ def write_samples(options):
 
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
-        samples = {label: sample(model, prompt, options, seed, edits)
+        samples = {label: sample(model, prompt, options, seed, edits, stop)
                    for label, edits in versions}
         for label, tokens in samples.items():
             if not options.compare:
@@ -221,7 +217,8 @@ def write_samples(options):
                 print(f"\nstrongest features of the text of seed {seed}, {label}:")
                 print_features(model, tokens, run.names, options.show_features)
     if measured:
-        print_table(scores, steered, options.max_new_tokens)
+        limit = 'up to ' if options.stop else ''
+        print_table(scores, steered, f'{limit}{options.max_new_tokens}')
 
 def main(argv):
     options = configurator.configure(DEFAULTS, argv, problems)

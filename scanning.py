@@ -1,28 +1,27 @@
 """
 The scan: one pass of the model over val, the index that it leaves in out_dir, and what the viewer
-finds there: the numbers of one feature, of a regular expression, of a probe.
+finds there: the numbers of one feature, of a regular expression.
 
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs, C
 n_embd, V vocabulary, P places where a feature fires.
 """
-import contextlib
 import functools
 import json
 import math
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset, load_meta
-from features import (VERSION, codes, device_of, forward, keep, load_npz, open_run, other_tokenizer,
-                      read_file, safe, say, see, token_statistics)
-from sae import norm
+from features import (VERSION, codes, device_of, keep, load_npz, open_run, other_tokenizer, safe,
+                      say, token_statistics)
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
@@ -230,9 +229,8 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     """
     path, key = Path(out_dir) / 'index.npz', []
     index = read_index(load_npz(path))
-    with contextlib.suppress(OSError, zipfile.BadZipFile):
-        with zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
-            key = [item.CRC for item in z.infolist()]        # the content, without reading it
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
+        key = [item.CRC for item in z.infolist()]            # the content, without reading it
     why = "there is no index of this version that is whole"
     for scan in list(index.values())[:1]:
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
@@ -354,34 +352,6 @@ def context(scan, where, acts, peak):
     return dict(tokens=scan.tokens[begin:end].tolist(), acts=around.tolist(), peak=peak - begin,
                 where=peak, times=0)
 
-def removal_effect(model, scan, f, n, seed):
-    """
-    The change of the next token's loss, in nats, when a feature's code is set to 0 wherever it
-    fires: exact, since the feature is part of the model. At n of its positions, drawn at random;
-    None where there is none.
-    """
-    sae, T = model.saes()[scan.layer], scan.T
-    where, _ = firings(scan, f)
-    where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
-    as_it_is = torch.ones(scan.F, device=device_of(model))
-    without = as_it_is.clone()
-    without[f] = 0
-    changes = []
-    for w in np.unique(where // T).tolist():
-        x = torch.from_numpy(scan.tokens[w * T:(w + 1) * T].astype(np.int64))
-        at = torch.from_numpy(where[where // T == w] % T)
-        losses = []
-        for scale in (as_it_is, without):
-            sae.steer = scale, torch.zeros_like(scale)
-            logits = forward(model, x[None])[0][0, at.to(device_of(model))]  # (positions, V)
-            losses.append(cross_entropy(logits.float().cpu(), x[at + 1], reduction='none'))
-        changes += (losses[1] - losses[0]).tolist()
-    sae.steer = None
-    if not changes:
-        return None
-    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)),
-                worse=float(np.mean(np.array(changes) > 0)))
-
 def find(scan, pattern):
     """
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
@@ -413,128 +383,3 @@ def find(scan, pattern):
                 n += 1
     hits = np.bincount(scan.features[inside].reshape(-1), minlength=scan.F + 1)[:scan.F]
     return hits / np.maximum(1, scan.count), recalled[:scan.F] / max(1, n), n, int(inside.sum())
-
-# --------------------------------------------------------------------------------------------------
-# the probe: do a few features tell labels apart?
-
-def read_labels(path):
-    """Labels (n,), texts (n,) of a probe file. Raises ValueError, one sentence."""
-    labels, texts = [], []
-    for n, line in enumerate(read_file('probe', path).split('\n'), 1):
-        label, _, text = line.partition('\t')
-        if text.strip():
-            labels.append(label)
-            texts.append(text)
-        elif line.strip():
-            raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
-    if len(counts) < 2 or min(counts.values()) < 4:
-        found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
-        raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, "
-                         "and of each 4 texts or more, to train on some and test on the others")
-    return labels, texts
-
-@torch.no_grad()
-def pooled_codes(model, layer, texts, seed, track):
-    """
-    What the SAE of a block makes of texts, lists of token ids that begin with end-of-text: means
-    over the tokens after it, up to 128. {'features': X (n, F), 'random directions': X (n, F),
-    'channels': X (n, C)}. Random directions are F random unit rows on what the SAE reads, relu, the
-    K largest of each token: without them no accuracy says anything (arXiv 2602.14111).
-    """
-    sae, device, read_by_sae = model.saes()[layer], device_of(model), []
-    K, F, width = sae.k, sae.n_features, len(sae.fill)
-    rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
-    rows = normalize(rows, dim=-1).to(device)                                # (F, C)
-    lengths = np.array([min(len(text), 129, model.config.block_size) for text in texts])
-    left, batches = np.argsort(-lengths, kind='stable'), []
-    while len(left):                                         # texts of like length, 2,048 tokens
-        B = max(1, 2048 // lengths[left[0]])
-        batches.append(left[:B])
-        left = left[B:]
-    X = {name: np.zeros((len(texts), n), np.float32) for name, n in
-         (('features', F), ('random directions', F), ('channels', width))}
-    hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    for batch in track(batches, "reading texts"):
-        idx = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
-        share = torch.zeros(idx.shape)                       # of each token in its text's mean
-        for row, n in enumerate(batch):
-            idx[row, :lengths[n]] = torch.tensor(texts[n][:lengths[n]])
-            share[row, 1:lengths[n]] = 1 / max(1, lengths[n] - 1)
-        share = share.to(device)                                             # (B, T)
-        out = see(model, idx, layer + 1)
-        x = read_by_sae.pop()
-        h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
-        values, indices = (h @ rows.T).relu().topk(K, dim=-1)                # (B, T, K)
-        X['features'][batch] = pool(out.values[-1], out.indices[-1], share, F)
-        X['random directions'][batch] = pool(values, indices, share, F)
-        X['channels'][batch] = (h * share[..., None]).sum(1).cpu().numpy()
-    hook.remove()
-    return X
-
-def pool(values, indices, share, n_features):
-    """values, indices (B, T, K), share (B, T) -> the mean code of each text (B, F)."""
-    B = len(values)
-    slots = indices + torch.arange(B, device=indices.device)[:, None, None] * n_features
-    means = torch.zeros(B * n_features, device=values.device)
-    means.index_add_(0, slots.flatten(), (values.float() * share[..., None]).flatten())
-    return means.view(B, n_features).cpu().numpy()
-
-def logistic(X, y):
-    """
-    Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,), the
-    last of them the bias: the least sum of losses + |weights|^2 / 2 (L2, C = 1).
-    """
-    X = np.hstack((X, np.ones((len(X), 1))))
-    penalty = np.append(np.ones(X.shape[1] - 1), 1e-9)       # the bias is free
-    cost = lambda w: np.logaddexp(0, X @ w).sum() - y @ (X @ w) + penalty @ w ** 2 / 2
-    w = np.zeros(X.shape[1])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-X @ w))
-        gradient = X.T @ (p - y) + penalty * w
-        if np.abs(gradient).max() < 1e-6:
-            break
-        step = np.linalg.solve((X.T * (p * (1 - p))) @ X + np.diag(penalty), gradient)
-        while cost(w - step) > cost(w) and np.abs(step).max() > 1e-9:
-            step = step / 2
-        w = w - step
-    return w
-
-def probe(X, y, seed, ks=(1, 5, 20), splits=3):
-    """
-    How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
-    texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
-    of each class (classes,) by protocol B. Columns are ranked on the training part by the
-    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
-    deviation, so that loud features have no advantage, A (SAEBench) does not. Of two classes one is
-    probed.
-    """
-    classes = np.unique(y)
-    classes = classes[1:] if len(classes) == 2 else classes
-    scores = {(how, k): np.zeros((len(classes), splits)) for how in 'BA' for k in ks}
-    best = np.zeros(len(classes), int)
-    for c, split in np.ndindex(len(classes), splits):
-        rng = np.random.default_rng((seed, c, split))
-        own, rest = (rng.permutation(np.flatnonzero(part))
-                     for part in (y == classes[c], y != classes[c]))
-        n = min(len(own), len(rest))
-        cut = round(0.8 * n)
-        train, test = (np.concatenate((own[part], rest[part]))
-                       for part in (slice(cut), slice(cut, n)))
-        t, t_test = y[train] == classes[c], y[test] == classes[c]
-        rows = X[train]
-        gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
-        for how, score in (('B', gap / (deviation + 0.01 * deviation.max() + 1e-12)), ('A', gap)):
-            ranked = np.argsort(-score, kind='stable')
-            if how == 'B' and split == 0:
-                best[c] = ranked[0]
-            for k in ks:
-                if how == 'A' and k >= X.shape[1]:           # all columns, however they are ranked
-                    scores['A', k] = scores['B', k]
-                    continue
-                some = ranked[:k]
-                mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
-                w = logistic((rows[:, some] - mean) / scale, t)
-                guess = (X[test][:, some] - mean) / scale @ w[:-1] + w[-1] > 0
-                scores[how, k][c, split] = (guess == t_test).mean()
-    return scores, best

@@ -62,6 +62,21 @@ def number(x):
     """Four digits, so that columns of them align."""
     return f'{x:.0f}' if abs(x) >= 1000 else f'{x:#.4g}'
 
+def sparklines(t):
+    """A feature over training; t from feature_timeline."""
+    steps, settled, n = t['steps'], t['settled'], len(t['steps'])
+    bits = max(x or 0 for x in t['entropy'])
+    yield heading('Timeline', f'{n} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
+    yield f"  density        |{spark(t['density'])}| 0 to {percent(max(t['density']))}"
+    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {bits:.2f} bits"
+    yield f"  direction      |{spark(t['cos'], 1)}| cosine to the end, 0 to 1"
+    yield f"  fires on       |{spark(t['same'], 1)}| cosine of the token counts to the end, 0 to 1"
+    if settled < n:
+        yield ' ' * (18 + settled) + '^'
+        yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'
+    else:
+        yield '  not settled: silent in the last snapshot, or other tokens just before it'
+
 def name(scan, f):
     return f'L{scan.layer}.F{f}'
 

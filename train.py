@@ -15,11 +15,11 @@ Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a
 finite, 4 ranks came to differ, 128 + signal after SIGTERM, SIGHUP or Ctrl-C (the step was finished
 and saved).
 """
-import glob
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +30,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
 
 # Before torch is loaded: on a CPU, threads that wait for each other spin for some microseconds,
 # then sleep. To sleep at once is a third slower; to spin on, many times where a core is kept busy.
@@ -104,16 +105,14 @@ master = rank == 0
 def problems(c):
     """What is out of range or contradictory in the config c, as a list of sentences."""
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
-    low = dict(eval_interval=1, save_interval=1, eval_tokens=1, log_interval=1, batch_size=1,
-               gradient_accumulation_steps=1, rank_timeout=1, learning_rate=1e-12,
-               sae_lr_factor=1e-12) # of all others 0
+    may_be_0 = ('probe_tokens', 'max_iters', 'warmup_iters', 'seed')
     high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
                 sae_blend_start=1, sae_blend_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
-            a, b = low.get(key, 0), high.get(key, math.inf)
-            if not a <= value <= b:
-                found.append(f"{key}={value} must lie in {a}..{b}")
+            low = int(type(value) is int and key not in may_be_0)
+            if not low <= value <= high.get(key, math.inf):
+                found.append(f"{key}={value} must lie in {low}..{high.get(key, math.inf)}")
     one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
                   dtype=('auto', 'float32', 'bfloat16', 'float16'))
     for key, known in one_of.items():
@@ -138,7 +137,7 @@ def problems(c):
                      f"sae_layers, sae_recon above 0, and a sae_site of {', '.join(own)}")
     if not writable(c['out_dir']):
         found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
-    if c['init_from'] != 'resume' and glob.glob(os.path.join(c['out_dir'], 'ckpt*.pt')):
+    if c['init_from'] != 'resume' and any(Path(c['out_dir']).glob('ckpt*.pt')):
         found.append(f"out_dir={c['out_dir']} holds a run: --init_from=resume goes on with it; "
                      "else give another --out_dir, or delete that folder first")
     return found
@@ -167,7 +166,6 @@ elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
-wide = torch.float32 if device_type == 'mps' else torch.float64 # for sums; MPS has no float64
 
 store = None # where a rank leaves the reason why it failed
 
@@ -187,8 +185,7 @@ def on_error(kind, e, trace):
     if kind is KeyboardInterrupt:
         os._exit(130)
     if ddp and (issubclass(kind, dist.DistError) or kind is RuntimeError and 'gloo' in message):
-        reason = message.split('] ')[-1].split('. ')[0]
-        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout): {reason}"
+        message = f"another rank is gone, or silent for {rank_timeout} s (rank_timeout)"
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in message:
         message = (f"out of memory with batch_size={batch_size}: halve it, and double "
                    "gradient_accumulation_steps, or take a smaller model")
@@ -205,10 +202,8 @@ sys.excepthook = on_error
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
-    # between the hosts: for what is decided together, and to wait while one rank works alone. All
-    # must be there within rank_timeout; later they are more patient with each other
-    hosts = dist.new_group(backend='gloo', timeout=timedelta(seconds=rank_timeout))
-    dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), hosts)
+    # between the hosts: for what is decided together, and to wait while one rank works alone
+    hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
@@ -272,9 +267,8 @@ if resuming:
 # --------------------------------------------------------------------------------------------------
 # model
 torch.manual_seed(seed)
-vocab_size = data.meta['vocab_size']
 model_args = {key: config[key] for key in model_keys}
-model = GPT(GPTConfig(vocab_size=vocab_size, **model_args)).to(device)
+model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
 raw_model = model # without what compile and DDP put around it
 saes = model.saes() # {block: SAE}
 model.requires_grad_(not sae_posthoc)
@@ -285,7 +279,7 @@ for sae in saes.values():
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less.
-groups = model.optimizer_groups(weight_decay, learning_rate, sae_lr_factor)
+groups = model.optimizer_groups(weight_decay, sae_lr_factor)
 for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
 for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
 optimizers = []
@@ -294,16 +288,12 @@ if for_muon:
 optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
-log_sums = torch.zeros(4, dtype=wide, device=device)
+log_sums = torch.zeros(4, device=device)
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
     try:
-        n = checkpoint['model_args']['vocab_size']
-        if n != vocab_size:
-            raise ValueError(f"their vocabulary has {n} tokens, that of {data.dir} {vocab_size}")
-        theirs = checkpoint.get('tokenizer', tokenizer)
-        if not resuming and theirs['json'] != tokenizer['json']:
+        if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
         missing = model.load_state_dict(checkpoint['model'], strict=resuming).missing_keys
         missing = [key for key in missing if '.sae.' not in key] # SAEs may be new
@@ -317,12 +307,13 @@ if checkpoint is not None:
             if master: # of all ranks together
                 log_sums.copy_(checkpoint['log_sums'])
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
-        reason = str(e).strip().split('\n')[-1].strip()
-        fail(f"{misfit} ({reason})")
+        *_, reason = str(e).split('\n')
+        fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
-    asked = {key for key in given if config[key] != checkpoint.get('config', {}).get(key)}
+    theirs = checkpoint.get('config', {})
+    asked = given & {'sae_blend_start', 'sae_blend_end'}
     for sae in saes.values():
-        if sae_posthoc or asked & {'sae_blend_start', 'sae_blend_end'}:
+        if sae_posthoc or any(config[key] != theirs.get(key) for key in asked):
             sae.alpha.zero_()
 checkpoint = None # free the memory
 
@@ -351,14 +342,14 @@ def learning_rate_at(step, max_iters):
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
-    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
-    # or a new run begins with it
-    progress = step / max(1, max_iters)
     for opt in optimizers:
         for group in opt.param_groups:
             group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
+    # or a new run begins with it
+    alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
     for sae in saes.values():
-        sae.alpha.clamp_(min=blend_alpha(progress, sae_blend_start, sae_blend_end))
+        sae.alpha.clamp_(min=alpha)
 
 def alpha_now():
     return min((sae.alpha.item() for sae in saes.values()), default=1.0)
@@ -380,7 +371,7 @@ def save_snapshot():
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
-    sums = torch.stack([t.to(wide).sum() for t in raw_model.state_dict().values()])
+    sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
     low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
     high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
     names = [name for name, differs in zip(raw_model.state_dict(), low != high) if differs]
@@ -409,16 +400,6 @@ def write_log(record):
 def due(interval):
     return step % interval == 0 or step == max_iters
 
-def lock():
-    """Of two runs in one out_dir, each would save over the other. It goes with this process."""
-    try:
-        import fcntl # not on Windows
-        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is training in {out_dir}: stop it first, or give another --out_dir")
-    except (ImportError, OSError):
-        pass # some network file systems cannot lock
-
 def save():
     sums = all_reduce(log_sums.clone())
     if master:
@@ -429,24 +410,23 @@ def save():
             dataset=place, tokenizer=tokenizer))
     wait_for_all()
 
-def git_commit():
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ['git', '-C', folder, 'rev-parse', '--short', 'HEAD']
-    with suppress(OSError): # no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
 if master:
     os.makedirs(out_dir, exist_ok=True)
-    lock()
+    try: # of two runs in one out_dir each would save over the other
+        import fcntl
+        fcntl.flock(os.open(out_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is training in {out_dir}: stop it first, or give another --out_dir")
+    except (ImportError, OSError):
+        pass # Windows has no fcntl, and some network file systems cannot lock
     if not resuming: # what a run left that never saved anything is not of this one
-        for name in glob.glob(os.path.join(out_dir, 'features', '*.npz')):
-            os.remove(name)
+        shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
     path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
-    versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit=git_commit(),
-                    python=sys.version.split()[0],
-                    gpu=torch.cuda.get_device_name() if cuda else None)
+    commit = subprocess.getoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
+    versions = dict(commit=commit, torch=torch.__version__, numpy=np.__version__,
+                    python=sys.version, gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
                    params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
@@ -459,26 +439,22 @@ sparse = f"SAE at {sae_site} of block {blocks}: {raw_model.config.n_features} fe
 say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dense, no SAE layer'}\n"
     f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
     f"{world_size} x {device_type}, {dtype}")
-if resuming:
+if resuming and was['max_iters'] != max_iters:
     before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
-    if before != now:
-        say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
-            f"{now:.3g}")
+    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
+        f"{now:.3g}")
 
-stop_signal = 0 # the one that came to this rank
-def on_signal(signum, frame):
-    global stop_signal
-    stop_signal = signum
+signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
     signum = getattr(signal, name, signal.SIGTERM)
     if signal.getsignal(signum) != signal.SIG_IGN:
-        signal.signal(signum, on_signal)
+        signal.signal(signum, lambda signum, frame: signals.append(signum))
 
 def stopped():
     """The signal that came to any rank, seen by all after the same step; 0: none."""
     if not ddp:
-        return stop_signal
-    flag = torch.tensor(stop_signal)
+        return signals[-1]
+    flag = torch.tensor(signals[-1])
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=hosts)
     return int(flag)
 
@@ -558,7 +534,7 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         x, y = next_batch(step, i + 1) # while the GPU works
-        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
+        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1)))
 
     # clip, update, nudge
     for opt in optimizers:
@@ -588,7 +564,7 @@ while True:
                       tok_s=tok_s)
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
-            silent = torch.stack([sae.is_silent().to(wide).mean() for sae in saes.values()])
+            silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
             live, alpha = 1 - silent.mean().item(), alpha_now()
             record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
             line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"

@@ -37,7 +37,8 @@ TINY = dict(
     gradient_accumulation_steps=4, dropout=0.1, sae_layers=1, sae_ratio=4, sae_k=4,
     sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1, sae_blend_end=0.9,
     lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
-    log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32', compile='false')
+    log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32',
+    compile='false')
 
 def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):
     """Random letters with a byte-level tokenizer of 257 tokens; returns the folder as text."""
@@ -140,10 +141,6 @@ def at_loss(n, action, rank=None):
     """The n-th training loss (from 1): there are four a step, on two ranks two each."""
     at_call('kernels.linear_cross_entropy', n, action, rank, torch.is_grad_enabled)
 
-def both(*accidents):
-    for accident in accidents:
-        accident()
-
 # --------------------------------------------------------------------------------------------------
 # accidents: what
 
@@ -163,6 +160,9 @@ def nan_gradient(function, *args, **kwargs):
     loss = function(*args, **kwargs)
     loss.register_hook(lambda grad: grad * float('nan'))
     return loss
+
+def nan_and_terminate(function, *args, **kwargs):
+    return nan(partial(terminate, function), *args, **kwargs)
 
 def crash(*args, **kwargs):
     raise RuntimeError("an accident")
@@ -185,6 +185,9 @@ def half_saved_then_killed(save, checkpoint, f):
 
 def disk_full(save, checkpoint, f):
     f.write(os.urandom(1000))
+    raise RuntimeError("unexpected pos 320 vs 214\nof torch")
+
+def no_space(*args):
     raise OSError(28, "No space left on device")
 
 # --------------------------------------------------------------------------------------------------

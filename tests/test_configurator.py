@@ -1,13 +1,11 @@
 """
-configurator.py: nanoGPT's exec feel without its holes. And the fuzz: no bad input may reach the
-user as a traceback.
+configurator.py: nanoGPT's exec feel without its holes. No bad input may reach the user as a
+traceback.
 
     python -m pytest tests/test_configurator.py
 """
 import os
-import random
 import re
-import string
 import subprocess
 import sys
 
@@ -53,20 +51,21 @@ def test_home_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('arg, expected', [
     ('n_layer=2.0', 'a whole number'), ('n_layer=two', 'a whole number'),
-    ('n_layer=', 'a whole number'), ('n_layer=true', 'a whole number'),
+    ('n_layer=', 'a whole number'), ('n_layer=True', 'a whole number'),
     ('compile=1', 'true or false'), ('learning_rate=fast', 'a finite number'),
     ('learning_rate=1e999', 'a finite number'), ('learning_rate=nan', 'a finite number'),
     ('learning_rate=' + '9' * 400, 'a finite number'),
     ('sae_layers=1,x', 'whole numbers separated by commas'),
     ('sae_layers=1.5', 'whole numbers separated by commas'),
+    ('n_layer=(', 'a whole number'), ('n_layer=\0', 'a whole number'),
+    ('n_layer={[]}', 'a whole number'), ('n_layer=' + '9' * 5000, 'a whole number'),
+    ('sae_layers=' + '(' * 9999, 'whole numbers'), ('compile=' + '-' * 9999, 'true or false'),
 ])
 def test_wrong_types(arg, expected, capsys):
-    """A sentence with key, value, place and what was expected; also where the value is left out."""
-    key = '--' + arg.partition('=')[0]
-    whole, *empty = errors(['--' + arg, key], capsys)
-    assert whole.startswith(f'error: {arg} on the command line: expected {expected}')
-    if key != '--compile': # alone it is true
-        assert empty[0].startswith(f'error: {key}: expected {key}={expected}')
+    """A sentence with key, value, place and what was expected. A value left out is True."""
+    line, left_out = errors(['--' + arg, '--out_dir'], capsys)
+    assert left_out == 'error: out_dir=True on the command line: expected text'
+    assert line.startswith(f'error: {arg} on the command line: expected {expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
@@ -157,29 +156,6 @@ def test_lists_repeat():
     """A key whose default is a list may be given several times; the first replaces the default."""
     assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
     assert DEFAULTS['prompt'] == ['x']
-
-@pytest.mark.filterwarnings('ignore::SyntaxWarning')
-def test_fuzz(capsys):
-    """10,000 random command lines: understood, with the right types, or refused in sentences."""
-    rng = random.Random(0)
-    pieces = ['1', '2.5', 'e9', 'true', 'None', ' ', 'é', '__', '\n', '0x', 'j', 'lambda', '1e999',
-              '9' * 99, 'inf', *',()[]{}', *string.punctuation]
-    keys = list(DEFAULTS) + ['n_layre', '', 'x', '-', '__class__', 'none']
-    refused = 0
-    for _ in range(10_000):
-        argv = []
-        for _ in range(rng.randint(1, 2)):
-            value = ''.join(rng.choices(pieces, k=rng.randint(0, 6)))
-            key = rng.choice(list(DEFAULTS) if rng.random() < 0.95 else keys)
-            argv.append(rng.choice(['--', '--', '--', '--', '-', '']) + key + '=' + value)
-        try:
-            got = configure(DEFAULTS, argv)
-            assert [type(v) for v in got.values()] == list(map(type, DEFAULTS.values())), argv
-        except SystemExit as e:
-            refused += 1
-            assert e.code == 2, argv
-            assert 'error: ' in capsys.readouterr().err
-    assert 5000 < refused < 9900, refused
 
 def test_closed_pipe_is_no_error():
     """`python inspect_features.py | head` has read enough; what comes after goes nowhere."""

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from model import load_checkpoint
-from runs import (ROOT, arguments, assert_same_run, at_call, at_loss, crash, disk_full, finish,
-                  kill, nan, out_of_memory, oversleep, records, resume, terminate, train)
+from runs import (ROOT, arguments, assert_same_run, at_call, at_loss, disk_full, finish, kill,
+                  nan, out_of_memory, oversleep, records, resume, terminate, train)
 
 STEP_4 = 2 * 4 + 1 # its first loss on each of two ranks
 
@@ -60,12 +60,11 @@ def at_step_4(action):
     return partial(at_loss, STEP_4, action, rank=1)
 
 @pytest.mark.parametrize('what, reason', [
-    (at_step_4(crash), 'rank 1: RuntimeError: an accident'),
-    (at_step_4(out_of_memory), 'rank 1: out of memory with batch_size=2'),
+    (at_step_4(out_of_memory), 'rank 1: out of memory with batch_size=2: halve it'),
     (at_step_4(oversleep), 'rank 0: another rank is gone, or silent for 2 s (rank_timeout)'),
     (at_step_4(kill), 'rank 0: another rank is gone, or silent for 60 s (rank_timeout)'),
-    (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved')],
-    ids=['raises', 'out of memory', 'lags', 'is killed', 'has a full disk'])
+    (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved in')],
+    ids=['out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     """The other rank leaves within rank_timeout with the reason that the first one gave, and shows
     no traceback of its own; what was saved is there, and the resumed run is the same."""
@@ -74,7 +73,7 @@ def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     assert time.time() - begin < 30
     assert 0 not in codes and None not in codes and codes[0] == 1, text
     assert f'error: {reason}' in text, text
-    assert text.count('Traceback') == ('an accident' in text), text # on the rank that had it
+    assert 'Traceback' not in text
     if reason.startswith('rank 1'):
         assert text.count(f'error: {reason}') == 2, text # said by both
     assert load_checkpoint(str(tmp_path))['step'] == 3
@@ -83,11 +82,10 @@ def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
         resume(tmp_path, tiny_data, ranks=2)
         assert_same_run(pair, tmp_path)
 
-@pytest.mark.parametrize('name', [
-    'new_group', pytest.param('init_process_group', marks=pytest.mark.slow)])
-def test_killed_before_the_first_step(name, tiny_data, tmp_path):
+@pytest.mark.slow
+def test_killed_before_the_first_step(tiny_data, tmp_path):
     """A rank that is gone before all have met: the other one leaves after rank_timeout."""
-    gone = partial(at_call, f'torch.distributed.{name}', 1, kill, rank=1)
+    gone = partial(at_call, 'torch.distributed.init_process_group', 1, kill, rank=1)
     codes, text = train(tmp_path, tiny_data, gone, ranks=2, rank_timeout=2)
     assert codes == [1, -signal.SIGKILL] and 'Traceback' not in text, text
     assert 'error: another rank is gone, or silent for 2 s (rank_timeout)' in text, text
@@ -133,34 +131,11 @@ def test_micro_batches_that_do_not_divide(tiny_data, tmp_path):
     assert codes == [2, 2]
     assert 'gradient_accumulation_steps=3 must be a multiple of the 2 ranks' in text
 
-# --------------------------------------------------------------------------------------------------
-# torchrun itself (half a minute)
-
-def torchrun(script, argv):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               script, *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-
 @pytest.mark.slow
 def test_torchrun(whole, tiny_data, tmp_path):
-    """The documented command gives the same run."""
-    r = torchrun('train.py', arguments(tmp_path, tiny_data))
+    """The documented command gives the same run. Half a minute."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               ROOT / 'train.py', *arguments(tmp_path, tiny_data)]
+    r = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
     assert_close_run(whole, tmp_path)
-
-@pytest.mark.slow
-@pytest.mark.parametrize('failing', [0, 1])
-def test_torchrun_ends_when_a_rank_fails(failing, tiny_data, tmp_path):
-    """One rank raises: torchrun ends the other within a minute and shows the reason."""
-    script = tmp_path / 'accident.py'
-    script.write_text(f"""
-import runpy, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
-import runs
-runs.at_loss({STEP_4}, runs.crash, rank={failing})
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
-""")
-    r = torchrun(script, arguments(tmp_path / 'out', tiny_data))
-    assert r.returncode != 0 and 'RuntimeError: an accident' in r.stderr
-    assert r.stderr.count(f'error: rank {failing}: RuntimeError: an accident') == 2
-    assert load_checkpoint(str(tmp_path / 'out'))['step'] == 3

@@ -3,7 +3,7 @@ train.py from end to end on one rank: exact resume, kills, signals, torn files, 
 honest numbers.
 
     python -m pytest tests/test_train.py
-    python -m pytest tests/test_train.py --slow     also 2 x 20 kills at random moments, full disks
+    python -m pytest tests/test_train.py --slow     also 2 x 20 kills at random moments
 
 Each run is a process of its own (runs.py) of 8 steps. The one that nobody disturbed is the fixture
 `whole`; all that goes wrong must end in the same weights, optimizer, SAE state and logged numbers.
@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -32,9 +31,8 @@ from data import dataset
 from data.dataset import eval_batches, get_batch, load_dataset
 from features import snapshot
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, both, crash, finish,
-                  kill, nan, nan_gradient, out_of_memory, records, resume, same, send, start,
-                  terminate, times, train)
+from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, crash, finish, kill,
+                  nan, nan_gradient, records, resume, same, send, start, times, train)
 
 def step_in(out):
     return load_checkpoint(str(out))['step']
@@ -67,8 +65,9 @@ def test_the_undisturbed_run(whole, tiny_data):
     assert start['params'] == sum(p.numel() for p in load_model(checkpoint).parameters())
 
 # What happens; exit code; step of the checkpoint that is left; what is said. Four losses a step;
-# saves before the evals at steps 3, 6 and 8. Renamings: the snapshot of step 0; then two a save
-# (one the first time) and one a snapshot: 2 save, 3 snapshot (step 3); 4 and 5 save, 6 snapshot
+# saves before the evals at steps 3, 6 and 8. Renamings: the snapshot of step 0; one of the save and
+# the snapshot of step 3; two of the save and the snapshot of step 6. What may happen within a save
+# is in test_model.py; more accidents, and SIGTERM, are in test_ddp.py
 STEP_4 = 4 * 4 + 1 # its first loss: neither logged nor saved when it is done
 BROKEN = 'at step 4 the loss or a gradient was not finite: stopped; the last checkpoint in'
 STOPPED = 'after step 5; saved. Go on with --init_from=resume'
@@ -76,25 +75,17 @@ ACCIDENTS = {
     'killed between micro-batches': (partial(at_loss, STEP_4 + 2, kill), -9, 3, ''),
     'while a file is written': (partial(at_call, 'torch.save', 2, runs.half_saved_then_killed),
                                 -9, 3, ''),
-    'before it is on the disk': (partial(at_call, 'os.fsync', 2, kill), -9, 3, ''),
-    'before it is in its place': (partial(at_call, 'os.replace', 4, kill), -9, 3, ''),
-    'before ckpt_prev.pt is': (partial(at_call, 'os.replace', 5, kill), -9, 6, ''),
     'in a snapshot': (partial(at_call, 'os.replace', 6, kill), -9, 6, ''),
+    'disk full': (partial(at_call, 'os.replace', 3, runs.no_space), 1, 3,
+                  'error: [Errno 28] No space left'),
     'an eval crashes': (partial(at_call, 'data.dataset.eval_batches', 5, crash), 1, 3,
                         'error: RuntimeError: an accident'),
-    'out of memory': (partial(at_loss, STEP_4, out_of_memory), 1, 3,
-                      'error: out of memory with batch_size=2: halve it'),
     'no compiler': (partial(at_loss, STEP_4, runs.no_compiler), 1, 3,
                     'error: the model cannot be compiled here: give --compile=False (No working'),
-    'disk full': (partial(at_call, 'torch.save', 2, runs.disk_full), 1, 3, 'No space left'),
-    'SIGTERM': (partial(at_loss, STEP_4, terminate), 143, 5, STOPPED),
     'Ctrl-C': (partial(at_loss, STEP_4, partial(send, signal.SIGINT)), 130, 5, STOPPED),
     'SIGHUP': (partial(at_loss, STEP_4, partial(send, signal.SIGHUP)), 129, 5, STOPPED),
-    'nan': (partial(at_loss, STEP_4, nan), 3, 3, BROKEN),
-    'inf': (partial(at_loss, STEP_4, partial(times, math.inf)), 3, 3, BROKEN),
     'nan in a gradient': (partial(at_loss, STEP_4, nan_gradient), 3, 3, BROKEN),
-    'nan and SIGTERM': (partial(both, partial(at_loss, STEP_4, nan),
-                                partial(at_loss, STEP_4 + 1, terminate)), 3, 3, BROKEN),
+    'nan and SIGTERM': (partial(at_loss, STEP_4, runs.nan_and_terminate), 3, 3, BROKEN),
 }
 
 @pytest.mark.parametrize('what', ACCIDENTS)
@@ -123,51 +114,49 @@ def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
     assert not (tmp_path / 'ckpt.pt').exists()
     assert [r['step'] for r in records(tmp_path, 'eval')] == [0]
 
-def terminal_closed():
-    """Under nohup, which ignores SIGHUP; from step 4 on stdout is a pipe that nobody reads."""
+def close_terminal(function, *args, **kwargs):
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(read)
+    os.close(write)
+    return send(signal.SIGHUP, function, *args, **kwargs)
+
+def under_nohup():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    def close(function, *args, **kwargs):
-        read, write = os.pipe()
-        os.dup2(write, 1)
-        os.close(read)
-        os.close(write)
-        return send(signal.SIGHUP, function, *args, **kwargs)
-    at_loss(STEP_4, close)
+    at_loss(STEP_4, close_terminal)
 
 def test_terminal_closed(whole, tiny_data, tmp_path):
-    """The run ends as if somebody read what it prints."""
-    text = finish(tmp_path, tiny_data, terminal_closed)
+    """Under nohup the run ends as if somebody read what it prints."""
+    text = finish(tmp_path, tiny_data, under_nohup)
     assert 'step     4/8' in text and 'step     6/8' not in text and 'error' not in text
     assert_same_run(whole, tmp_path)
 
 def test_never_saved(whole, tiny_data, tmp_path):
-    """Killed before the first save: nothing to resume, one sentence, exit code 1. A new run takes
-    the folder over, and nothing of the old one is left in it. Ctrl-C before training has begun
-    leaves at once."""
+    """Ctrl-C before training has begun leaves at once: nothing to resume, one sentence, exit code
+    1. A new run takes the folder over, and nothing of the old one is left in it."""
     interrupt = partial(at_call, 'torch.compile', 1, partial(send, signal.SIGINT))
     code, text = train(tmp_path, tiny_data, interrupt, compile='true')
     assert code == 130 and 'Traceback' not in text
-    assert train(tmp_path, tiny_data, partial(at_loss, 3, kill))[0] == -signal.SIGKILL
+    (tmp_path / 'log.jsonl').write_text('of the old run')
+    (tmp_path / 'features').mkdir()
     (tmp_path / 'features' / '0000001.npz').write_bytes(b'of the old run')
     code, text = train(tmp_path, tiny_data, init_from='resume')
     assert code == 1 and text.startswith('error: no checkpoint in') and text.count('\n') == 1
     finish(tmp_path, tiny_data)
     assert_same_run(whole, tmp_path)
-    for folder in ('.', 'features'):
-        assert sorted(os.listdir(tmp_path / folder)) == sorted(os.listdir(whole / folder))
-    assert (tmp_path / 'log.jsonl').read_text().count('"event": "start"') == 1
+    assert sorted(os.listdir(tmp_path / 'features')) == sorted(os.listdir(whole / 'features'))
+    assert 'old run' not in (tmp_path / 'log.jsonl').read_text()
 
 def test_new_run_in_a_used_folder(whole, tiny_data, tmp_path):
     """nanoGPT writes over it. Here it is refused, exit code 2, and nothing is touched; also where
-    the one before is all that is left."""
-    shutil.copytree(whole, tmp_path / 'out')
-    for init_from in ('scratch', whole):
-        before = contents(tmp_path / 'out')
-        code, text = train(tmp_path / 'out', tiny_data, init_from=init_from)
-        assert code == 2 and text.count('\n') == 1, text
-        assert f"out_dir={tmp_path / 'out'} holds a run: --init_from=resume goes on" in text
-        assert contents(tmp_path / 'out') == before
-        (tmp_path / 'out' / 'ckpt.pt').unlink(missing_ok=True)
+    the checkpoint before the last is all that is left."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'ckpt.pt').unlink()
+    before = contents(tmp_path)
+    code, text = train(tmp_path, tiny_data, init_from=whole)
+    assert code == 2 and text.count('\n') == 1, text
+    assert f"out_dir={tmp_path} holds a run: --init_from=resume goes on" in text
+    assert contents(tmp_path) == before
 
 def test_two_runs_in_one_folder(whole, tiny_data, tmp_path):
     """The second one is refused before it touches anything, the first goes on. A killed run leaves
@@ -203,46 +192,13 @@ def test_torn_newest_checkpoint(whole, tiny_data, tmp_path):
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     assert_same_run(whole, tmp_path)
 
-@pytest.mark.parametrize('event, changes', [
-    ('log', dict(eval_interval=1)), ('eval', dict(log_interval=1)),
-    ('none', dict(eval_interval=1000, eval_tokens=400, probe_tokens=32))])
-def test_watching_changes_nothing(event, changes, whole, tiny_data, tmp_path):
-    """Evals, snapshots and logs at every step or never: the same run, to the bit."""
-    finish(tmp_path, tiny_data, **changes)
+def test_watching_changes_nothing(whole, tiny_data, tmp_path):
+    """Evals, snapshots and logs at every step: the same run, to the bit."""
+    finish(tmp_path, tiny_data, eval_interval=1, log_interval=1, probe_tokens=32)
     one, two = load_checkpoint(str(whole)), load_checkpoint(str(tmp_path))
     assert same(one['model'], two['model']) and same(one['optimizers'], two['optimizers'])
-    assert records(whole, event) == records(tmp_path, event)
-
-def tmpfs(path, pages):
-    """A file system of that many pages of 4 KiB at path; called again, it gets another size."""
-    options = f"{'remount,' if path.is_mount() else ''}size={pages * 4}k"
-    path.mkdir(exist_ok=True)
-    command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(path)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-SLOW_SIZES = [pytest.param(n, marks=pytest.mark.slow) for n in range(1, 200, 7)]
-
-@pytest.mark.parametrize('pages', [None, *SLOW_SIZES])
-def test_full_disk_indeed(pages, whole, tiny_data, tmp_path):
-    """A real full disk (needs root), by default one that holds a checkpoint and a half. Wherever
-    it fills up, in a save, a snapshot or the log: one sentence, what was saved is whole, and with
-    more room the run ends the same."""
-    out, size = tmp_path / 'disk', sum(map(len, contents(whole).values()))
-    one = (whole / 'ckpt.pt').stat().st_size
-    if not tmpfs(out, pages or (size - one) // 4096 + one // 8192):
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        code, text = train(out, tiny_data)
-        if code: # it is enough for the whole run at about 90 pages
-            assert code == 1 and text.count('error: ') == 1 and 'Traceback' not in text, text
-            assert 'No space left' in text or 'is the disk full?' in text, text
-        assert tmpfs(out, 10_000)
-        saved = (out / 'ckpt.pt').exists()
-        assert pages or code == 1 and saved
-        finish(out, tiny_data, init_from='resume' if saved else 'scratch')
-        assert_same_run(whole, out)
-    finally:
-        subprocess.run(['umount', str(out)], check=True)
+    evals = records(tmp_path, 'eval')
+    assert [evals[step] for step in (0, 3, 6, 8)] == records(whole, 'eval')
 
 def test_fp16(whole, tiny_data, tmp_path):
     """Gradients that overflow skip the update and halve the scale, which is logged; training goes
@@ -250,10 +206,7 @@ def test_fp16(whole, tiny_data, tmp_path):
     JSON, what is not finite is null."""
     accident = partial(at_loss, 9, partial(times, math.inf))
     finish(tmp_path, tiny_data, accident, dtype='float16', log_interval=1)
-    def refuse(name):
-        raise ValueError(name)
-    for line in (tmp_path / 'log.jsonl').read_text().splitlines():
-        json.loads(line, parse_constant=refuse)
+    assert not re.search('NaN|Infinity', (tmp_path / 'log.jsonl').read_text())
     log = records(tmp_path, 'log')
     scale = [r['loss_scale'] for r in log]
     assert log[2]['loss'] is None and scale[1] == 2 * scale[2] and scale[2] == scale[-1]
@@ -267,15 +220,14 @@ RANGES = dict(dropout=2, sae_site='middle', batch_size=0, learning_rate=-1, warm
               seed=-1, grad_clip=-1, beta1=1, eval_tokens=0, sae_silent_steps='many')
 CONTRADICTIONS = dict(sae_layers=7, n_embd=18, sae_k=99, sae_posthoc='true', device='cuda:99',
                       sae_blend_start=0.95, bolck_size=3)
-NUMBERS = [key for key, value in TINY.items() if type(value) in (int, float)] + [
-    'rank_timeout', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'learning_rate',
-    'sae_lr_factor', 'min_lr_ratio', 'sae_nudge']
+NUMBERS = [key for key, value in TINY.items()
+           if type(value) in (int, float) and key != 'sae_layers']
+NUMBERS += ['rank_timeout', 'weight_decay', 'beta2', 'sae_lr_factor', 'sae_nudge']
 
 @pytest.mark.parametrize('bad', [RANGES, CONTRADICTIONS, dict.fromkeys(NUMBERS, -7)])
 def test_all_problems_at_once(bad, tiny_data, tmp_path):
     """Every value that is out of range or contradicts another, one line each, exit code 2, before
     any work."""
-    bad = {key: value for key, value in bad.items() if key != 'sae_layers' or value != -7}
     code, text = train(tmp_path / 'out', tiny_data, **bad)
     lines = text.splitlines()
     assert code == 2 and len(lines) == len(bad) and 'Traceback' not in text, text
@@ -301,23 +253,14 @@ def test_presets_are_sound(file, tmp_path):
     code, text = runs.run_script('train.py', argv)
     assert code == 1 and 'is not prepared' in text, text
 
-def test_as_a_user_starts_it(tmp_path, tiny_data):
-    """Once without the fork server: from another folder, a typo in a file and in an option."""
-    (tmp_path / 'c.py').write_text("n_layre = 2\n")
-    command = [sys.executable, ROOT / 'train.py', 'c.py', '--max_itres=3', f'--dataset={tiny_data}']
-    r = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert r.returncode == 2 and r.stdout == ''
-    assert "did you mean 'n_layer'?" in r.stderr and "did you mean 'max_iters'?" in r.stderr
-
 def test_unusable_data(tiny_data, tmp_path):
     """A wrong bit, too short: one sentence, exit code 1. More damages are test_data.py's."""
     shutil.copytree(tiny_data, tmp_path / 'data')
-    raw = bytearray((tmp_path / 'data' / 'val.bin').read_bytes())
-    raw[500] ^= 1
-    (tmp_path / 'data' / 'val.bin').write_bytes(raw)
-    for data, words in ((tmp_path / 'data', 'val.bin is damaged'),
-                        (tiny_data, '3,000 tokens are too few for block_size=4000')):
-        code, text = train(tmp_path / 'out', data, block_size=4000 if '4000' in words else 16)
+    with open(tmp_path / 'data' / 'val.bin', 'r+b') as f:
+        f.write(b'\x01')
+    for data, size, words in ((tmp_path / 'data', 16, 'val.bin is damaged'),
+                              (tiny_data, 4000, '3,000 tokens are too few for block_size=4000')):
+        code, text = train(tmp_path / 'out', data, block_size=size)
         assert code == 1 and words in text and text.count('\n') == 1, text
 
 def test_resume_with_another_config(whole, tiny_data, tmp_path):
@@ -346,33 +289,22 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     assert len(named) == len(lines)
     assert 'error: n_layer=6, but n_layer=2 in the checkpoint' in lines
 
-def test_resume_with_what_may_change(whole, tiny_data, tmp_path):
-    """More steps, other intervals, a moved data set: the run goes on."""
-    shutil.copytree(whole, tmp_path / 'out')
-    shutil.copytree(tiny_data, tmp_path / 'moved')
-    changes = dict(max_iters=10, eval_interval=5, log_interval=1, eval_tokens=64, dtype='bfloat16')
-    resume(tmp_path / 'out', tmp_path / 'moved', **changes)
-    assert step_in(tmp_path / 'out') == 10
-    assert [r['step'] for r in records(tmp_path / 'out', 'log')] == [2, 4, 6, 8, 9, 10]
-
 def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_data, tmp_path):
-    """The hand-over is a share of max_iters, but alpha stays at 1, also after a stop, unless a key
-    asks for another one. Another learning rate is said."""
+    """The hand-over is a share of max_iters, but alpha stays at 1, unless a key asks for another
+    one. Another learning rate is said."""
     def goes_on(out, step):
         log = [r for r in records(out, 'log') if r['step'] > step]
         assert [r['alpha'] for r in log] == [1] * 4
         return records(out, 'eval')[-2]['val_loss'] == records(whole, 'eval')[-1]['val_loss']
-    longer, tuned, stopped = tmp_path / 'longer', tmp_path / 'tuned', tmp_path / 'stopped'
+    longer, tuned = tmp_path / 'longer', tmp_path / 'tuned'
     shutil.copytree(whole, longer)
-    text = resume(longer, tiny_data, max_iters=16, eval_interval=8)
+    shutil.copytree(tiny_data, tmp_path / 'moved')
+    text = resume(longer, tmp_path / 'moved', max_iters=16, eval_interval=8)
     assert goes_on(longer, 8)
     assert 'learning rate at step 8: 0.0003 with max_iters=8, now 0.00274\n' in text
     new = dict(init_from=whole, eval_interval=8)
     finish(tuned, tiny_data, **new)
     assert goes_on(tuned, 0)
-    assert train(stopped, tiny_data, partial(at_loss, STEP_4, terminate), **new)[0] == 143
-    assert 'learning rate' not in resume(stopped, tiny_data, eval_interval=8)
-    assert_same_run(tuned, stopped)
     for asks, alpha in (dict(sae_blend_start=0.2), 0), (dict(sae_k=6), 1):
         finish(tmp_path / str(alpha), tiny_data, **new, **asks)
         first = records(tmp_path / str(alpha), 'log')[0]
@@ -421,7 +353,7 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     named = runs.write_tiny_data(tmp_path / 'named', name='another')
     for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch'),
                                   (named, {}, 'their tokenizer is another than that of'),
-                                  (other, {}, 'their vocabulary has 257 tokens, that of')):
+                                  (other, {}, 'their tokenizer is another than that of')):
         code, text = train(tmp_path / 'new', data, init_from=dense, **changes)
         assert code == 1 and 'do not fit this model' in text and reason in text, text
         assert text.count('\n') == 1 and not (tmp_path / 'new').exists()
@@ -431,8 +363,7 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     assert code == 1 and 'holds weights alone' in text and text.count('\n') == 1, text
 
 @pytest.mark.parametrize('key, value', [
-    ('optimizers', []), ('optimizers', [{}, {}]), ('model_args', {}), ('model', None),
-    ('step', None)])
+    ('optimizers', []), ('optimizers', [{}, {}]), ('model', None)])
 def test_resume_of_another_version(key, value, whole, tiny_data, tmp_path):
     """A checkpoint that another version of the code wrote: one sentence, and it stays."""
     save_checkpoint(str(tmp_path), load_checkpoint(str(whole)) | {key: value})
@@ -451,7 +382,7 @@ def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
     for start in (1, 0.2):
         out = tmp_path / str(start)
         finish(out, tiny_data, init_from=dense, sae_posthoc='true', sae_recon=1, sae_nudge=0,
-               learning_rate=0.01, max_iters=30, eval_interval=1, eval_tokens=64,
+               learning_rate=0.01, max_iters=30, eval_interval=30,
                sae_blend_start=start, sae_blend_end=start)
         a, b = load_checkpoint(str(dense))['model'], load_checkpoint(str(out))['model']
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -464,16 +395,16 @@ def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
                        sae_site='hidden')
     assert code == 2 and 'a sae_site of resid, mlp, attn' in text # which has something to train
 
-VARIANTS = [dict(sae_site=site) for site in ('mlp', 'attn', 'hidden', 'stream')] + [
-    dict(optimizer='adamw'), dict(sae_layers='0,1'), dict(max_iters=0),
-    dict(seed=2 ** 40, dtype='bfloat16', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)]
+VARIANTS = [
+    dict(sae_site='mlp', sae_layers='0,1'), dict(sae_site='attn', optimizer='adamw'),
+    dict(sae_site='hidden', dtype='bfloat16', seed=2 ** 40),
+    dict(sae_site='stream', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)]
 
 @pytest.mark.parametrize('changes', VARIANTS, ids=str)
 def test_every_variant_runs(changes, tiny_data, tmp_path):
     """Each site, optimiser and dtype from start to end, and its checkpoint makes a model."""
     finish(tmp_path, tiny_data, eval_interval=8, **changes)
-    if changes.get('max_iters') != 0:
-        load_model(load_checkpoint(str(tmp_path)))
+    load_model(load_checkpoint(str(tmp_path)))
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 def test_learning_rate_by_hand(schedule, tiny_data, tmp_path):
@@ -529,19 +460,16 @@ def test_train_loss_by_brute_force(tiny_data, tmp_path):
     assert each[0]['loss'] == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert each[0]['grad_norm'] == pytest.approx(norm, rel=1e-5) and each[0]['tokens'] == 128
 
-@pytest.mark.parametrize('eval_tokens', [128, 16])
-def test_eval_metrics_by_brute_force(eval_tokens, tiny_data, tmp_path):
+def test_eval_metrics_by_brute_force(whole, tiny_data):
     """Val loss, with the SAE zeroed and replaced by its mean, L0, FVU, live share and the share of
-    the busiest, by loops; also where the eval tokens do not fill one batch."""
-    train(tmp_path, tiny_data, eval_tokens=eval_tokens, max_iters=6)
-    record = records(tmp_path, 'eval')[-1]
-    model = load_model(load_checkpoint(str(tmp_path)))
+    the busiest, by loops."""
+    record, model = records(whole, 'eval')[-1], load_model(load_checkpoint(str(whole)))
     sae, tokens = model.saes()[1], load_dataset(tiny_data).val
     @torch.no_grad()
     def loss(gate, fill):
         sae.gate.fill_(gate)
         sae.fill.copy_(fill)
-        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, eval_tokens)]
+        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, 128)]
         return float(np.mean([r[1].item() for r in results])), [r[2] for r in results]
     normal, outs = loss(1, torch.zeros(16))
     code, fired, positions = torch.zeros(64), torch.zeros(64), 0
@@ -626,33 +554,3 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     resume(out, tiny_data, ranks=ranks, **changes)
     assert_same_run(tmp_path / 'whole', out)
     assert in_saves
-
-@pytest.mark.slow
-def test_long_run_leaks_nothing(tiny_data, tmp_path):
-    """A save, an eval and a snapshot every third step: memory and open files stay flat, and the
-    disk holds two checkpoints, one snapshot an eval, one line a log or eval, and nothing else.
-
-    LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s"""
-    seconds, out, seen = 60 * float(os.environ.get('LONG_RUN_MINUTES', 0.5)), tmp_path / 'out', []
-    argv = arguments(out, tiny_data, max_iters=10 ** 7, sae_blend_start=0, sae_blend_end=0)
-    p, = start('train.py', argv, tmp_path / 'text')
-    for i in range(21): # when a twentieth is over all that is allocated once has been
-        p.join(seconds / 21)
-        assert p.is_alive(), (tmp_path / 'text').read_text()[-1000:]
-        with open(f'/proc/{p.pid}/statm') as f:
-            mb = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
-        seen.append((mb, len(os.listdir(f'/proc/{p.pid}/fd'))))
-        print(f"{mb:.1f} MB, {seen[-1][1]} open files", flush=True)
-    p.terminate()
-    p.join(60)
-    assert p.exitcode == 143
-    steps, snapshots = step_in(out), sorted((out / 'features').iterdir())
-    log = (out / 'log.jsonl').read_bytes()
-    print(f"{steps:,} steps, {sum(map(len, contents(out).values())):,} bytes")
-    assert steps > seconds # or there was nothing to see
-    assert seen[-1][0] < seen[0][0] + 20 and seen[-1][1] <= seen[0][1] + 1
-    assert sorted(os.listdir(out)) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
-    assert [int(f.stem) for f in snapshots] == list(range(0, steps + 1, 3))[:len(snapshots)]
-    assert len(snapshots) >= steps // 3
-    assert max(f.stat().st_size for f in snapshots) < 2 * 64 * 16 + 400 * 64 # 2 F C, and the rest
-    assert len(log.splitlines()) == 1 + steps // 2 + len(snapshots)

@@ -20,7 +20,7 @@ import inspect_features as view
 import scanning
 from sample import set_steering
 from sae import SITES
-from test_features import index, make_run, out, snapshots # fixtures, too
+from test_features import index, make_model, out, refused, snapshots # fixtures, too
 from test_inspect import data_of, look
 
 TEXT = 'ab c [red] a b\nab'
@@ -29,55 +29,51 @@ TEXT = 'ab c [red] a b\nab'
 def run(out):
     return features.open_run(out, device='cpu')
 
-def steered(model, tokens, off, measure):
-    """measure(logits (T, V), SAEOut) of the whole model, with the features [(block, f)] off."""
+def steered(model, tokens, off=()):
+    """Logits (T, V) and codes (S, T, F) of the whole model, with the features [(block, f)] off."""
     set_steering(model, [(layer, f, 0.0, 0.0) for layer, f in off])
     with torch.no_grad():
         logits, _, seen = model(torch.tensor([tokens]))
     set_steering(model, [])
-    return measure(logits[0], seen)
+    z = torch.zeros(*seen.values.shape[:-1], model.config.n_features)
+    return logits[0], z.scatter(-1, seen.indices, seen.values)[:, 0]
 
 def same_as_by_hand(model, d, layers, measure):
-    """The numbers of d are those of measure after steering; every active feature is there."""
-    by_hand = lambda off: steered(model, d['idx'], off, measure)
+    """The numbers of d are those of measure(logits, codes); every active feature is there."""
+    by_hand = lambda off: measure(*steered(model, d['idx'], off))
     close = lambda x: pytest.approx(x, abs=2e-5)
-    base = by_hand([])
+    base, (_, z) = by_hand([]), steered(model, d['idx'])
     assert d['base'] == close(base)
-    _, _, seen = model(torch.tensor([d['idx']]))
-    active = set()
-    for s, layer in enumerate(model.saes()):
-        for t, k in (seen.values[s, 0] != 0).nonzero().tolist():
-            if layer in layers:
-                active.add((layer, seen.indices[s, 0, t, k].item(), t))
-    told = {(layer, f, t) for _, layer, f, at in d['effects'] for t, _ in at}
-    assert told == active and d['active'] == len(d['effects']) > 10
+    active = {(layer, f, t) for layer, code in zip(model.saes(), z) if layer in layers
+              for t, f in code.nonzero().tolist()}
+    assert active == {(layer, f, t) for _, layer, f, at in d['effects'] for t, _ in at}
+    assert d['active'] == len(d['effects']) > 10
     for change, layer, f, _ in d['effects']:
         assert change == close(by_hand([(layer, f)]) - base)
     changes = [effect[0] for effect in d['effects']]
     assert changes == sorted(changes) and max(map(abs, changes)) > 1e-3
-    first = [effect[1:3] for effect in d['effects'][:10] if effect[0] < 0]
-    assert [effect[1:3] for effect in d['pro']] == first
+    assert d['pro'] == [effect for effect in d['effects'][:10] if effect[0] < 0]
     assert d['con'] == [effect for effect in d['effects'][:-11:-1] if effect[0] > 0]
-    assert d['together'] == close(by_hand(first) - base)
+    assert d['together'] == close(by_hand([effect[1:3] for effect in d['pro']]) - base)
     every = [(layer, f) for layer in layers for f in range(model.config.n_features)]
     assert d['whole'] == close(by_hand(every) - base)
 
 @pytest.mark.parametrize('site', SITES)
-def test_effects_equal_those_of_steering_by_hand(site, tmp_path, monkeypatch):
+def test_effects_equal_those_of_steering_by_hand(site, monkeypatch):
     """Also of a lower SAE's feature, which changes what the upper one selects, of a target of
     several tokens, and in several batches."""
     monkeypatch.setattr(explain, 'AT_ONCE', 60)
-    model = features.open_run(make_run(tmp_path, sae_site=site), device='cpu').model
+    model = make_model(sae_site=site)
     tokens = np.random.default_rng(0).integers(97, 101, 12).tolist()
     for target in ([], [97, 256, 98]):
         d = explain.why_token(model, tokens, target, [1, 2])
-        target = target or [model(torch.tensor([tokens]))[0][0, -1].argmax().item()]
+        target = target or [steered(model, tokens)[0][-1].argmax().item()]
         assert d['target'] == target and d['idx'] == tokens + target[:-1]
         same_as_by_hand(model, d, [1, 2], lambda logits, _: sum(
             logits[11 + i].log_softmax(-1)[token].item() for i, token in enumerate(target)))
-    code = lambda _, seen: (seen.values[1, 0, -1] * (seen.indices[1, 0, -1] == f)).sum().item()
-    f = model(torch.tensor([tokens]))[2].indices[1, 0, -1, 0].item()
-    same_as_by_hand(model, explain.why_feature(model, tokens, 2, f), [1], code)
+    f = steered(model, tokens)[1][1, -1].argmax().item()
+    same_as_by_hand(model, explain.why_feature(model, tokens, 2, f), [1],
+                    lambda _, z: z[1, -1, f].item())
 
 def test_a_feature_that_does_not_fire_changes_nothing(run):
     tokens = features.encode(run, TEXT)
@@ -99,7 +95,8 @@ def test_of_many_the_promising(run, monkeypatch):
         log_p = []
         for scale in (0.99, 1.01):
             set_steering(run.model, [(layer, f, scale, 0.0)])
-            logits = run.model(torch.tensor([tokens]))[0]
+            with torch.no_grad():
+                logits = run.model(torch.tensor([tokens]))[0]
             log_p.append(logits[0, -1].log_softmax(-1)[97].item())
         slopes.append((-abs(log_p[1] - log_p[0]), layer, f))
     set_steering(run.model, [])
@@ -122,18 +119,17 @@ def test_trace_by_brute_force(run, index):
     d = explain.trace(model, scan, above, f, seed=0, n=10**6)
     assert d['positions'] == len(where) and d['windows'] == len(set(where // scan.T))
     means = np.zeros((2, above.F))
-    for p in where.tolist():
-        tokens = scan.tokens[p // scan.T * scan.T:][:scan.T].tolist()
+    for w in set(where // scan.T):
+        tokens = scan.tokens[w * scan.T:][:scan.T].tolist()
+        at = where[where // scan.T == w] % scan.T
         for row, off in zip(means, ([], [(1, f)])):
-            _, indices, values = steered(model, tokens, off, lambda _, seen: (
-                0, seen.indices[1, 0, p % scan.T], seen.values[1, 0, p % scan.T]))
-            np.add.at(row, indices.numpy(), values.numpy() / len(where))
+            row += steered(model, tokens, off)[1][1, at].sum(0).numpy() / len(where)
     assert d['as_it_is'] == pytest.approx(means[0], abs=1e-4)
     assert d['without'] == pytest.approx(means[1], abs=1e-4)
+    here = set(where.tolist())
     for g in range(above.F):
         theirs = set(scanning.firings(above, g)[0].tolist())
-        both, either = theirs & set(where.tolist()), theirs | set(where.tolist())
-        assert d['share'][g] == pytest.approx(len(both) / len(either))
+        assert d['share'][g] == pytest.approx(len(theirs & here) / len(theirs | here))
     few = explain.trace(model, scan, above, f, seed=0, n=2)
     assert few['windows'] == 2 and few['positions'] < len(where)
 
@@ -216,30 +212,24 @@ def test_page(out, run, index, tmp_path):
 
 def test_timeline_curves_by_brute_force(tmp_path):
     """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
-    snapshots(tmp_path, 'W_dec')
+    last = snapshots(tmp_path)[-1]
     t = features.open_timeline(tmp_path, lambda items, text: items)[1]
     t.probed = 2000                                          # of them 2 % are 40
     names = [bytes([97 + i] * 3) for i in range(16)]
     tokens = np.random.default_rng(0).integers(0, 16, 3000)
     curves = scanning.timeline_curves(SimpleNamespace(tokens=tokens, names=names), t)
-    live_share, entropy, coherence = curves.values()
-    for i, count in enumerate(t.count):
-        assert live_share[i] == pytest.approx(100 * np.mean(count > 0))
-        assert entropy[i] == pytest.approx(np.median(t.entropy[i][count > 0]))
-        fired = [np.repeat(np.maximum(0, top), times)
-                 for top, times in zip(t.top_tokens[i], t.top_counts[i])]
-        want = scanning.concepts(count, 2000, lambda f: np.unique(fired[f], return_counts=True),
-                                 tokens, names)['coherence']
-        want = want[np.isfinite(want)]
-        assert coherence[i] == pytest.approx(np.mean(want) if len(want) else np.nan, nan_ok=True)
-    assert np.isfinite(coherence).any()
+    types_of = lambda f: [x[last['top_tokens'][f] >= 0] for x in (last['top_tokens'][f],
+                                                                  last['top_counts'][f])]
+    coherence = scanning.concepts(last['count'], 2000, types_of, tokens, names)['coherence']
+    want = (100 * np.mean(last['count'] > 0), np.nanmedian(last['entropy']), np.nanmean(coherence))
+    assert [curve[-1] for curve in curves.values()] == pytest.approx(want)
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
-    snapshots(tmp_path, 'W_dec')
+    snapshots(tmp_path)
     shutil.copy(out / 'index.npz', tmp_path)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(SystemExit, match='takes matplotlib: pip install matplotlib'):
-        view.main([f'--out_dir={tmp_path}', '--plot=x.png'])
+    assert 'takes matplotlib: pip install matplotlib' in refused(
+        capsys, view, f'--out_dir={tmp_path}', '--plot=x.png')
     monkeypatch.undo()
     pytest.importorskip('matplotlib')
     for argv in (['--timeline=true'], ['--feature=L1.F3,L1.F4']):
@@ -247,18 +237,3 @@ def test_picture(out, index, tmp_path, capsys, monkeypatch):
         look(capsys, tmp_path, f'--plot={picture}', *argv)
         assert picture.read_bytes()[:4] == b'\x89PNG'
         picture.unlink()
-
-@pytest.mark.parametrize('argv, sentence', (
-    (['--why=true'], "with --prompt write --why=true, without it --why=L6.F2386"),
-    (['--why=L2.F1', '--prompt=a'], "with --prompt write --why=true"),
-    (['--target=a', '--prompt=b'], 'takes --prompt and --why=true beside it'),
-    (['--why=L1.F1'], 'L1.F1: no SAE lies below block 1'),
-    (['--why=L2.F5'], 'L2.F5 fires nowhere in the scan'),
-    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
-    (['--trace=x'], 'names no feature'),
-    (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
-def test_bad_input(out, index, argv, sentence, capsys):
-    with pytest.raises(SystemExit) as e:
-        view.main([f'--out_dir={out}', *argv])
-    said = e.value.code if type(e.value.code) is str else capsys.readouterr().err.strip()
-    assert sentence in said and '\n' not in said and e.value.code != 0
