@@ -19,7 +19,8 @@ def export_saes(run, folder):
         metadata = dict(sae_lens_version='6.0.0',            # that of the format
                         hook_name=f'blocks.{layer}.{HOOKS[config.sae_site]}',
                         context_size=config.block_size, step=run.checkpoint['step'],
-                        input='RMS-normalised: x / sqrt(mean(x^2))')
+                        input='RMS-normalised: x / sqrt(mean(x^2))',
+                        scale=sae.scale.item())              # times what it decodes goes on
         about = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=sae.k,
                      dtype='float32', device='cpu', apply_b_dec_to_input=True,
                      normalize_activations='none', reshape_activations='none',

@@ -541,7 +541,9 @@ def page(options, console):
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
-    Path(options.html).write_bytes(text)
+    temporary = Path(f'{options.html}.tmp')  # written whole or not at all
+    temporary.write_bytes(text)
+    os.replace(temporary, options.html)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def export(options, console):

@@ -221,7 +221,7 @@ def measure(run, labels, block, k, wanted=262_144):
         by_code = probes(run._replace(model=untrained), block, labels)
         for name, code in (('random', 'random directions'), ('channels', 'channels')):
             found[f'probe_{name}'] = by_code[code]
-            found[f'probe_{name}_mean'] = over_sets(by_code[code])
+            found[f'probe_{name}_mean'] = mean_of(by_code[code].values())
         return found
     T, F = model.config.block_size, model.config.n_features
     val = load_dataset(run.dataset).val
@@ -236,7 +236,7 @@ def measure(run, labels, block, k, wanted=262_144):
         coherence = coherence[~np.isnan(coherence)]
         probe = probes(run, layer, labels)['features']
         layers.append(dict(
-            probe=probe, probe_mean=over_sets(probe),
+            probe=probe, probe_mean=mean_of(probe.values()),
             coherence=float(coherence.mean()) if len(coherence) else None,
             coherent=int((coherence > 0.05).sum()),
             causal_share=causal_share(model, layer, tokens, features[s]),
@@ -244,12 +244,9 @@ def measure(run, labels, block, k, wanted=262_144):
             dense_features=float((count > 0.1 * len(tokens)).mean())))
     return mean_of(layers)
 
-def over_sets(probe):
-    """{set: {k: accuracy}} -> {k: mean over sets}"""
-    return mean_of(list(probe.values()))
-
 def mean_of(records):
     """The mean of records alike, of numbers in dicts; None is left out."""
+    records = list(records)
     if isinstance(records[0], dict):
         return {key: mean_of([record[key] for record in records]) for key in records[0]}
     numbers = [x for x in records if x is not None]

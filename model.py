@@ -322,7 +322,10 @@ def save_checkpoint(out_dir, checkpoint):
         raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? "
                       f"({str(e).splitlines()[0]})") from None
     if os.path.exists(path):
-        os.replace(path, prev)
+        try:
+            os.replace(path, prev)
+        except OSError as e: # no reason to end a run
+            print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
     os.replace(tmp, path)
 
 CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these

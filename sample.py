@@ -34,6 +34,7 @@ DEFAULTS = dict(
     max_new_tokens=200,
     temperature=0.8,      # 0: always the likeliest token
     top_k=200,            # only among the top_k likeliest; 0: among all
+    stop=False,           # end a text where the model does, with its end-of-text token
     seed=1337,
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
@@ -111,19 +112,23 @@ def usual_activation(run, i, f):
 # --------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
 
-def sample(model, prompt, options, seed, edits=()):
+def sample(model, prompt, options, seed, edits=(), stop=None):
     """
-    prompt, a list of ids -> the same with max_new_tokens more. Equal arguments give equal ids.
-    Leaves the model unsteered.
+    prompt, a list of ids -> the same with max_new_tokens more, or fewer: the last is then `stop`.
+    Equal arguments give equal ids. Leaves the model unsteered.
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     set_steering(model, edits)
+    idx, new = torch.tensor([prompt], device=device), []
     with autocast(model):
-        new = list(model.generate(torch.tensor([prompt], device=device), options.max_new_tokens,
-                                  options.temperature, options.top_k or None, generator))
+        for token in model.generate(idx, options.max_new_tokens, options.temperature,
+                                    options.top_k or None, generator):
+            new.append(token.item())
+            if new[-1] == stop:
+                break
     set_steering(model, [])
-    return prompt + torch.cat(new, dim=1)[0].tolist()
+    return prompt + new
 
 def measure(model, tokens, n_prompt, features):
     """
@@ -188,6 +193,7 @@ def write_samples(options):
     titled = len(versions) * options.num_samples > 1 or options.steer
     if options.compare:
         versions = [('unsteered', []), *versions]
+    stop = run.meta['eot'] if options.stop else None
     begins = 0 if given and run.meta['eot'] is None else 1 # tokens that stand before every text
 
     def text(tokens):
@@ -195,7 +201,7 @@ def write_samples(options):
 
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
-        samples = {label: sample(model, prompt, options, seed, edits)
+        samples = {label: sample(model, prompt, options, seed, edits, stop)
                    for label, edits in versions}
         for label, tokens in samples.items():
             if not options.compare:
@@ -211,7 +217,8 @@ def write_samples(options):
                 print(f"\nstrongest features of the text of seed {seed}, {label}:")
                 print_features(model, tokens, run.names, options.show_features)
     if measured:
-        print_table(scores, steered, options.max_new_tokens)
+        limit = 'up to ' if options.stop else ''
+        print_table(scores, steered, f'{limit}{options.max_new_tokens}')
 
 def main(argv):
     options = configurator.configure(DEFAULTS, argv, problems)

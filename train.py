@@ -167,10 +167,16 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
+store = None # where a rank leaves the reason why it failed
+
 def fail(message, code=1):
-    """A sentence to stderr and a non-zero exit."""
-    who = f"rank {rank}: " if ddp else ""
-    print(f"error: {who}{message}", file=sys.stderr, flush=True)
+    """A sentence to stderr and a non-zero exit. Of several ranks, all say why the first failed."""
+    if store is not None:
+        key = 'failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
+        message = f"rank {rank}: {message}"
+        with suppress(RuntimeError): # without torchrun the store goes with rank 0
+            message = store.compare_set(key, '', message).decode()
+    print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(code) # no waiting in collectives that the others will never join
 
 def on_error(kind, e, trace):
@@ -198,6 +204,8 @@ if ddp:
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
     # between the hosts: for what is decided together, and to wait while one rank works alone
     hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
+    address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
 def all_reduce(t, op=dist.ReduceOp.SUM):
     if ddp and t.numel(): # sums over SAE layers are empty in a dense model

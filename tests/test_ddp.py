@@ -66,14 +66,16 @@ def at_step_4(action):
     (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved in')],
     ids=['out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
-    """A rank that fails says why, the other one leaves within rank_timeout; no traceback. What was
-    saved is there, and the resumed run is the same."""
+    """The other rank leaves within rank_timeout with the reason that the first one gave, and shows
+    no traceback of its own; what was saved is there, and the resumed run is the same."""
     begin = time.time()
     codes, text = train(tmp_path, tiny_data, what, 2, rank_timeout=2 if '2 s' in reason else 60)
     assert time.time() - begin < 30
     assert 0 not in codes and None not in codes and codes[0] == 1, text
     assert f'error: {reason}' in text, text
     assert 'Traceback' not in text
+    if reason.startswith('rank 1'):
+        assert text.count(f'error: {reason}') == 2, text # said by both
     assert load_checkpoint(str(tmp_path))['step'] == 3
     if 'gone' in reason and '60' in reason:
         assert codes[1] == -signal.SIGKILL

@@ -89,23 +89,21 @@ COMMANDS = {
     inspect_features: 'layer feature examples rows effect prompt prompt_file top find probe why '
                       'target trace sort timeline html scan_tokens device seed dataset'.split(),
     sample: 'prompt prompt_file num_samples max_new_tokens temperature top_k seed show_features '
-            'steer compare device'.split()}
+            'steer compare stop device'.split()}
 SOUND = dict(feature='L1.F3', prompt='ab', prompt_file='', find='a', probe='', timeline='true',
              html='x.html', device='cpu', dataset='', steer='L1.F3=1,2', compare='true', why='true',
-             target='a', trace='L1.F3', sort='entropy') # else 1
+             target='a', trace='L1.F3', sort='entropy', stop='true') # else 1
 
 def run_main(module, argv, capsys):
     """Whether it was refused; all it may raise is SystemExit, with a sentence or after one."""
+    refused, said = False, ''
     try:
         module.main(argv)
-        refused = False
     except SystemExit as e:
         refused = e.code not in (0, None)
-        said = e.code if isinstance(e.code, str) else capsys.readouterr().err
-        assert not refused or 'error: ' in said and 'Traceback' not in said, (argv, said)
-    except BaseException as e:
-        raise AssertionError(f"{module.__name__} {argv}: {type(e).__name__}: {e}") from e
-    capsys.readouterr()
+        said = e.code if isinstance(e.code, str) else ''
+    said += capsys.readouterr().err
+    assert not refused or 'error: ' in said and 'Traceback' not in said, (argv, said)
     return refused
 
 @times(60, 400)

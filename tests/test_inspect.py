@@ -73,49 +73,44 @@ def test_feature_view(out, index, capsys):
         assert re.sub('[«»]', '', squeeze(shown)) == squeeze(whole)
 
 def test_tokens_that_share_a_character_are_one_piece():
-    names = [b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2', b'\xe6', b'z', b'\xe6']
-    scan = SimpleNamespace(names=names)
+    scan = SimpleNamespace(names=[b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2',
+                                  b'\xe6', b'z', b'\xe6'])
     context = dict(tokens=list(range(9)), acts=[0, 1, -4, 2, 0, 0, 0, 0, 0], peak=2)
     assert features.pieces(scan, context) == [
         ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
-    console = view.screen()
-    text, bars = view.paragraph(console, scan, context, 4.0)
+    parts, _, _ = features.for_page(scan, context | dict(where=3, times=1))
+    assert parts == ['x', (' 漢字', -4.0, True), 'y<0xA2><0xE6>z<0xE6>']
+    text, bars = view.paragraph(view.screen(), scan, context, 4.0)
     assert text.plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 
 def test_the_peak_stands_at_the_same_column():
-    names = [b'a', b'-' * 50, '漢'.encode(), b' b', b'\n']
-    scan = SimpleNamespace(names=names)
+    scan = SimpleNamespace(names=[b'a', b'-' * 50, '漢'.encode(), b' b', b'\n'])
     for tokens, peak in (([1, 2, 3, 1], 2), ([3, 1], 0), ([2] * 30 + [0] * 90, 30), ([4, 0], 1)):
         acts = [float(i == peak) for i in range(len(tokens))]
         context = dict(tokens=tokens, acts=acts, peak=peak)
-        line = view.one_line(scan, context, 1.0, 40)
-        before = line.plain[:line.plain.index('«')]
-        assert cell_len(before) in (15, 16) and cell_len(line.plain) <= 40 # 15: half of 漢
-        assert line.plain.startswith('…') is False and '«' in line.plain
+        line = view.one_line(scan, context, 1.0, 40).plain
+        assert cell_len(line) <= 40 and not line.startswith('…')
+        assert cell_len(line.partition('«')[0]) in (15, 16) # 15: half of 漢
 
-def test_the_most_word_like_are_one_a_token(index):
+def test_the_most_word_like_are_one_a_token(index, capsys):
     """Of features that fire on one and the same token the overview's table has the first."""
     scan = copy.copy(index[2])
     scan.count, scan.rank = np.full(scan.F, 100), np.arange(1, scan.F + 1)
     scan.entropy, scan.top_tokens = np.linspace(0, 3, scan.F), scan.top_tokens.copy()
     scan.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
     options, console = SimpleNamespace(**view.DEFAULTS | dict(rows=16)), view.screen()
-    with console.capture() as capture:
-        for part in view.overview_of(scan, options, console):
-            console.print(part)
-    text = capture.get()
+    view.show(console, view.overview_of(scan, options, console))
+    text = capsys.readouterr().out
     assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ['L2.F0', 'L2.F2', 'L2.F4']
 
 def test_captions_never_call_a_live_feature_dead(index):
-    for f in np.flatnonzero(index[1].count):
-        assert '%' in view.captions(index[1], f)
     assert view.captions(index[1], 5) == 'dead'
-    tokens = np.array([[1, 0]] * 2)
+    tokens, counts = np.array([[1, 0]] * 2), np.array([[996, 4], [4, 3]])
     scan = SimpleNamespace(names=[b'a', b' b'], count=[1000, 1000], top_tokens=tokens,
-                           top_counts=np.array([[996, 4], [4, 3]])) # small shares are left out
+                           top_counts=counts)                # small shares are left out
     assert view.captions(scan, 0) == '·b 100%' and view.captions(scan, 1) == '·b 0%'
 
 def test_numbers_keep_three_or_four_digits():
@@ -168,9 +163,8 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert 'no checkpoint in' in refused( # whose tokens have names
         capsys, view, f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3')
     shutil.copy(out / 'index.npz', tmp_path)
-    f = np.flatnonzero(index[1].count[:12])[0]
-    assert f'L1.F{f} over training' in look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
-    text = look(capsys, tmp_path, f'--feature=F{f}')
+    assert 'L1.F3 over training' in look(capsys, tmp_path, '--timeline=true', '--feature=F3')
+    text = look(capsys, tmp_path, '--feature=F3')
     assert 'Timeline' in text and 'Top contexts' in text
 
 def test_torn_and_foreign_snapshots(tmp_path, capsys):
@@ -230,7 +224,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--timeline=true'], 'there are no snapshots'),
     (['--top=0'], 'top=0 must be at least 1'), (['--rows=-1'], 'rows=-1 must be at least 0'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),
-    (['--html=/no/such/folder/x.html'], "No such file or directory: '/no/such/folder/x.html'"),
+    (['--html=/no/such/folder/x.html'], "No such file or directory: '/no/such/folder/x.html"),
     (['--find=a', '--prompt=b'], 'find and prompt do not go together'),
     (['--html=x', '--timeline=true'], 'html and timeline do not go together'),
     (['--export=x', '--find=a', '--feature=3'], 'export and feature and find do not go'),
@@ -254,11 +248,9 @@ def test_bad_probe_files(out, tmp_path, content, sentence, capsys):
         (tmp_path / 'p.tsv').write_text(content)
     assert sentence in refused(capsys, view, f'--out_dir={out}', f'--probe={tmp_path}/p.tsv')
 
-def test_no_checkpoint_and_no_sae(tmp_path, capsys):
+def test_no_checkpoint_and_no_export(tmp_path, capsys):
     assert 'no checkpoint in' in refused(capsys, view, f'--out_dir={tmp_path}')
     assert capsys.readouterr() == ('', '') # that sentence is all
-    out = make_run(tmp_path / 'dense', sae_layers=())
-    assert 'is dense: it has no SAE' in refused(capsys, view, f'--out_dir={out}')
     out = make_run(tmp_path / 'hidden', sae_site='hidden')
     assert 'site hidden is no TopK autoencoder' in refused(
         capsys, view, f'--out_dir={out}', f'--export={tmp_path}/e')
@@ -289,13 +281,9 @@ def test_html_has_the_same_numbers(index, page):
             assert d[name] == pytest.approx(want[name], rel=1e-5)
         for kind in ('top', 'random'): # as many as --examples
             for (parts, where, times), c in zip(d[kind], want[kind][:5], strict=True):
-                pieces = features.pieces(scan, c)
-                texts = [part if isinstance(part, str) else part[0] for part in parts]
-                assert (where, times) == (c['where'], c['times']) and all(map(harmless, texts))
-                assert ''.join(texts) == ''.join(text for text, _, _ in pieces)
-                active = [part for part in parts if isinstance(part, list)]
-                assert active == [[text, pytest.approx(a, rel=1e-5), peak]
-                                  for text, a, peak in pieces if a]
+                assert (where, times) == (c['where'], c['times'])
+                assert parts == json.loads(json.dumps(features.for_page(scan, c)[0]))
+                assert all(harmless(part if isinstance(part, str) else part[0]) for part in parts)
         assert [x[:3] for x in d['intervals']] == [pytest.approx(x[:3]) for x in want['intervals']]
         for name in ('fires_on', 'up', 'down'):
             assert [t for t, _ in d[name]] == [features.safe(scan.names[t]) for t, _ in want[name]]

@@ -353,7 +353,7 @@ def case(name):
     """-> a kernel's custom op and its arguments."""
     dtype = torch.bfloat16 if GPU else torch.float32
     if name == "layer":
-        return kernels._autoencode, (*make(2, 8, 40, 4)[0], 4)
+        return kernels._autoencode, (*make(2, 8, 24, 2)[0], 2)
     if name == "mlp":
         x, W_fc, W_proj = [torch.randn(s, device=DEVICE) for s in ((8, 16), (64, 16), (16, 64))]
         return kernels._mlp, [t.requires_grad_() for t in (x.to(dtype), W_fc, W_proj)]
@@ -386,7 +386,7 @@ def test_the_model_is_one_graph(monkeypatch):
     T = 64 if GPU else 4
     config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=2, n_embd=16,
                        sae_layers=(0,), sae_ratio=4, sae_k=6, sae_recon=1.0)
-    model, tokens = GPT(config).to(DEVICE), torch.randint(50, (2, T + 1), device=DEVICE)
+    model, tokens = GPT(config).to(DEVICE), torch.randint(50, (1, T + 1), device=DEVICE)
     counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for alpha in (0.5, 1.0):

@@ -1,6 +1,6 @@
 """
-results/ladder.py: runs what it says, keeps what the table and the README need, and does not run
-again what is there. Its options' errors are in test_configurator.py.
+results/ladder.py: runs what it says, keeps what the table needs, and does not run again what is
+there. Its options' errors are in test_configurator.py.
 
     python -m pytest tests/test_ladder.py
 """
@@ -15,11 +15,6 @@ from model import GPTConfig
 sys.path.insert(0, str(ROOT / 'results'))
 import ladder  # noqa: E402
 
-FIELDS = {
-    'row', 'size', 'seed', 'tokens', 'val_loss', 'val_loss_zeroed', 'val_loss_mean', 'live_share',
-    'live_share_min', 'busiest_share', 'l0', 'fvu', 'tok_s', 'params', 'params_non_embedding',
-    'flops_per_token', 'torch', 'gpu', 'commit', 'config', 'curve'}
-
 def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     """A dense run and its post-hoc twin, which needs its checkpoint: JSONs and table."""
     results, out = tmp_path / 'results', tmp_path / 'out'
@@ -30,7 +25,7 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     dense = json.loads((results / 'tiny-4-dense-s3.json').read_text())
     posthoc = json.loads((results / 'tiny-4-posthoc-s3.json').read_text())
     for r in (dense, posthoc):
-        assert FIELDS <= set(r)
+        assert ladder.NEEDED <= set(r)
         assert r['config']['seed'] == r['seed'] == 3
         assert r['tokens'] == 4 * 128
         assert r['curve'][-1] == [r['tokens'], r['val_loss']] and len(r['curve']) == 5

@@ -70,10 +70,8 @@ def test_causal_share_by_brute_force(site):
     got = measures.causal_share(model, 1, tokens, features, most=10 ** 6)
     assert len(excludes_0) > 9 and got == pytest.approx(np.mean(excludes_0))
     assert 0 < got < 1
-    few = measures.causal_share(model, 1, tokens, features, n=5, most=4)
-    assert 0 <= few <= 1
+    assert 0 <= measures.causal_share(model, 1, tokens, features, n=5, most=4) <= 1
 
 def test_means():
     records = [dict(a=1, b=dict(c=2, d=None)), dict(a=3, b=dict(c=4, d=5))]
     assert measures.mean_of(records) == dict(a=2, b=dict(c=3, d=5))
-    assert measures.over_sets(dict(x=dict(k1=1, k5=2), y=dict(k1=3, k5=4))) == dict(k1=2, k5=3)

@@ -417,3 +417,14 @@ def test_killed_between_any_two_steps_of_a_save(n, torn, saved, monkeypatch):
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
     (saved / 'ckpt.pt').unlink()
     assert step_in(saved) == 4
+
+def test_rotation_fails(saved, monkeypatch, capsys):
+    """The old checkpoint cannot be put aside: a warning; the new one is in place."""
+    replace = os.replace
+    def refuse(source, target):
+        if str(target).endswith('ckpt_prev.pt'):
+            raise PermissionError("not today")
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', refuse)
+    save_checkpoint(str(saved), checkpoint(3))
+    assert 'warning' in capsys.readouterr().out and step_in(saved) == 3

@@ -161,11 +161,21 @@ def test_show_features(site, tmp_path, capsys):
 def test_measure_counts_active_slots_only():
     model = make_model()
     tokens = torch.randint(V, (30,)).tolist()
-    f = max(range(48), key=lambda f: brute_force(model, tokens, 1, f)[1])
-    for sae in model.saes().values():
-        sae.k = 1
-    loss, share = sample.measure(model, tokens, 2, [(1, f)])
-    assert (loss, 100 * share) == pytest.approx(brute_force(model, tokens, 1, f), abs=1e-4)
+    _, values, indices = features.read(model, tokens)
+    f = indices[1, 2:][values[1, 2:] == 0][0].item()
+    loss, share = sample.measure(model, tokens, 2, [(2, f)])
+    assert (loss, 100 * share) == pytest.approx(brute_force(model, tokens, 2, f), abs=1e-4)
+
+def test_stop_at_the_end_of_a_text(capsys, run):
+    """--stop ends a text with its first end-of-text token; the same text goes on without it."""
+    model = make_model()
+    whole = sample.sample(model, [EOT, 97], SETTINGS, 1337)
+    stop = whole[5]
+    at = whole.index(stop, 2)
+    assert sample.sample(model, [EOT, 97], SETTINGS, 1337, stop=stop) == whole[:at + 1]
+    assert sample.sample(model, [EOT, 97], SETTINGS, 1337, stop=10 ** 6) == whole
+    assert printed(capsys, run, '--prompt=a').startswith(
+        printed(capsys, run, '--prompt=a', '--stop').rstrip('\n'))
 
 def test_compare(capsys, run):
     model = make_model()

@@ -554,3 +554,33 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
     resume(out, tiny_data, ranks=ranks, **changes)
     assert_same_run(tmp_path / 'whole', out)
     assert in_saves
+
+@pytest.mark.slow
+def test_long_run_leaks_nothing(tiny_data, tmp_path):
+    """A save, an eval and a snapshot every third step: memory and open files stay flat, and the
+    disk holds two checkpoints, one snapshot an eval, one line a log or eval, and nothing else.
+
+    LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s"""
+    seconds, out, seen = 60 * float(os.environ.get('LONG_RUN_MINUTES', 0.5)), tmp_path / 'out', []
+    argv = arguments(out, tiny_data, max_iters=10 ** 7, sae_blend_start=0, sae_blend_end=0)
+    p, = start('train.py', argv, tmp_path / 'text')
+    for i in range(21): # when a twentieth is over all that is allocated once has been
+        p.join(seconds / 21)
+        assert p.is_alive(), (tmp_path / 'text').read_text()[-1000:]
+        with open(f'/proc/{p.pid}/statm') as f:
+            mb = int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
+        seen.append((mb, len(os.listdir(f'/proc/{p.pid}/fd'))))
+        print(f"{mb:.1f} MB, {seen[-1][1]} open files", flush=True)
+    p.terminate()
+    p.join(60)
+    assert p.exitcode == 143
+    steps, snapshots = step_in(out), sorted((out / 'features').iterdir())
+    log = (out / 'log.jsonl').read_bytes()
+    print(f"{steps:,} steps, {sum(map(len, contents(out).values())):,} bytes")
+    assert steps > seconds # or there was nothing to see
+    assert seen[-1][0] < seen[0][0] + 20 and seen[-1][1] <= seen[0][1] + 1
+    assert sorted(os.listdir(out)) == ['ckpt.pt', 'ckpt_prev.pt', 'features', 'log.jsonl']
+    assert [int(f.stem) for f in snapshots] == list(range(0, steps + 1, 3))[:len(snapshots)]
+    assert len(snapshots) >= steps // 3
+    assert max(f.stat().st_size for f in snapshots) < 2 * 64 * 16 + 400 * 64 # 2 F C, and the rest
+    assert len(log.splitlines()) == 1 + steps // 2 + len(snapshots)
