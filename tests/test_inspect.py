@@ -163,8 +163,11 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert 'no checkpoint in' in refused( # whose tokens have names
         capsys, view, f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3')
     shutil.copy(out / 'index.npz', tmp_path)
-    assert 'L1.F3 over training' in look(capsys, tmp_path, '--timeline=true', '--feature=F3')
-    text = look(capsys, tmp_path, '--feature=F3')
+    f = np.flatnonzero((settled < 5) & (index[1].count[:12] > 0))[0]
+    text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
+    assert f'L1.F{f} over training' in text
+    assert f'took its final meaning at step {10 * settled[f]}:' in text
+    text = look(capsys, tmp_path, f'--feature=F{f}')
     assert 'Timeline' in text and 'Top contexts' in text
 
 def test_torn_and_foreign_snapshots(tmp_path, capsys):
