@@ -66,6 +66,10 @@ def test_wrong_types(arg, expected, capsys):
     assert left_out == 'error: out_dir=True on the command line: expected text'
     assert line.startswith(f'error: {arg} on the command line: expected {expected}')
 
+def test_a_number_too_long_to_print(tmp_path, capsys):
+    line, = errors([write(tmp_path / 'long.py', 'n_layer = 10 ** 5000')], capsys)
+    assert line.startswith('error: n_layer=a very long number in ')
+
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
     path = write(tmp_path / 'c.py', "n_layre = 3\n")
