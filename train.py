@@ -288,7 +288,8 @@ if for_muon:
 optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
-log_sums = torch.zeros(4, device=device)
+wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
+log_sums = torch.zeros(4, dtype=wide, device=device) # so that no order of sums is seen in the log
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
@@ -534,7 +535,7 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         x, y = next_batch(step, i + 1) # while the GPU works
-        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1)))
+        log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # clip, update, nudge
     for opt in optimizers:
