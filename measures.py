@@ -79,7 +79,7 @@ def pooled_codes(model, layer, texts, seed, track=lambda items, description: ite
 def pool(values, indices, share, n_features):
     """values, indices (B, T, K), share (B, T) -> the mean code of each text (B, F)."""
     z = torch.zeros(*share.shape, n_features, device=share.device)           # (B, T, F)
-    z.scatter_(-1, indices, values.float())
+    z.scatter_add_(-1, indices, values.float()) # a slot of value 0 may name any feature
     return torch.einsum('bt,btf->bf', share, z).cpu().numpy()
 
 def logistic(X, y):
