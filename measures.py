@@ -144,17 +144,20 @@ def probe(X, y, seed, ks=(1, 5, 20), splits=3):
 # --------------------------------------------------------------------------------------------------
 # what the ladder stores
 
-def probes(run, layer, folder):
-    """{code of pooled_codes: {set of labels: {k: accuracy}}}, for the files *.tsv of a folder."""
-    found = {}
+def probes(run, layer, folder, wanted):
+    """
+    {code: {set of labels: {k: accuracy}}}, for the wanted codes of pooled_codes and the files *.tsv
+    of a folder.
+    """
+    found = {code: {} for code in wanted}
     for path in sorted(Path(folder).glob('*.tsv')):
         labels, texts = read_labels(path)
         y = np.unique(labels, return_inverse=True)[1]
         tokens = [encode(run, text) for text in texts]
-        for code, X in pooled_codes(run.model, layer, tokens, seed=0).items():
-            scores, _ = probe(X, y, 0)
-            by_k = {f'k{k}': float(scores['B', k].mean()) for k in (1, 5, 20)}
-            found.setdefault(code, {})[path.stem] = by_k
+        X = pooled_codes(run.model, layer, tokens, seed=0)
+        for code in wanted:
+            scores, _ = probe(X[code], y, 0)
+            found[code][path.stem] = {f'k{k}': float(scores['B', k].mean()) for k in (1, 5, 20)}
     return found
 
 def duplicates(values, features, n_features, device):
@@ -218,10 +221,10 @@ def measure(run, labels, block, k, wanted=262_144):
         config = replace(model.config, sae_layers=(block,), sae_k=k)
         untrained = GPT(config).to(device_of(model)).eval()  # it only says where and how many
         untrained.load_state_dict(model.state_dict(), strict=False)
-        by_code = probes(run._replace(model=untrained), block, labels)
-        for name, code in (('random', 'random directions'), ('channels', 'channels')):
-            found[f'probe_{name}'] = by_code[code]
-            found[f'probe_{name}_mean'] = mean_of(by_code[code].values())
+        codes_of_it = probes(run._replace(model=untrained), block, labels,
+                             ('random directions', 'channels'))
+        for name, probe in zip(('random', 'channels'), codes_of_it.values()):
+            found |= {f'probe_{name}': probe, f'probe_{name}_mean': mean_of(probe.values())}
         return found
     T, F = model.config.block_size, model.config.n_features
     val = load_dataset(run.dataset).val
@@ -234,7 +237,7 @@ def measure(run, labels, block, k, wanted=262_144):
         types_of = types_by(where, count, tokens)
         coherence = concepts(count, len(tokens), types_of, tokens, run.names)['coherence']
         coherence = coherence[~np.isnan(coherence)]
-        probe = probes(run, layer, labels)['features']
+        probe = probes(run, layer, labels, ['features'])['features']
         layers.append(dict(
             probe=probe, probe_mean=mean_of(probe.values()),
             coherence=float(coherence.mean()) if len(coherence) else None,

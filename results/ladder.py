@@ -50,8 +50,10 @@ def rows(size):
     at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
     slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
     naive = at_once | dict(sae_nudge=0.0)
-    # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss
-    posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0)
+    # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
+    # the learning rate and the cap (none) that suit it best
+    posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=1.0,
+                   sae_cap=0.0)
     return {
         'dense': dict(sae_layers=()),
         'dense adamw': dict(sae_layers=(), optimizer='adamw'),
