@@ -229,11 +229,11 @@ class GPT(nn.Module):
         return torch.eye(sae.n_features, device=sae.alpha.device) # stream: a feature is a channel
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """
         Continue idx (B, T) by max_new_tokens; yields each new token (B, 1). temperature 0 takes the
-        likeliest token, top_k keeps the k likeliest. A full cache restarts from the last half of
-        the context.
+        likeliest token; top_k keeps the k likeliest, 0 all. A full cache restarts from the last
+        half of the context.
         """
         size, cache = self.config.block_size, {}
         new = idx[:, -size:]
@@ -241,7 +241,7 @@ class GPT(nn.Module):
             if cache and cache[0][0].size(2) == size:
                 cache, new = {}, idx[:, -max(1, size // 2):]
             logits = self(new, cache=cache)[0][:, -1].float()        # (B, V)
-            if top_k is not None:
+            if top_k:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature == 0:
