@@ -107,7 +107,7 @@ def problems(c):
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
     may_be_0 = ('probe_tokens', 'max_iters', 'warmup_iters', 'seed')
     high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
-                sae_blend_start=1, sae_blend_end=1, min_lr_ratio=1)
+                sae_blend_start=c['sae_blend_end'], sae_blend_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
             low = int(type(value) is int and key not in may_be_0)
@@ -118,9 +118,6 @@ def problems(c):
     for key, known in one_of.items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
-    if c['sae_blend_start'] > c['sae_blend_end']:
-        found.append(f"sae_blend_start={c['sae_blend_start']} must not be after "
-                     f"sae_blend_end={c['sae_blend_end']}")
     if c['gradient_accumulation_steps'] % world_size:
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
                      f"multiple of the {world_size} ranks")
@@ -377,7 +374,7 @@ def check_replicas():
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
 def write_log(record):
-    """One JSON object a line; numbers that are not finite become null, since JSON has no NaN."""
+    """One JSON object a line; what is not finite becomes null, since JSON has no NaN."""
     if master:
         finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
         log_file.write(json.dumps(finite) + '\n')
