@@ -461,7 +461,8 @@ while True:
              f"than {learning_rate}", code=3)
     if step > last_step and due(log_interval):
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
-        tok_s = (step - last_step) * tokens_per_step / max(1e-9, time.time() - last_log)
+        now = time.time()
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
         record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
                       lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm),
                       tok_s=tok_s)
@@ -478,7 +479,7 @@ while True:
         left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
         say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
         log_sums.zero_()
-        last_log, last_step = time.time(), step
+        last_log, last_step = now, step
     set_schedules(step)
 
     # 2) save, then evaluate (in that order: a crash in the eval loses nothing)

@@ -14,6 +14,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -71,17 +72,15 @@ def resume(out, data, **changes):
 def run_script(script, argv, accident=None, ranks=1):
     """Runs a script of the repository as `python script argv` would, or as torchrun would with
     several ranks."""
-    path = Path(os.environ.get('TMPDIR', '/tmp')) / f'runs-{os.getpid()}-{free_port()}.txt'
-    processes = start(script, argv, path, accident, ranks)
-    for p in processes:
-        p.join(120)
-        if p.exitcode is None: # it hangs
-            p.kill()
-            p.join()
-    text = path.read_text()
-    path.unlink()
-    codes = [p.exitcode for p in processes]
-    return codes if ranks > 1 else codes[0], text
+    with tempfile.NamedTemporaryFile('r') as printed:
+        processes = start(script, argv, printed.name, accident, ranks)
+        for p in processes:
+            p.join(120)
+            if p.exitcode is None: # it hangs
+                p.kill()
+                p.join()
+        codes = [p.exitcode for p in processes]
+        return codes if ranks > 1 else codes[0], printed.read()
 
 def start(script, argv, path, accident=None, ranks=1):
     """The same as processes that can be watched and killed; what they print goes to path."""
@@ -193,6 +192,9 @@ def no_space(*args):
 # --------------------------------------------------------------------------------------------------
 # comparing runs
 
+def step_in(out):
+    return load_checkpoint(out)['step']
+
 def same(a, b):
     """Equal to the bit, however deep. Tensors of NaN are equal too."""
     if isinstance(a, torch.Tensor):
@@ -218,7 +220,7 @@ def records(out, event):
 
 def assert_same_run(a, b):
     """Both runs ended in the same state and logged the same numbers, to the bit."""
-    one, two = load_checkpoint(str(a)), load_checkpoint(str(b))
+    one, two = load_checkpoint(a), load_checkpoint(b)
     for key in ('step', 'model', 'model_args', 'optimizers', 'scaler'):
         assert same(one[key], two[key]), key
     assert records(a, 'log') == records(b, 'log')

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import same
+from runs import same, step_in
 from sae import SITES, norm
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
@@ -293,21 +293,18 @@ def checkpoint(step, model=None):
     model = model or make(seed=step)
     return dict(model=model.state_dict(), model_args=asdict(model.config), step=step)
 
-def step_in(path):
-    return load_checkpoint(str(path))['step']
-
 @pytest.fixture
 def saved(tmp_path):
     """A folder with ckpt.pt of step 2 and ckpt_prev.pt of step 1."""
-    save_checkpoint(str(tmp_path), checkpoint(1))
-    save_checkpoint(str(tmp_path), checkpoint(2))
+    save_checkpoint(tmp_path, checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(2))
     return tmp_path
 
 def test_checkpoint_round_trip(saved):
     """What is saved comes back to the bit, and the one before is kept."""
-    assert same(load_checkpoint(str(saved)), checkpoint(2))
+    assert same(load_checkpoint(saved), checkpoint(2))
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
-    model = load_model(load_checkpoint(str(saved)))
+    model = load_model(load_checkpoint(saved))
     assert model.config == TINY and not model.training
     assert torch.equal(model(tokens())[0], make(seed=2).eval()(tokens())[0])
 
@@ -342,7 +339,7 @@ def test_fuzzed_checkpoints(saved):
         else:
             del torn[rng.randrange(len(torn)):]
         (saved / 'ckpt.pt').write_bytes(torn)
-        got = load_checkpoint(str(saved))
+        got = load_checkpoint(saved)
         fell_back += got['step'] == 1
         assert same(got, whole[got['step']])
     assert fell_back > 25 # the rest hit padding between records, which means nothing
@@ -381,11 +378,11 @@ def test_killed_between_any_two_steps_of_a_save(n, torn, saved, monkeypatch):
     for name in ('replace', 'fsync'):
         monkeypatch.setattr(os, name, partial(counted, getattr(os, name)))
     with pytest.raises(Killed):
-        save_checkpoint(str(saved), checkpoint(3))
+        save_checkpoint(saved, checkpoint(3))
     assert step_in(saved) in ((1, 3) if torn else (2, 3))
     monkeypatch.undo()
-    save_checkpoint(str(saved), checkpoint(4))
-    save_checkpoint(str(saved), checkpoint(5))
+    save_checkpoint(saved, checkpoint(4))
+    save_checkpoint(saved, checkpoint(5))
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
     (saved / 'ckpt.pt').unlink()
     assert step_in(saved) == 4
@@ -398,5 +395,5 @@ def test_rotation_fails(saved, monkeypatch, capsys):
             raise PermissionError("not today")
         replace(source, target)
     monkeypatch.setattr(os, 'replace', refuse)
-    save_checkpoint(str(saved), checkpoint(3))
+    save_checkpoint(saved, checkpoint(3))
     assert 'warning' in capsys.readouterr().out and step_in(saved) == 3
