@@ -170,10 +170,9 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path, broken(), [[0]], 5000, "gpt2", "", None)
     assert len(load_dataset(tmp_path, check_hash=True).train) == 1000
-    replace, calls = dataset.os.replace, []
+    replace, calls = dataset.os.replace, itertools.count(1)
     def second_fails(*args):
-        calls.append(args)
-        if len(calls) == 2:
+        if next(calls) == 2:
             raise OSError("disk full")
         replace(*args)
     monkeypatch.setattr(dataset.os, "replace", second_fails)

@@ -1,6 +1,6 @@
 """
-The GPT with its SAE layers: its equations, no future leaks, the dense twin, KV cache, compile, and
-checkpoints. CPU, seconds.
+The GPT with its SAE layers: its equations, no future leaks, the dense twin, compile, checkpoints.
+The KV cache is tested in test_sample.py. CPU, seconds.
 
     python -m pytest tests/test_model.py
     python -m pytest tests/test_model.py --slow     also compiles with inductor (a minute)
@@ -114,8 +114,9 @@ def test_forward_by_its_equations(site):
 @pytest.mark.parametrize('site', SITES)
 def test_future_never_changes_earlier_logits(site, training):
     """Changing token t changes no logit before t, to the bit, with dropout too, and does change
-    later ones, up to the last."""
+    later ones, up to the last. No pass changes a parameter or a buffer."""
     model, idx = make(sae_site=site, dropout=0.1).train(training), tokens()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
     for t in (1, 7, 15):
         other = idx.clone()
         other[:, t:] = (other[:, t:] + 11) % 50
@@ -130,6 +131,9 @@ def test_future_never_changes_earlier_logits(site, training):
     other = idx.clone()
     other[:, 0] = (other[:, 0] + 1) % 50
     assert not torch.equal(model.eval()(idx)[0][:, -1], model(other)[0][:, -1])
+    assert same(dict(model.state_dict()), state)
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        model(tokens(T=17))
 
 @pytest.mark.parametrize('site', SITES)
 def test_alpha_zero_is_the_dense_model(site):
@@ -234,31 +238,6 @@ def test_all_problems_of_a_config_at_once():
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
     assert keys(replace(TINY, sae_site='hidden', sae_k=33)) == ['sae_k']
     assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
-
-# --------------------------------------------------------------------------------------------------
-# KV cache; sampling with it is tested in test_sample.py
-
-@pytest.mark.parametrize('site', SITES)
-def test_cache_equals_recomputation(site):
-    """A prompt at once, then token by token: logits and features are those of a whole pass. No
-    pass, and no sampling, changes a parameter or a buffer."""
-    model, idx = make(sae_site=site), tokens()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    model(idx, idx)
-    list(model.eval().generate(idx, 20))
-    want, _, want_out = model(idx)
-    assert same(dict(model.state_dict()), before)
-    cache = {}
-    logits, _, _ = model(idx[:, :5], cache=cache)
-    torch.testing.assert_close(logits, want[:, 4:5], rtol=1e-4, atol=1e-4)
-    for t in range(5, 16):
-        logits, _, out = model(idx[:, t:t + 1], cache=cache)
-        torch.testing.assert_close(logits, want[:, t:t + 1], rtol=1e-4, atol=1e-4)
-        values = want_out.values[:, :, t]
-        torch.testing.assert_close(out.values[:, :, 0], values, rtol=1e-4, atol=1e-4)
-    for tokens_, cache in ((idx[:, :1], cache), (tokens(T=17), None)):
-        with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
-            model(tokens_, cache=cache)
 
 # --------------------------------------------------------------------------------------------------
 # compile
