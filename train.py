@@ -453,6 +453,7 @@ stop = 0 # the signal that came to any rank
 broken = torch.full((), -1, device=device) # the first step that was not finite
 
 while True:
+    tokens = step * tokens_per_step
     # 1) once in a while look back: what is not finite is neither logged nor saved
     if (stop or due(log_interval, save_interval, eval_interval)) and broken >= 0:
         last = f"the last checkpoint in {out_dir} is of step {saved_step}"
@@ -463,9 +464,8 @@ while True:
         loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
         now = time.time()
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
-        record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
-                      lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm),
-                      tok_s=tok_s)
+        record = dict(event='log', step=step, tokens=tokens, loss=loss_sum / n, tok_s=tok_s,
+                      lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm))
         line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
             silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
@@ -500,7 +500,6 @@ while True:
         if sae_posthoc:
             set_alpha(0.0)
             set_schedules(step)
-        tokens = step * tokens_per_step
         write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha_now(), **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
