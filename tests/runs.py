@@ -121,9 +121,10 @@ def child(script, argv, path, env, accident):
 # --------------------------------------------------------------------------------------------------
 # accidents: when
 
-def at_call(target, n, action, rank=None, counts=lambda: True):
+def at_call(target, n, action, rank=None, counts=lambda: True, put=setattr):
     """The n-th call (from 1) of target, e.g. 'os.replace', becomes action(function, *arguments).
-    rank: on that rank alone; counts: which calls count."""
+    rank: on that rank alone; counts: which calls count; put: in a test's own process
+    monkeypatch.setattr."""
     if rank is not None and os.environ.get('RANK') != str(rank):
         return
     module, name = target.rsplit('.', 1)
@@ -134,7 +135,7 @@ def at_call(target, n, action, rank=None, counts=lambda: True):
         calls += counts()
         hit = calls == n and counts()
         return action(function, *args, **kwargs) if hit else function(*args, **kwargs)
-    setattr(module, name, wrapped)
+    put(module, name, wrapped)
 
 def at_loss(n, action, rank=None):
     """The n-th training loss (from 1): there are four a step, on two ranks two each."""

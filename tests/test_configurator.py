@@ -16,10 +16,10 @@ from runs import ROOT, run_script
 DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,),
                 dataset='fineweb', prompt=['x'])
 
-def errors(argv, capsys):
+def errors(argv, capsys, *check):
     """The lines on stderr of a configuration that must be refused with exit code 2."""
     with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, argv)
+        configure(DEFAULTS, argv, *check)
     assert e.value.code == 2
     return capsys.readouterr().err.splitlines()
 
@@ -90,10 +90,8 @@ def test_values_that_do_not_fit_are_listed_too(capsys):
     """What `check` finds comes in the same list; but nothing about a key that was not read."""
     def check(c):
         return [f"{key}={c[key]} is too large" for key in ('n_layer', 'learning_rate', 'compile')]
-    with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile=1'], check)
-    lines = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and [line.split('=')[0] for line in lines] == [
+    lines = errors(['--learning_rate=7', '--n_layer=x', '--compile=1'], capsys, check)
+    assert [line.split('=')[0] for line in lines] == [
         'error: n_layer', 'error: compile', 'error: learning_rate']
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):

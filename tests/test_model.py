@@ -9,14 +9,13 @@ import math
 import os
 import random
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import same, step_in
+from runs import at_call, no_space, same, step_in
 from sae import SITES, norm
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
@@ -339,27 +338,21 @@ def test_malicious_pickle_is_not_executed(saved):
 class Killed(BaseException):
     pass
 
+def killed(*args):
+    raise Killed
+
 # torn: ckpt.pt was torn before, and ckpt_prev.pt is the only good one
 @pytest.mark.parametrize('torn', [True, False])
-@pytest.mark.parametrize('n', (1, 2, 3))
-def test_killed_between_any_two_steps_of_a_save(n, torn, saved, monkeypatch):
-    """At the n-th call that changes the folder: a good checkpoint is left, and the next save mends
+@pytest.mark.parametrize('call, n', [('os.fsync', 1), ('os.replace', 1), ('os.replace', 2)])
+def test_killed_between_any_two_steps_of_a_save(call, n, torn, saved, monkeypatch):
+    """At each call that changes the folder: a good checkpoint is left, and the next save mends
     all."""
-    calls = 0
     if torn:
         (saved / 'ckpt.pt').write_bytes(b'torn')
-    def counted(function, *args):
-        nonlocal calls
-        calls += 1
-        if calls == n:
-            raise Killed
-        return function(*args)
-    for name in ('replace', 'fsync'):
-        monkeypatch.setattr(os, name, partial(counted, getattr(os, name)))
+    at_call(call, n, killed, put=monkeypatch.setattr)
     with pytest.raises(Killed):
         save_checkpoint(saved, checkpoint(3))
     assert step_in(saved) in ((1, 3) if torn else (2, 3))
-    monkeypatch.undo()
     save_checkpoint(saved, checkpoint(4))
     save_checkpoint(saved, checkpoint(5))
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
@@ -368,11 +361,6 @@ def test_killed_between_any_two_steps_of_a_save(n, torn, saved, monkeypatch):
 
 def test_rotation_fails(saved, monkeypatch, capsys):
     """The old checkpoint cannot be put aside: a warning; the new one is in place."""
-    replace = os.replace
-    def refuse(source, target):
-        if str(target).endswith('ckpt_prev.pt'):
-            raise PermissionError("not today")
-        replace(source, target)
-    monkeypatch.setattr(os, 'replace', refuse)
+    at_call('os.replace', 1, no_space, put=monkeypatch.setattr)
     save_checkpoint(saved, checkpoint(3))
     assert 'warning' in capsys.readouterr().out and step_in(saved) == 3
