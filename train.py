@@ -169,9 +169,10 @@ store = None # where a rank leaves the reason why it failed
 
 def fail(message, code=1):
     """A sentence to stderr and a non-zero exit. Of several ranks, all say why the first failed."""
+    if ddp:
+        message = f"rank {rank}: {message}"
     if store is not None:
         key = 'failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
-        message = f"rank {rank}: {message}"
         with suppress(RuntimeError): # without torchrun the store goes with rank 0
             message = store.compare_set(key, '', message).decode()
     print(f"error: {message}", file=sys.stderr, flush=True)
