@@ -183,16 +183,15 @@ def write_samples(options):
 
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
-        samples = {label: sample(model, prompt, options, seed, edits, eot if options.stop else None)
-                   for label, edits in versions}
-        for label, tokens in samples.items():
+        for label, edits in versions:
+            tokens = sample(model, prompt, options, seed, edits, eot if options.stop else None)
             if not options.compare:
                 print(f"\n--- seed {seed}, {label} ---\n" if titled else '', text(tokens), sep='')
-            elif label != 'unsteered':
+            elif not edits:
+                unsteered = text(tokens)
+            else:
                 print(f"\n--- seed {seed} ---")
-                print_columns(f"unsteered\n\n{text(samples['unsteered'])}",
-                              f"{label}\n\n{text(tokens)}")
-        for label, tokens in samples.items():
+                print_columns(f"unsteered\n\n{unsteered}", f"{label}\n\n{text(tokens)}")
             if measured:
                 scores[label].append(measure(model, tokens, len(prompt), steered))
             if options.show_features: # what the unsteered model sees in it, like the numbers
