@@ -31,14 +31,15 @@ children = multiprocessing.get_context('forkserver')
 children.set_forkserver_preload(['torch', 'numpy', 'torch.distributed', 'torch.nn.parallel',
                                  'torch._dynamo'])
 
-# 8 steps of 4 micro-batches, 128 tokens a step. All that changes over a run is still changing at
-# step 4: warm-up, alpha, scale, which features are silent
+# 8 steps of 4 micro-batches, 128 tokens a step; 3 eval batches, so that two ranks share them
+# unevenly. All that changes over a run is still changing at step 4: warm-up, alpha, scale, which
+# features are silent
 TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, mlp_ratio=2, batch_size=2,
     gradient_accumulation_steps=4, dropout=0.1, sae_layers=1, sae_ratio=4, sae_k=4,
     sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1, sae_blend_end=0.9,
     lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
-    log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32',
+    log_interval=2, eval_tokens=96, probe_tokens=128, seed=5, device='cpu', dtype='float32',
     compile='false')
 
 def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):

@@ -44,17 +44,8 @@ def assert_close_run(a, b):
 
 def test_two_ranks_equal_one(whole, pair):
     """2 ranks x 2 micro-batches see the batches, dropout masks and fired features of 1 rank x 4.
-    The logged loss is the mean over micro-batches and ranks."""
+    The logged loss is the mean over micro-batches and ranks; of 3 eval batches one has 2."""
     assert_close_run(whole, pair)
-
-def test_uneven_evaluation(tiny_data, tmp_path):
-    """Three eval batches for two ranks: no hang, and the same validation numbers as on one rank."""
-    for ranks in (1, 2):
-        finish(tmp_path / str(ranks), tiny_data, ranks=ranks, eval_tokens=96, max_iters=0)
-    (one,), (two,) = records(tmp_path / '1', 'eval'), records(tmp_path / '2', 'eval')
-    for key in ('val_loss', 'val_loss_zeroed', 'val_loss_mean'):
-        assert one[key] == pytest.approx(two[key], rel=1e-6)
-    assert one['sae']['1'] == pytest.approx(two['sae']['1'], rel=1e-5)
 
 def at_step_4(action):
     return partial(at_loss, STEP_4, action, rank=1)

@@ -463,7 +463,7 @@ def test_eval_metrics_by_brute_force(whole, tiny_data):
     def loss(gate, fill):
         sae.gate.fill_(gate)
         sae.fill.copy_(fill)
-        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, 128)]
+        results = [model(x, y) for x, y in eval_batches(tokens, 16, 2, TINY['eval_tokens'])]
         return float(np.mean([r[1].item() for r in results])), [r[2] for r in results]
     normal, outs = loss(1, torch.zeros(16))
     code, fired, positions = torch.zeros(64), torch.zeros(64), 0
