@@ -244,6 +244,7 @@ if data.meta['tokenizer'].endswith('.json'):
     tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
 
 step = checkpoint['step'] if resuming else 0
+was = checkpoint.get('config', {}) if checkpoint else {}
 anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
@@ -252,7 +253,6 @@ if resuming:
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
-    was = checkpoint['config']
     changed = [f"{key}={value}, but {key}={was.get(key)} in the checkpoint"
                for key, value in config.items() if was.get(key) != value and key not in may_change]
     if checkpoint['data_sha256'] != data.meta['train_sha256']:
@@ -314,9 +314,8 @@ if checkpoint is not None:
         *_, reason = str(e).split('\n')
         fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
-    theirs = checkpoint.get('config', {})
     asked = given & {'sae_blend_start', 'sae_blend_end'}
-    if sae_posthoc or any(config[key] != theirs.get(key) for key in asked):
+    if sae_posthoc or any(config[key] != was.get(key) for key in asked):
         set_alpha(0.0)
 checkpoint = None # free the memory
 
