@@ -29,19 +29,18 @@ def configure(defaults, argv, check=lambda config: [], given=None):
     the keys that argv names are added. All problems come at once, exit code 2.
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
+    if {'--help', '-h'} & set(argv):
+        print("usage: config files and --key=value, later ones win. Keys and defaults:",
+              *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
+        sys.exit(0)
     config, problems, unread = dict(defaults), [], []
-    given = set() if given is None else given
     for arg in argv:
         key, equals, value = arg.removeprefix('--').partition('=')
-        if arg in ('--help', '-h'):
-            print("usage: config files and --key=value, later ones win. Keys and defaults:",
-                  *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
-            sys.exit(0)
-        elif arg.startswith('--'):
-            named, where = {key: value if equals else True}, "on the command line"
-        else:
-            named, where = read_file(arg, config, problems), f"in {arg}"
-        given.update(named)
+        where, named = "on the command line", {key: value if equals else True}
+        if not arg.startswith('--'):
+            where, named = f"in {arg}", read_file(arg, config, problems)
+        if given is not None:
+            given.update(named)
         for key, value in named.items():
             kind = type(defaults.get(key))
             if key not in defaults:
@@ -63,8 +62,9 @@ def configure(defaults, argv, check=lambda config: [], given=None):
 def stop_if(problems):
     """If there are problems: each a line on stderr (of ranks but the first one), exit code 2."""
     rank = os.environ.get('RANK', '0')
-    said = problems if rank == '0' else [f"rank {rank}: {problem}" for problem in problems[:1]]
-    for problem in said:
+    if rank != '0':
+        problems = [f"rank {rank}: {problem}" for problem in problems[:1]]
+    for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)

@@ -72,22 +72,6 @@ class GPTConfig:
                          "share of tokens on which a feature fires on average")
         return found
 
-class KVCache:
-    """Keys and values of the tokens so far, so that sampling computes each token once."""
-
-    def __init__(self, config, batch_size, device, dtype):
-        c, D = config, config.n_embd // config.n_head
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, D)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)   # (L, 2, B, H, T, D)
-        self.pos = 0
-
-    def update(self, layer, k, v):
-        """Append k, v (B, H, T, D) of new tokens; returns all so far."""
-        end = self.pos + k.size(2)
-        self.kv[layer, 0, :, :, self.pos:end] = k
-        self.kv[layer, 1, :, :, self.pos:end] = v
-        return self.kv[layer, :, :, :, :end].unbind(0)
-
 def rotate(x, cos, sin):
     """RoPE (arXiv 2104.09864): turns channels (i, i + D/2) of x (B, T, H, D) by their angles."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # the other channel of each pair
@@ -107,7 +91,9 @@ class Attention(nn.Module):
         q, k = rotate(norm(q), *rope), rotate(norm(k), *rope) # QK-norm bounds the attention logits
         q, k, v = (t.transpose(1, 2) for t in (q, k, v)) # (B, H, T, D)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            if self.layer in cache:
+                k, v = (torch.cat(pair, 2) for pair in zip(cache[self.layer], (k, v)))
+            cache[self.layer] = k, v
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
         y = y.transpose(1, 2).contiguous().view(B, T, C)
@@ -155,7 +141,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
 
     def __init__(self, config):
-        """config: GPTConfig. Raises ValueError listing all of its problems."""
+        """Raises ValueError listing all problems of the config."""
         super().__init__()
         if config.problems():
             raise ValueError("; ".join(config.problems()))
@@ -167,10 +153,9 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config, i) for i in range(config.n_layer)])))
         frequencies = 10000.0 ** (-torch.arange(0, D, 2) / D)                 # (D/2,)
         angles = torch.arange(config.block_size).view(-1, 1, 1) * frequencies # (T, 1, D/2)
-        cos = torch.cat((angles.cos(), angles.cos()), -1)                     # (T, 1, D)
-        sin = torch.cat((angles.sin(), -angles.sin()), -1)
-        self.register_buffer('cos', cos, persistent=False)
-        self.register_buffer('sin', sin, persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer('cos', torch.cat((cos, cos), -1), persistent=False) # (T, 1, D)
+        self.register_buffer('sin', torch.cat((sin, -sin), -1), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -196,9 +181,10 @@ class GPT(nn.Module):
                  with targets logits is None, without them loss is
         SAEOut   its fields stacked over SAE layers along a new first axis, in the order of
                  sae_layers; None if dense
-        cache    a KVCache: idx continues what it holds, and logits are the last position's only
+        cache    {} at first: keeps k and v (B, H, T, D) of each block; then one token at a time
+                 continues it. Logits are the last position's only
 
-        Raises ValueError for more tokens than block_size, or several that continue a cache.
+        Raises ValueError for more tokens than block_size.
         """
         x, out = self.blocks(idx, cache=cache)
         x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
@@ -213,19 +199,19 @@ class GPT(nn.Module):
         and the SAEOut of their SAEs; None if they have none. All else as in forward.
         """
         B, T = idx.size()
-        pos = 0 if cache is None else cache.pos
+        pos = cache[0][0].size(2) if cache else 0
+        assert pos == 0 or T == 1, "a filled cache takes one token at a time"
         if pos + T > self.config.block_size:
             raise ValueError(f"{pos + T} tokens do not fit block_size={self.config.block_size}")
-        if pos and T > 1:
-            raise ValueError("a filled KVCache takes one token at a time")
-        x = norm(self.transformer.wte(idx)).to(self.stream_dtype(idx.device)) # (B, T, C)
+        x = norm(self.transformer.wte(idx))                         # (B, T, C)
+        if torch.is_autocast_enabled(idx.device.type): # a stream in bf16: half the bytes to move
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
         x = F.dropout(x, self.config.dropout, self.training)
         rope = self.cos[pos:pos + T], self.sin[pos:pos + T]         # (T, 1, D) each
         outs = []
         for block in self.transformer.h[:upto]:
             x = block(x, rope, outs, cache)
         if cache is not None:
-            cache.pos += T
             x = x[:, -1:]
         return x, SAEOut(*map(torch.stack, zip(*outs))) if outs else None
 
@@ -243,19 +229,19 @@ class GPT(nn.Module):
         return torch.eye(sae.n_features, device=sae.alpha.device) # stream: a feature is a channel
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """
         Continue idx (B, T) by max_new_tokens; yields each new token (B, 1). temperature 0 takes the
-        likeliest token, top_k keeps the k likeliest. A full cache restarts from the last half of
-        the context.
+        likeliest token; top_k keeps the k likeliest, 0 all. A full cache restarts from the last
+        half of the context.
         """
-        size, new = self.config.block_size, idx[:, -self.config.block_size:]
-        cache = KVCache(self.config, idx.size(0), idx.device, self.stream_dtype(idx.device))
+        size, cache = self.config.block_size, {}
+        new = idx[:, -size:]
         for _ in range(max_new_tokens):
-            if cache.pos == size:
-                cache.pos, new = 0, idx[:, -max(1, size // 2):]
+            if cache and cache[0][0].size(2) == size:
+                cache, new = {}, idx[:, -max(1, size // 2):]
             logits = self(new, cache=cache)[0][:, -1].float()        # (B, V)
-            if top_k is not None:
+            if top_k:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature == 0:
@@ -264,11 +250,6 @@ class GPT(nn.Module):
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, new), dim=1)
             yield new
-
-    def stream_dtype(self, device):
-        """Under autocast the residual stream is bf16 too: half the bytes to move."""
-        on = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if on else self.transformer.wte.weight.dtype
 
     def num_params(self, non_embedding=False):
         n = sum(p.numel() for p in self.parameters())
@@ -303,12 +284,14 @@ class GPT(nn.Module):
                 for kind, params in groups.items() if params]
 
 # --------------------------------------------------------------------------------------------------
-# checkpoints: ckpt.pt is the newest one, ckpt_prev.pt the one before
+# checkpoints
+
+CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 
 def save_checkpoint(out_dir, checkpoint):
     """
-    Write whole or not at all: a temporary file, synced, then renamed. At every moment one of the
-    three files that load_checkpoint looks for is whole. Raises OSError, e.g. for a full disk.
+    Whole or not at all: a temporary file, synced, then renamed. At every moment one of the three
+    files is whole. Raises OSError, e.g. for a full disk.
     """
     path, tmp, prev = (os.path.join(out_dir, name) for name in CHECKPOINTS)
     try:
@@ -328,13 +311,10 @@ def save_checkpoint(out_dir, checkpoint):
             print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
     os.replace(tmp, path)
 
-CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
-
 def load_checkpoint(out_dir):
     """
-    The newest checkpoint in out_dir that is whole, as a dict on the CPU; falls back to the one
-    before, and says so. Raises ValueError with one sentence if there is none. Only tensors and
-    plain values are ever unpickled.
+    The newest checkpoint in out_dir that is whole, as a dict on the CPU; that it is not the last
+    one is said. Raises ValueError if there is none. Only tensors and plain values are unpickled.
     """
     problems = []
     for name in CHECKPOINTS:
@@ -361,8 +341,7 @@ def load_checkpoint(out_dir):
 def load_model(checkpoint, device='cpu'):
     """
     The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc, watching only,
-    are spliced in. Raises ValueError, one sentence, for a checkpoint of another version or program
-    and for an unusable device.
+    are spliced in. Raises ValueError for a checkpoint of another version, an unusable device.
     """
     device = resolve_device(device)
     try:
@@ -380,10 +359,7 @@ def load_model(checkpoint, device='cpu'):
     return model.to(device).eval()
 
 def resolve_device(device, local_rank=0):
-    """
-    'auto' as what there is, 'cuda' as this rank's own GPU. Raises ValueError, one sentence, for
-    what is not usable here.
-    """
+    """'auto' as what there is, 'cuda' as this rank's own GPU. Raises ValueError, if unusable."""
     if device == 'auto':
         device = 'mps' if torch.backends.mps.is_available() else 'cpu'
         device = 'cuda' if torch.cuda.is_available() else device

@@ -6,7 +6,7 @@ What differs from nanoGPT's sample.py: a KV cache, --show_features, --steer, no 
     python sample.py --out_dir=out-sae-cpu --steer=L1.F17=8 --compare=true
 
 --steer edits one feature's activation at every position, the prompt's too, before it is decoded:
-    L1.F17=8         adds 8, in units of its activation (the run prints what is usual)
+    L1.F17=8         adds 8, in units of its activation (the viewer prints its mean and maximum)
     L1.F17=x2        doubles it where it fires
     L1.F17=off       ablates it
     L1.F17=0,2,4,8   a sweep: one sample a strength, and a table
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
-                      prompt_text, read, safe, strongest)
+from features import (autocast, caption, device_of, encode, open_run, parse_feature, prompt_text,
+                      read, safe, strongest)
 
 DEFAULTS = dict(
     out_dir='out',
@@ -60,21 +60,18 @@ def problems(config):
 def parse_steering(specs, model):
     """
     The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
-    pair), where edits is [(block, feature, scale, add)]; no specs give [('unsteered', [])]. Raises
-    ValueError.
+    pair), where edits is [(block, feature, scale, add)]. Raises ValueError.
     """
-    saes, choices = model.saes(), []
+    choices = []
     for spec in specs:
         name, _, strengths = spec.strip().partition('=')
-        if not strengths:
-            raise ValueError(f"--steer={spec!r} is malformed: expected L6.F2386=8 (add), =x2 "
-                             "(scale), =off (ablate) or =0,2,4,8 (a sweep)")
-        i, f = parse_feature(name, saes, model.config.n_features)
-        if saes[i].alpha == 0:
+        i, f = parse_feature(name, model.saes(), model.config.n_features)
+        if model.saes()[i].alpha == 0:
             raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on "
                              "the text yet: train on, then steer")
-        choices.append([(f"L{i}.F{f}={text.strip()}", (i, f, *parse_strength(text.strip(), spec)))
-                        for text in strengths.split(',')])
+        strengths = [text.strip() for text in strengths.split(',')]
+        choices.append([(f"L{i}.F{f}={text}", (i, f, *parse_strength(text, spec)))
+                        for text in strengths])
     return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
             for chosen in itertools.product(*choices)]
 
@@ -85,8 +82,9 @@ def parse_strength(text, spec):
     except ValueError:
         number = np.nan
     if not abs(number) <= 1e6: # beyond it, squares in the norms could overflow
-        raise ValueError(f"--steer={spec!r}: {text!r} is neither a number to add, x and a number "
-                         "to scale by (both from -1e6 to 1e6), nor off")
+        raise ValueError(f"--steer={spec!r} is malformed: {text!r} is neither a number to add, x "
+                         "and a number to scale by (both from -1e6 to 1e6), nor off; a sweep is "
+                         "=0,2,4,8")
     return (number, 0.0) if text.startswith(('x', 'off')) else (1.0, number)
 
 def set_steering(model, edits):
@@ -98,16 +96,6 @@ def set_steering(model, edits):
         scales, adds = model.saes()[i].steer
         scales[f] *= scale
         adds[f] = adds[f] * scale + add
-
-def usual_activation(run, i, f):
-    """What training noted of the feature at this checkpoint's eval, if it noted anything."""
-    snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
-    try:
-        mean = snapshot[f'L{i}.mean'][f]
-        share = snapshot[f'L{i}.count'][f] / snapshot['probed']
-    except LookupError: # missing, torn, another run's: it is only a hint
-        return "its usual activation is not known"
-    return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
 # --------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
@@ -123,7 +111,7 @@ def sample(model, prompt, options, seed, edits=(), stop=None):
     idx, new = torch.tensor([prompt], device=device), []
     with autocast(model):
         for token in model.generate(idx, options.max_new_tokens, options.temperature,
-                                    options.top_k or None, generator):
+                                    options.top_k, generator):
             new.append(token.item())
             if new[-1] == stop:
                 break
@@ -136,10 +124,9 @@ def measure(model, tokens, n_prompt, features):
     (block, feature) the share of these tokens on which it fires].
     """
     losses, values, indices = read(model, tokens)
-    layers = list(model.saes())
     scores = [losses[n_prompt - 1:].mean().item()]
     for i, f in features:
-        s = layers.index(i)
+        s = list(model.saes()).index(i)
         fires = ((indices[s] == f) & (values[s] != 0))[n_prompt:].any(-1)    # (n,)
         scores.append(fires.float().mean().item())
     return scores
@@ -166,10 +153,9 @@ def print_features(model, tokens, names, n):
                 print(head + ''.join(f"{cell:19}" for cell in cells[j:j + 3]).rstrip())
                 head = ' ' * 22
 
-def print_table(scores, features, n):
+def print_table(scores, features):
     """scores {label: [what measure() returns, one a sample]}: a line of means for each label."""
-    samples = len(next(iter(scores.values())))
-    print(f"\nloss and firing on the {samples} x {n} sampled tokens, read by the unsteered model:")
+    print("\nloss and firing on the sampled tokens, read by the unsteered model:")
     width = max(map(len, scores)) + 2
     print(f"{'':{width}}    loss" + ''.join(f"{f'L{i}.F{f}':>13}" for i, f in features))
     for label, rows in scores.items():
@@ -180,45 +166,39 @@ def print_table(scores, features, n):
 
 def write_samples(options):
     """Does what the options ask for."""
-    given = prompt_text(options)
-    for_features = bool(options.steer or options.show_features)
-    run = open_run(options.out_dir, device=options.device, for_features=for_features)
-    model, prompt = run.model, encode(run, given)
-    versions = parse_steering(options.steer, model)
+    given, steer = prompt_text(options), options.steer
+    run = open_run(options.out_dir, device=options.device,
+                   for_features=bool(steer or options.show_features))
+    model, prompt, eot = run.model, encode(run, given), run.meta['eot']
+    begins = 0 if given and eot is None else 1 # tokens that stand before every text
+    versions = parse_steering(steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
-    for i, f in steered:
-        place = model.saes()[i].site.place
-        print(f"L{i}.F{f}, {place} {i}: {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
-    titled = len(versions) * options.num_samples > 1 or options.steer
+    titled = steer or options.num_samples > 1
     if options.compare:
         versions = [('unsteered', []), *versions]
-    stop = run.meta['eot'] if options.stop else None
-    begins = 0 if given and run.meta['eot'] is None else 1 # tokens that stand before every text
 
     def text(tokens):
         return safe(b''.join(run.names[token] for token in tokens[begins:]), keep='\n\t')
 
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
-        samples = {label: sample(model, prompt, options, seed, edits, stop)
-                   for label, edits in versions}
-        for label, tokens in samples.items():
+        for label, edits in versions:
+            tokens = sample(model, prompt, options, seed, edits, eot if options.stop else None)
             if not options.compare:
                 print(f"\n--- seed {seed}, {label} ---\n" if titled else '', text(tokens), sep='')
-            elif label != 'unsteered':
+            elif not edits:
+                unsteered = text(tokens)
+            else:
                 print(f"\n--- seed {seed} ---")
-                print_columns(f"unsteered\n\n{text(samples['unsteered'])}",
-                              f"{label}\n\n{text(tokens)}")
-        for label, tokens in samples.items():
+                print_columns(f"unsteered\n\n{unsteered}", f"{label}\n\n{text(tokens)}")
             if measured:
                 scores[label].append(measure(model, tokens, len(prompt), steered))
             if options.show_features: # what the unsteered model sees in it, like the numbers
                 print(f"\nstrongest features of the text of seed {seed}, {label}:")
                 print_features(model, tokens, run.names, options.show_features)
     if measured:
-        limit = 'up to ' if options.stop else ''
-        print_table(scores, steered, f'{limit}{options.max_new_tokens}')
+        print_table(scores, steered)
 
 def main(argv):
     options = configurator.configure(DEFAULTS, argv, problems)

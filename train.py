@@ -32,8 +32,8 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-# Before torch is loaded: on a CPU, threads that wait for each other spin for some microseconds,
-# then sleep. To sleep at once is a third slower; to spin on, many times where a core is kept busy.
+# Before torch is loaded: threads that wait for each other spin for some microseconds, then sleep.
+# To sleep at once is a third slower; to spin on, many times where a core is kept busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 
@@ -107,7 +107,7 @@ def problems(c):
     found = GPTConfig(**{key: c[key] for key in model_keys}).problems()
     may_be_0 = ('probe_tokens', 'max_iters', 'warmup_iters', 'seed')
     high = dict(learning_rate=1000, sae_lr_factor=1000, beta1=0.999999, beta2=0.999999,
-                sae_blend_start=1, sae_blend_end=1, min_lr_ratio=1)
+                sae_blend_start=c['sae_blend_end'], sae_blend_end=1, min_lr_ratio=1)
     for key, value in c.items():
         if type(value) in (int, float) and key not in model_keys:
             low = int(type(value) is int and key not in may_be_0)
@@ -118,9 +118,6 @@ def problems(c):
     for key, known in one_of.items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
-    if c['sae_blend_start'] > c['sae_blend_end']:
-        found.append(f"sae_blend_start={c['sae_blend_start']} must not be after "
-                     f"sae_blend_end={c['sae_blend_end']}")
     if c['gradient_accumulation_steps'] % world_size:
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
                      f"multiple of the {world_size} ranks")
@@ -167,13 +164,15 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
+hosts = None # a group for what is decided together, and to wait while one rank works alone
 store = None # where a rank leaves the reason why it failed
 
 def fail(message, code=1):
     """A sentence to stderr and a non-zero exit. Of several ranks, all say why the first failed."""
+    if ddp:
+        message = f"rank {rank}: {message}"
     if store is not None:
         key = 'failed' + os.environ.get('TORCHELASTIC_RESTART_COUNT', '')
-        message = f"rank {rank}: {message}"
         with suppress(RuntimeError): # without torchrun the store goes with rank 0
             message = store.compare_set(key, '', message).decode()
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -202,18 +201,17 @@ sys.excepthook = on_error
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
-    # between the hosts: for what is decided together, and to wait while one rank works alone
     hosts = dist.new_group(backend='gloo', timeout=timedelta(hours=1))
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, timeout=timedelta(seconds=10))
 
-def all_reduce(t, op=dist.ReduceOp.SUM):
+def all_reduce(t, op=dist.ReduceOp.SUM, group=None):
     if ddp and t.numel(): # sums over SAE layers are empty in a dense model
-        dist.all_reduce(t, op)
+        dist.all_reduce(t, op, group)
     return t
 
 def wait_for_all():
-    """Where one rank works alone (it prepares data, saves), maybe for longer than rank_timeout."""
+    """Where one rank works alone, maybe for longer than rank_timeout."""
     if ddp:
         dist.barrier(hosts)
 
@@ -246,6 +244,7 @@ if data.meta['tokenizer'].endswith('.json'):
     tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
 
 step = checkpoint['step'] if resuming else 0
+was = checkpoint.get('config', {}) if checkpoint else {}
 anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
@@ -254,7 +253,6 @@ if resuming:
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
-    was = checkpoint['config']
     changed = [f"{key}={value}, but {key}={was.get(key)} in the checkpoint"
                for key, value in config.items() if was.get(key) != value and key not in may_change]
     if checkpoint['data_sha256'] != data.meta['train_sha256']:
@@ -275,7 +273,12 @@ model.requires_grad_(not sae_posthoc)
 for sae in saes.values():
     sae.requires_grad_(True)
     sae.posthoc = sae_posthoc
-    sae.alpha.zero_() # a checkpoint may bring one that is further: see set_schedules
+
+def set_alpha(alpha):
+    for sae in saes.values():
+        sae.alpha.fill_(alpha)
+
+set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less.
@@ -311,11 +314,9 @@ if checkpoint is not None:
         *_, reason = str(e).split('\n')
         fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
-    theirs = checkpoint.get('config', {})
     asked = given & {'sae_blend_start', 'sae_blend_end'}
-    for sae in saes.values():
-        if sae_posthoc or any(config[key] != theirs.get(key) for key in asked):
-            sae.alpha.zero_()
+    if sae_posthoc or any(config[key] != was.get(key) for key in asked):
+        set_alpha(0.0)
 checkpoint = None # free the memory
 
 if compile:
@@ -356,19 +357,12 @@ def alpha_now():
     return min((sae.alpha.item() for sae in saes.values()), default=1.0)
 
 # --------------------------------------------------------------------------------------------------
-# evaluation
+# evaluating, logging and saving
 
 def val_batches():
     """This rank's share of the eval tokens, (x, y) each."""
-    batches = eval_batches(data.val, block_size, batch_size, eval_tokens)
-    return islice(batches, rank, None, world_size)
-
-def save_snapshot():
-    """features/<step>.npz: what each feature does on fixed tokens, for the viewer's timeline."""
-    batches = eval_batches(data.val, block_size, batch_size, probe_tokens)
-    arrays = snapshot(raw_model, (x for x, _ in batches)) # not the compiled one: it needs no loss
-    path = os.path.join(out_dir, 'features', f'{step:07d}.npz')
-    save_npz(path, dict(step=step, tokens=step * tokens_per_step, **arrays))
+    return islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
+                  rank, None, world_size)
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
@@ -379,27 +373,16 @@ def check_replicas():
     if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
-def check_finite():
-    """Called before a step is logged or saved: what is not finite ends the run."""
-    if broken >= 0:
-        last = f"the last checkpoint in {out_dir} is of step {saved_step}"
-        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; "
-             f"{last if saved_step else 'no checkpoint was saved yet'}. Try a lower learning rate "
-             f"than {learning_rate}", code=3)
-
-# --------------------------------------------------------------------------------------------------
-# logging and saving
-
 def write_log(record):
-    """One JSON object a line; numbers that are not finite become null, since JSON has no NaN."""
+    """One JSON object a line; what is not finite becomes null, since JSON has no NaN."""
     if master:
         finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
         log_file.write(json.dumps(finite) + '\n')
         if wandb_log and 'step' in record:
             wandb.log(record, step=record['step'])
 
-def due(interval):
-    return step % interval == 0 or step == max_iters
+def due(*intervals):
+    return step == max_iters or any(step % interval == 0 for interval in intervals)
 
 def save():
     sums = all_reduce(log_sums.clone())
@@ -451,14 +434,6 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
     if signal.getsignal(signum) != signal.SIG_IGN:
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
-def stopped():
-    """The signal that came to any rank, seen by all after the same step; 0: none."""
-    if not ddp:
-        return signals[-1]
-    flag = torch.tensor(signals[-1])
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=hosts)
-    return int(flag)
-
 # --------------------------------------------------------------------------------------------------
 # training loop
 
@@ -474,40 +449,68 @@ def next_batch(step, i):
 x, y = next_batch(step, 0)
 started = last_log = time.time()
 last_step = saved_step = step
-stop = 0
+stop = 0 # the signal that came to any rank
 broken = torch.full((), -1, device=device) # the first step that was not finite
-watching = saes.values() if sae_posthoc else () # while they train; for evals they are spliced in
 
 while True:
+    tokens = step * tokens_per_step
+    # 1) once in a while look back: what is not finite is neither logged nor saved
+    if (stop or due(log_interval, save_interval, eval_interval)) and broken >= 0:
+        last = f"the last checkpoint in {out_dir} is of step {saved_step}"
+        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; "
+             f"{last if saved_step else 'no checkpoint was saved yet'}. Try a lower learning rate "
+             f"than {learning_rate}", code=3)
+    if step > last_step and due(log_interval):
+        loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
+        now = time.time()
+        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
+        record = dict(event='log', step=step, tokens=tokens, loss=loss_sum / n, tok_s=tok_s,
+                      lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm))
+        line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
+        if saes:
+            silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
+            live, alpha = 1 - silent.mean().item(), alpha_now()
+            record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
+            line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"
+                     f" | live {100 * live:.1f} % | alpha {alpha:.2f}")
+        if scaler.is_enabled():
+            record['loss_scale'] = scaler.get_scale()
+        write_log(record)
+        left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
+        say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
+        log_sums.zero_()
+        last_log, last_step = now, step
     set_schedules(step)
 
-    # once in a while: save, then evaluate (in that order: a crash in the eval loses nothing)
+    # 2) save, then evaluate (in that order: a crash in the eval loses nothing)
     pause = time.time()
-    if step > saved_step and due(save_interval):
-        check_finite()
+    if step > saved_step and (stop or due(save_interval)):
         save()
         saved_step = step
+    if stop:
+        say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
+        break
     if due(eval_interval):
-        check_finite()
         if ddp:
             check_replicas()
         model.eval()
-        for sae in watching:
-            sae.alpha.fill_(1.0)
+        if sae_posthoc: # in training they only watch
+            set_alpha(1.0)
         record = evaluate(eval_model, saes, val_batches, autocast, all_reduce)
-        for sae in watching:
-            sae.alpha.zero_()
-        set_schedules(step) # alpha as it was
-        tokens = step * tokens_per_step
+        if sae_posthoc:
+            set_alpha(0.0)
+            set_schedules(step)
         write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha_now(), **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
             live = min(sae['live'] for sae in record['sae'].values())
             line += (f" | SAE zeroed {record['val_loss_zeroed']:.3f}"
                      f" | mean {record['val_loss_mean']:.3f} | live {100 * live:.1f} %")
-            if master and probe_tokens:
-                save_snapshot()
         say(line)
+        if saes and master and probe_tokens: # what each feature does, for the viewer's timeline
+            probe = eval_batches(data.val, block_size, batch_size, probe_tokens)
+            arrays = snapshot(raw_model, (x for x, _ in probe)) # not compiled: it needs no loss
+            save_npz(f'{out_dir}/features/{step:07d}.npz', dict(step=step, tokens=tokens, **arrays))
         model.train()
         wait_for_all()
     last_log += time.time() - pause # tokens a second are those of training
@@ -517,7 +520,7 @@ while True:
             say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
         break
 
-    # one step: micro-batches, forward and backward
+    # 3) one step: micro-batches, forward and backward
     fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
     for i in range(local_micros):
@@ -537,7 +540,7 @@ while True:
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
-    # clip, update, nudge
+    # 4) clip, update, nudge
     for opt in optimizers:
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
@@ -553,37 +556,7 @@ while True:
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)
     step += 1
-    stop = stopped()
-
-    if due(log_interval):
-        check_finite()
-        loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
-        now = time.time()
-        tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
-        record = dict(event='log', step=step, tokens=step * tokens_per_step, loss=loss_sum / n,
-                      lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm),
-                      tok_s=tok_s)
-        line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
-        if saes:
-            silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
-            live, alpha = 1 - silent.mean().item(), alpha_now()
-            record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
-            line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"
-                     f" | live {100 * live:.1f} % | alpha {alpha:.2f}")
-        if scaler.is_enabled():
-            record['loss_scale'] = scaler.get_scale()
-        write_log(record)
-        left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
-        say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
-        log_sums.zero_()
-        last_log, last_step = now, step
-
-    # SIGTERM or Ctrl-C: the first rank saves, and everybody leaves
-    if stop:
-        check_finite()
-        save()
-        say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
-        break
+    stop = int(all_reduce(torch.tensor(signals[-1]), dist.ReduceOp.MAX, hosts))
 
 if ddp:
     dist.destroy_process_group()

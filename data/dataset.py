@@ -213,26 +213,25 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
     """
     out, dtype = data_dir(name_or_path), token_dtype(vocab_size)
     out.mkdir(parents=True, exist_ok=True)
-    named = isinstance(tokenizer, str)
-    meta = dict(vocab_size=vocab_size, tokenizer=tokenizer if named else 'tokenizer.json',
-                dtype=dtype.name, source=source, eot=eot)
+    meta = dict(vocab_size=vocab_size, tokenizer=tokenizer, dtype=dtype.name, source=source,
+                eot=eot)
     with tempfile.TemporaryDirectory(suffix='.tmp', dir=out) as temp:
         temp = Path(temp)
         for split, pieces in zip(SPLITS, (train_iter, val_iter)):
-            digest = hashlib.sha256()
-            with open(temp / f'{split}.bin', 'wb') as f:
+            file = temp / f'{split}.bin'
+            with open(file, 'wb') as f:
                 for ids in pieces:
-                    raw = to_bytes(ids, vocab_size)
-                    f.write(raw)
-                    digest.update(raw)
+                    f.write(to_bytes(ids, vocab_size))
                 n = f.tell() // dtype.itemsize
             if n == 0:
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
-            meta |= {f'{split}_tokens': n, f'{split}_sha256': digest.hexdigest()}
-        if not named:
+            digest = hashlib.sha256(np.memmap(file, mode='r')).hexdigest()
+            meta |= {f'{split}_tokens': n, f'{split}_sha256': digest}
+        if not isinstance(tokenizer, str):
             raw = encode_encoding(tokenizer)
             (temp / 'tokenizer.json').write_bytes(raw)
-            meta['tokenizer_sha256'] = hashlib.sha256(raw).hexdigest()
+            digest = hashlib.sha256(raw).hexdigest()
+            meta |= dict(tokenizer='tokenizer.json', tokenizer_sha256=digest)
         (temp / 'meta.json').write_text(json.dumps(meta, indent=1))
         (out / 'meta.json').unlink(missing_ok=True)
         for file in sorted(temp.iterdir(), key=lambda file: file.name == 'meta.json'):

@@ -14,6 +14,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -30,14 +31,15 @@ children = multiprocessing.get_context('forkserver')
 children.set_forkserver_preload(['torch', 'numpy', 'torch.distributed', 'torch.nn.parallel',
                                  'torch._dynamo'])
 
-# 8 steps of 4 micro-batches, 128 tokens a step. All that changes over a run is still changing at
-# step 4: warm-up, alpha, scale, which features are silent
+# 8 steps of 4 micro-batches, 128 tokens a step; 3 eval batches, so that two ranks share them
+# unevenly. All that changes over a run is still changing at step 4: warm-up, alpha, scale, which
+# features are silent
 TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, mlp_ratio=2, batch_size=2,
     gradient_accumulation_steps=4, dropout=0.1, sae_layers=1, sae_ratio=4, sae_k=4,
     sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1, sae_blend_end=0.9,
     lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
-    log_interval=2, eval_tokens=128, probe_tokens=128, seed=5, device='cpu', dtype='float32',
+    log_interval=2, eval_tokens=96, probe_tokens=128, seed=5, device='cpu', dtype='float32',
     compile='false')
 
 def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):
@@ -71,17 +73,15 @@ def resume(out, data, **changes):
 def run_script(script, argv, accident=None, ranks=1):
     """Runs a script of the repository as `python script argv` would, or as torchrun would with
     several ranks."""
-    path = Path(os.environ.get('TMPDIR', '/tmp')) / f'runs-{os.getpid()}-{free_port()}.txt'
-    processes = start(script, argv, path, accident, ranks)
-    for p in processes:
-        p.join(120)
-        if p.exitcode is None: # it hangs
-            p.kill()
-            p.join()
-    text = path.read_text()
-    path.unlink()
-    codes = [p.exitcode for p in processes]
-    return codes if ranks > 1 else codes[0], text
+    with tempfile.NamedTemporaryFile('r') as printed:
+        processes = start(script, argv, printed.name, accident, ranks)
+        for p in processes:
+            p.join(120)
+            if p.exitcode is None: # it hangs
+                p.kill()
+                p.join()
+        codes = [p.exitcode for p in processes]
+        return codes if ranks > 1 else codes[0], printed.read()
 
 def start(script, argv, path, accident=None, ranks=1):
     """The same as processes that can be watched and killed; what they print goes to path."""
@@ -122,9 +122,10 @@ def child(script, argv, path, env, accident):
 # --------------------------------------------------------------------------------------------------
 # accidents: when
 
-def at_call(target, n, action, rank=None, counts=lambda: True):
+def at_call(target, n, action, rank=None, counts=lambda: True, put=setattr):
     """The n-th call (from 1) of target, e.g. 'os.replace', becomes action(function, *arguments).
-    rank: on that rank alone; counts: which calls count."""
+    rank: on that rank alone; counts: which calls count; put: in a test's own process
+    monkeypatch.setattr."""
     if rank is not None and os.environ.get('RANK') != str(rank):
         return
     module, name = target.rsplit('.', 1)
@@ -135,7 +136,7 @@ def at_call(target, n, action, rank=None, counts=lambda: True):
         calls += counts()
         hit = calls == n and counts()
         return action(function, *args, **kwargs) if hit else function(*args, **kwargs)
-    setattr(module, name, wrapped)
+    put(module, name, wrapped)
 
 def at_loss(n, action, rank=None):
     """The n-th training loss (from 1): there are four a step, on two ranks two each."""
@@ -193,6 +194,9 @@ def no_space(*args):
 # --------------------------------------------------------------------------------------------------
 # comparing runs
 
+def step_in(out):
+    return load_checkpoint(out)['step']
+
 def same(a, b):
     """Equal to the bit, however deep. Tensors of NaN are equal too."""
     if isinstance(a, torch.Tensor):
@@ -218,7 +222,7 @@ def records(out, event):
 
 def assert_same_run(a, b):
     """Both runs ended in the same state and logged the same numbers, to the bit."""
-    one, two = load_checkpoint(str(a)), load_checkpoint(str(b))
+    one, two = load_checkpoint(a), load_checkpoint(b)
     for key in ('step', 'model', 'model_args', 'optimizers', 'scaler'):
         assert same(one[key], two[key]), key
     assert records(a, 'log') == records(b, 'log')

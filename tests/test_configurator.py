@@ -16,10 +16,10 @@ from runs import ROOT, run_script
 DEFAULTS = dict(out_dir='out', n_layer=12, learning_rate=1e-3, compile=True, sae_layers=(6,),
                 dataset='fineweb', prompt=['x'])
 
-def errors(argv, capsys):
+def errors(argv, capsys, *check):
     """The lines on stderr of a configuration that must be refused with exit code 2."""
     with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, argv)
+        configure(DEFAULTS, argv, *check)
     assert e.value.code == 2
     return capsys.readouterr().err.splitlines()
 
@@ -66,10 +66,6 @@ def test_wrong_types(arg, expected, capsys):
     assert left_out == 'error: out_dir=True on the command line: expected text'
     assert line.startswith(f'error: {arg} on the command line: expected {expected}')
 
-def test_a_number_too_long_to_print(tmp_path, capsys):
-    line, = errors([write(tmp_path / 'long.py', 'n_layer = 10 ** 5000')], capsys)
-    assert line.startswith('error: n_layer=a very long number in ')
-
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
     path = write(tmp_path / 'c.py', "n_layre = 3\n")
@@ -82,9 +78,10 @@ def test_typos_name_the_nearest_key(tmp_path, capsys):
     assert 'not a readable config file' in no_dashes and '--key=value' in no_dashes
 
 def test_every_problem_at_once(tmp_path, capsys):
-    """One line for each problem, of files and of the command line; nothing is run in between."""
+    """One line for each problem, of files and of the command line; nothing is run in between. A
+    number may be too long for Python to print it."""
     path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = open\n"
-                                    "sae_layers = ('a',)\ncompile = None\nlayers = 3\n")
+                                    "sae_layers = ('a', 10 ** 5000)\ncompile = None\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
     assert len(lines) == 9 and all(line.startswith('error: ') for line in lines)
     assert sum(f'in {path}: expected' in line for line in lines) == 5
@@ -93,10 +90,8 @@ def test_values_that_do_not_fit_are_listed_too(capsys):
     """What `check` finds comes in the same list; but nothing about a key that was not read."""
     def check(c):
         return [f"{key}={c[key]} is too large" for key in ('n_layer', 'learning_rate', 'compile')]
-    with pytest.raises(SystemExit) as e:
-        configure(DEFAULTS, ['--learning_rate=7', '--n_layer=x', '--compile=1'], check)
-    lines = capsys.readouterr().err.splitlines()
-    assert e.value.code == 2 and [line.split('=')[0] for line in lines] == [
+    lines = errors(['--learning_rate=7', '--n_layer=x', '--compile=1'], capsys, check)
+    assert [line.split('=')[0] for line in lines] == [
         'error: n_layer', 'error: compile', 'error: learning_rate']
 
 def test_of_several_ranks_one_says_all(capsys, monkeypatch):

@@ -24,6 +24,7 @@ from data.dataset import (eval_batches, get_batch, load_dataset, load_meta, load
 from data.fineweb import prepare as fineweb
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text
+from runs import at_call, no_space
 
 def make(path, tokenizer="gpt2"):
     """A tiny data set."""
@@ -170,14 +171,8 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_dataset(tmp_path, broken(), [[0]], 5000, "gpt2", "", None)
     assert len(load_dataset(tmp_path, check_hash=True).train) == 1000
-    replace, calls = dataset.os.replace, []
-    def second_fails(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError("disk full")
-        replace(*args)
-    monkeypatch.setattr(dataset.os, "replace", second_fails)
-    with pytest.raises(OSError, match="disk full"):
+    at_call("os.replace", 2, no_space, put=monkeypatch.setattr)
+    with pytest.raises(OSError, match="No space"):
         make(tmp_path)
     with pytest.raises(ValueError, match="not prepared"):
         load_dataset(tmp_path)

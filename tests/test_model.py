@@ -1,6 +1,6 @@
 """
-The GPT with its SAE layers: its equations, no future leaks, the dense twin, KV cache, compile, and
-checkpoints. CPU, seconds.
+The GPT with its SAE layers: its equations, no future leaks, the dense twin, compile, checkpoints.
+The KV cache is tested in test_sample.py. CPU, seconds.
 
     python -m pytest tests/test_model.py
     python -m pytest tests/test_model.py --slow     also compiles with inductor (a minute)
@@ -9,14 +9,13 @@ import math
 import os
 import random
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model import GPT, GPTConfig, KVCache, load_checkpoint, load_model, save_checkpoint
-from runs import same
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from runs import at_call, no_space, same, step_in
 from sae import SITES, norm
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
@@ -114,8 +113,9 @@ def test_forward_by_its_equations(site):
 @pytest.mark.parametrize('site', SITES)
 def test_future_never_changes_earlier_logits(site, training):
     """Changing token t changes no logit before t, to the bit, with dropout too, and does change
-    later ones, up to the last."""
+    later ones, up to the last. No pass changes a parameter or a buffer."""
     model, idx = make(sae_site=site, dropout=0.1).train(training), tokens()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
     for t in (1, 7, 15):
         other = idx.clone()
         other[:, t:] = (other[:, t:] + 11) % 50
@@ -130,6 +130,9 @@ def test_future_never_changes_earlier_logits(site, training):
     other = idx.clone()
     other[:, 0] = (other[:, 0] + 1) % 50
     assert not torch.equal(model.eval()(idx)[0][:, -1], model(other)[0][:, -1])
+    assert same(dict(model.state_dict()), state)
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        model(tokens(T=17))
 
 @pytest.mark.parametrize('site', SITES)
 def test_alpha_zero_is_the_dense_model(site):
@@ -236,58 +239,6 @@ def test_all_problems_of_a_config_at_once():
     assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
 
 # --------------------------------------------------------------------------------------------------
-# KV cache and sampling
-
-@pytest.mark.parametrize('site', SITES)
-def test_cache_equals_recomputation(site):
-    """A prompt at once, then token by token: logits and features are those of a whole pass. No
-    pass, and no sampling, changes a parameter or a buffer."""
-    model, idx = make(sae_site=site), tokens()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    model(idx, idx)
-    list(model.eval().generate(idx, 20))
-    want, _, want_out = model(idx)
-    assert same(dict(model.state_dict()), before)
-    cache = KVCache(model.config, 2, 'cpu', torch.float32)
-    logits, _, _ = model(idx[:, :5], cache=cache)
-    torch.testing.assert_close(logits, want[:, 4:5], rtol=1e-4, atol=1e-4)
-    for t in range(5, 16):
-        logits, _, out = model(idx[:, t:t + 1], cache=cache)
-        torch.testing.assert_close(logits, want[:, t:t + 1], rtol=1e-4, atol=1e-4)
-        values = want_out.values[:, :, t]
-        torch.testing.assert_close(out.values[:, :, 0], values, rtol=1e-4, atol=1e-4)
-    for tokens_, cache in ((idx[:, :1], cache), (tokens(T=17), None)):
-        with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
-            model(tokens_, cache=cache)
-
-@pytest.mark.parametrize('prompt', [1, 5, 16, 40])
-def test_sampling_equals_recomputation_past_block_size(prompt):
-    """Greedy text of 40 tokens is what it is without a cache. A full cache goes on from the last
-    half of the context."""
-    model, idx = make().eval(), tokens(T=prompt)
-    got = torch.cat(list(model.generate(idx, 40, temperature=0)), dim=1)
-    window, want = min(prompt, 16), idx
-    for _ in range(40):
-        if window > 16:
-            window = 8
-        with torch.no_grad():
-            new = model(want[:, -window:])[0][:, -1].argmax(-1, keepdim=True)
-        want, window = torch.cat((want, new), dim=1), window + 1
-    assert torch.equal(got, want[:, prompt:])
-
-def test_sampling_is_seeded_and_obeys_top_k():
-    """One seed, one text; top_k=1 is greedy, and so is a very low temperature; the global
-    generator is not touched."""
-    model, idx = make().eval(), tokens(T=3)
-    def sample(seed, **options):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.cat(list(model.generate(idx, 12, generator=generator, **options)), 1).tolist()
-    state = torch.get_rng_state()
-    assert sample(1) == sample(1) != sample(2)
-    assert sample(1, top_k=1) == sample(2, temperature=0) == sample(3, temperature=1e-3)
-    assert torch.equal(state, torch.get_rng_state())
-
-# --------------------------------------------------------------------------------------------------
 # compile
 
 @pytest.mark.parametrize('backend, rtol', [
@@ -320,21 +271,18 @@ def checkpoint(step, model=None):
     model = model or make(seed=step)
     return dict(model=model.state_dict(), model_args=asdict(model.config), step=step)
 
-def step_in(path):
-    return load_checkpoint(str(path))['step']
-
 @pytest.fixture
 def saved(tmp_path):
     """A folder with ckpt.pt of step 2 and ckpt_prev.pt of step 1."""
-    save_checkpoint(str(tmp_path), checkpoint(1))
-    save_checkpoint(str(tmp_path), checkpoint(2))
+    save_checkpoint(tmp_path, checkpoint(1))
+    save_checkpoint(tmp_path, checkpoint(2))
     return tmp_path
 
 def test_checkpoint_round_trip(saved):
     """What is saved comes back to the bit, and the one before is kept."""
-    assert same(load_checkpoint(str(saved)), checkpoint(2))
+    assert same(load_checkpoint(saved), checkpoint(2))
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
-    model = load_model(load_checkpoint(str(saved)))
+    model = load_model(load_checkpoint(saved))
     assert model.config == TINY and not model.training
     assert torch.equal(model(tokens())[0], make(seed=2).eval()(tokens())[0])
 
@@ -349,13 +297,12 @@ def test_posthoc_saes_are_spliced_in(capsys):
     assert 'post hoc' in capsys.readouterr().err
 
 def test_foreign_checkpoint_falls_back(saved, capsys):
-    """A newest checkpoint of another program is named, the one before is used, and that is said.
-    Of torn and missing ones see below."""
+    """A newest checkpoint of another program is named, the one before is used, and that is said."""
     torch.save(dict(weights=torch.ones(2)), saved / 'ckpt.pt')
-    assert same(load_checkpoint(str(saved)), checkpoint(1))
+    assert step_in(saved) == 1
     said = capsys.readouterr().out
-    assert said.startswith('warning') and said.count('\n') == 1
-    assert f"{saved / 'ckpt.pt'} " in said and 'ckpt_prev.pt instead' in said
+    assert said.startswith(f"warning: {saved / 'ckpt.pt'} ") and said.count('\n') == 1
+    assert 'ckpt_prev.pt instead' in said
 
 def test_fuzzed_checkpoints(saved):
     """50 times a random bit flipped or the tail cut: what is loaded is always whole, from this
@@ -370,7 +317,7 @@ def test_fuzzed_checkpoints(saved):
         else:
             del torn[rng.randrange(len(torn)):]
         (saved / 'ckpt.pt').write_bytes(torn)
-        got = load_checkpoint(str(saved))
+        got = load_checkpoint(saved)
         fell_back += got['step'] == 1
         assert same(got, whole[got['step']])
     assert fell_back > 25 # the rest hit padding between records, which means nothing
@@ -391,40 +338,29 @@ def test_malicious_pickle_is_not_executed(saved):
 class Killed(BaseException):
     pass
 
+def killed(*args):
+    raise Killed
+
 # torn: ckpt.pt was torn before, and ckpt_prev.pt is the only good one
 @pytest.mark.parametrize('torn', [True, False])
-@pytest.mark.parametrize('n', (1, 2, 3))
-def test_killed_between_any_two_steps_of_a_save(n, torn, saved, monkeypatch):
-    """At the n-th call that changes the folder: a good checkpoint is left, and the next save mends
+@pytest.mark.parametrize('call, n', [('os.fsync', 1), ('os.replace', 1), ('os.replace', 2)])
+def test_killed_between_any_two_steps_of_a_save(call, n, torn, saved, monkeypatch):
+    """At each call that changes the folder: a good checkpoint is left, and the next save mends
     all."""
-    calls = 0
     if torn:
         (saved / 'ckpt.pt').write_bytes(b'torn')
-    def counted(function, *args):
-        nonlocal calls
-        calls += 1
-        if calls == n:
-            raise Killed
-        return function(*args)
-    for name in ('replace', 'fsync'):
-        monkeypatch.setattr(os, name, partial(counted, getattr(os, name)))
+    at_call(call, n, killed, put=monkeypatch.setattr)
     with pytest.raises(Killed):
-        save_checkpoint(str(saved), checkpoint(3))
+        save_checkpoint(saved, checkpoint(3))
     assert step_in(saved) in ((1, 3) if torn else (2, 3))
-    monkeypatch.undo()
-    save_checkpoint(str(saved), checkpoint(4))
-    save_checkpoint(str(saved), checkpoint(5))
+    save_checkpoint(saved, checkpoint(4))
+    save_checkpoint(saved, checkpoint(5))
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
     (saved / 'ckpt.pt').unlink()
     assert step_in(saved) == 4
 
 def test_rotation_fails(saved, monkeypatch, capsys):
     """The old checkpoint cannot be put aside: a warning; the new one is in place."""
-    replace = os.replace
-    def refuse(source, target):
-        if str(target).endswith('ckpt_prev.pt'):
-            raise PermissionError("not today")
-        replace(source, target)
-    monkeypatch.setattr(os, 'replace', refuse)
-    save_checkpoint(str(saved), checkpoint(3))
+    at_call('os.replace', 1, no_space, put=monkeypatch.setattr)
+    save_checkpoint(saved, checkpoint(3))
     assert 'warning' in capsys.readouterr().out and step_in(saved) == 3
