@@ -79,8 +79,8 @@ def test_tokens_that_share_a_character_are_one_piece():
     assert features.pieces(scan, context) == [
         ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
-    parts, _, _ = features.for_page(scan, context | dict(where=3, times=1))
-    assert parts == ['x', (' 漢字', -4.0, True), 'y<0xA2><0xE6>z<0xE6>']
+    parts, _, _ = view.for_page(scan, context | dict(where=3, times=1))
+    assert parts == ['x', (' 漢字', -4.0, True), 'y', '<0xA2>', '<0xE6>z', '<0xE6>']
     text, bars = view.paragraph(view.screen(), scan, context, 4.0)
     assert text.plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 
@@ -102,7 +102,6 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     options, console = SimpleNamespace(**view.DEFAULTS | dict(rows=16)), view.screen()
     view.show(console, view.overview_of(scan, options, console))
     text = capsys.readouterr().out
-    assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ['L2.F0', 'L2.F2', 'L2.F4']
 
@@ -120,7 +119,7 @@ def test_numbers_keep_three_or_four_digits():
                -3: '-3.000'}
     assert {x: view.percent(x) for x in shares} == shares
     assert {x: view.number(x) for x in numbers} == numbers
-    assert view.spark([0, 0.001, 4, None, 8]) == ' ▁▄ █' and view.spark([1], 2) == '▄'
+    assert view.spark([0, 0.001, 4, 0, 8]) == ' ▁▄ █' and view.spark([1], 2) == '▄'
 
 TEXT = 'ab c\n' * 12 + '<|endoftext|>[red] 漢字 b' # more than one window
 
@@ -153,7 +152,7 @@ def test_probe_view(out, index, tmp_path, capsys):
 
 def test_timeline_views(out, index, tmp_path, capsys):
     """A folder with features/ and an index, as kept under results/, needs no checkpoint."""
-    last = snapshots(tmp_path)[-1]
+    last = snapshots(tmp_path, F=48)[-1]
     text, live = look(capsys, tmp_path, '--timeline=true'), last['count'] > 0
     line = [line.split() for line in text.splitlines() if line.strip().startswith('40 ')][0]
     settled = features.settled_at(features.open_timeline(tmp_path, untracked)[1])
@@ -163,7 +162,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert 'no checkpoint in' in refused( # whose tokens have names
         capsys, view, f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3')
     shutil.copy(out / 'index.npz', tmp_path)
-    f = np.flatnonzero((settled < 5) & (index[1].count[:12] > 0))[0]
+    f = np.flatnonzero((settled < 5) & (index[1].count > 0))[0]
     text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
     assert f'L1.F{f} over training' in text
     assert f'took its final meaning at step {10 * settled[f]}:' in text
@@ -285,7 +284,7 @@ def test_html_has_the_same_numbers(index, page):
         for kind in ('top', 'random'): # as many as --examples
             for (parts, where, times), c in zip(d[kind], want[kind][:5], strict=True):
                 assert (where, times) == (c['where'], c['times'])
-                assert parts == json.loads(json.dumps(features.for_page(scan, c)[0]))
+                assert parts == json.loads(json.dumps(view.for_page(scan, c)[0]))
                 assert all(harmless(part if isinstance(part, str) else part[0]) for part in parts)
         assert [x[:3] for x in d['intervals']] == [pytest.approx(x[:3]) for x in want['intervals']]
         for name in ('fires_on', 'up', 'down'):
