@@ -1,10 +1,10 @@
 """
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
-here prints but notes, to stderr; train.py, inspect_features.py and sample.py do.
+here prints but notes, to stderr.
 
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
-(in the timeline), V vocabulary, P pairs that occur.
+(in the timeline), V vocabulary, P pairs of a feature and a token type.
 """
 import json
 import math
@@ -31,8 +31,8 @@ SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feat
 
 def codes(model, batches):
     """
-    Over batches, which yields x (B, T) -> arrays: tokens (N,); the features active on each
-    (S, N, K), F where a slot is not active; their activations (S, N, K); FVU (S,).
+    batches yields x (B, T) -> arrays: tokens (N,); the features active on each (S, N, K), F where
+    a slot is not active; their activations (S, N, K); FVU (S,).
     """
     tokens, features, values, fvu = [], [], [], []
     for x in batches:
@@ -129,10 +129,10 @@ def of_layer(arrays, layer):
 
 def open_timeline(out_dir, track):
     """
-    {block: its SAE in all snapshots}, whose attributes are layer, steps (S,), tokens (S,), probed,
+    {block: its SAE in all snapshots}, kept in timeline.npz: layer, steps (S,), tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
-    cos, of what a feature writes, and same, of the counts of the tokens on which it fires. Kept in
-    timeline.npz. {} where there is no snapshot. Raises ValueError for one that cannot be read.
+    cos, of what a feature writes, and same, of the counts of the tokens on which it fires. {}
+    without snapshots. Raises ValueError for one that cannot be read.
     """
     files = sorted(Path(out_dir).glob('features/[0-9]*.npz'))
     if not files:

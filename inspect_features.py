@@ -462,24 +462,19 @@ def find_view(options, console):
 
 def probe_view(options, console):
     labels, texts = read_labels(options.probe)
-    run = run_of(options)
+    y, run = np.array(labels, object), run_of(options)
     for scan in chosen(options, index_of(options)):
-        yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(set(labels))} '
-                   'labels')
+        yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
         yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
                   'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
-        rows, found = [], {}
-        for code, X in pooled_codes(run, scan.layer, texts, options.seed, tracked).items():
-            columns = [('B', 1), ('B', 5), ('B', 20), ('B', X.shape[1]), ('A', 1)]
-            if code != 'channels':
-                del columns[3]                               # all of F features: it would take long
-            found[code] = probe(X, np.array(labels, object), options.seed, columns)
-            means = [100 * score.mean(0) for score in found[code][0].values()]   # (splits,) each
-            cells = [f'{score.mean():.1f} ±{score.std():.1f}' for score in means]
-            if code != 'channels':
-                cells.insert(3, '')
-            rows.append((code, *cells))
-        yield table_of(('code', 'k=1', 'k=5', 'k=20', 'all', 'A, k=1'), rows)
+        pooled = pooled_codes(run, scan.layer, texts, options.seed, tracked)
+        width, rows = pooled['channels'].shape[1], []        # with as many, all channels
+        columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
+        found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+        for code, (scores, _) in found.items():
+            means = [100 * score.mean(0) for score in scores.values()]       # (splits,) each
+            rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
+        yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
         scores, best = found['features']
         yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
             (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
@@ -534,7 +529,8 @@ def page(options, console):
 
 def for_page(scan, context):
     """[text, or (text, activation, is it the peak) where the feature fires, ...], where, times."""
-    parts = [piece if piece[1] else piece[0] for piece in pieces(scan, context)]
+    parts = [(text, float(f'{act:.4g}'), peak) if act else text
+             for text, act, peak in pieces(scan, context)]
     return parts, context['where'], context['times']
 
 def export(options, console):

@@ -169,7 +169,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     text = look(capsys, tmp_path, f'--feature=F{f}')
     assert 'Timeline' in text and 'Top contexts' in text
 
-def test_torn_and_foreign_snapshots(tmp_path, capsys):
+def test_torn_and_foreign_snapshots(out, index, tmp_path, capsys):
     snapshots(tmp_path)
     snapshots(tmp_path / 'other', F=11)
     whole = (tmp_path / 'features/0000040.npz').read_bytes()
@@ -181,6 +181,8 @@ def test_torn_and_foreign_snapshots(tmp_path, capsys):
         assert f'{name} is no readable snapshot of this run' in refused(
             capsys, view, f'--out_dir={tmp_path}', '--timeline=true')
         bad.unlink()
+    shutil.copy(out / 'index.npz', tmp_path)                 # of a model with more features
+    assert 'are of another model' in refused(capsys, view, f'--out_dir={tmp_path}', '--feature=3')
 
 # --------------------------------------------------------------------------------------------------
 # screens
