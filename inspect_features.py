@@ -126,12 +126,12 @@ def timelines_of(options):
                          "one at each eval")
     return timelines
 
-def timeline_of(timelines, scan, f):
-    """A feature's numbers over training; None without snapshots. Raises ValueError."""
+def timeline_of(timelines, scan):
+    """Of the timelines that of an SAE, None without any. Raises ValueError for another model's."""
     t = timelines.get(scan.layer)
     if timelines and (t is None or t.count.shape[1] != scan.F):
         raise ValueError("the snapshots in features/ are of another model: remove them")
-    return feature_timeline(t, f) if timelines else None
+    return t
 
 def all_numbers(options, features):
     """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
@@ -139,7 +139,8 @@ def all_numbers(options, features):
     model = run_of(options).model if options.effect else None
     for scan, f in features:
         d = feature_numbers(scan, f, options.seed)
-        d['timeline'] = timeline_of(timelines, scan, f)
+        timeline = timeline_of(timelines, scan)
+        d['timeline'] = timeline and feature_timeline(timeline, f)
         d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
 
@@ -290,9 +291,9 @@ def timeline_view(options, console):
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
     for scan, f in features_of(options.feature, options, index_of(options)):
-        t, rows = timeline_of(timelines, scan, f), []
-        yield bold(f'{name(scan, f)} over training, on {timelines[scan.layer].probed:,} tokens at '
-                   'each snapshot')
+        timeline = timeline_of(timelines, scan)
+        t, rows = feature_timeline(timeline, f), []
+        yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
         yield from sparklines(t)
         yield ''
         for i, (step, tokens, density, *others) in enumerate(
@@ -332,15 +333,16 @@ def plot_view(options, console):
     index, timelines, columns = index_of(options), timelines_of(options), []
     if options.feature:
         for scan, f in features_of(options.feature, options, index):
-            t = timeline_of(timelines, scan, f)
+            t = feature_timeline(timeline_of(timelines, scan), f)
             said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
             columns.append((name(scan, f), t['steps'], t['curves'], said))
     else:
-        for t in chosen(options, timelines):
-            curves = timeline_curves(t) | {'coherence': coherence_curve(index[t.layer], t)}
+        for scan in chosen(options, index):
+            t = timeline_of(timelines, scan)
+            curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
             columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
-    figure = Figure((5 * len(columns) + 1, 2 * len(curves) + 1), layout='constrained')
-    grid = figure.subplots(len(curves), len(columns), sharex='col', squeeze=False)
+    figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
+    grid = figure.subplots(4, len(columns), sharex='col', squeeze=False)     # of four curves each
     for (title, steps, curves, said), axes in zip(columns, grid.T):
         axes[0].set_title(title)
         for axis, (label, values) in zip(axes, curves.items()):

@@ -45,12 +45,9 @@ def val_of(run, wanted):
 
 def scan_val(run, wanted, key, track):
     """
-    Reads about `wanted` tokens of val, in windows of block_size -> what index.npz keeps:
-      tokens    (N,)              those
-      L<block>.features (N, K)    the features active on each; F where a slot is not active
-      L<block>.values   (N, K)    their activations
-      L<block>. and the statistics (F, ...) of the SAE in that block
-      meta      all else, as JSON; key is the checkpoint's
+    Reads about `wanted` tokens of val, in windows of block_size -> the arrays of index.npz: tokens
+    (N,); for the SAE of each block L<block>.features (N, K), active on each, F where a slot is not
+    active, L<block>.values (N, K) and its statistics; all else as JSON. key: the checkpoint's.
     """
     model, layers, T = run.model, list(run.model.saes()), run.model.config.block_size
     at_once = 32_768 if device_of(model).type == 'cuda' else 4096
@@ -200,12 +197,9 @@ def words_of(scan, f):
 
 def read_index(arrays):
     """
-    Of the arrays of index.npz {block: the scan of its SAE}, whose attributes are
-      layer, and what scan_val calls meta: step, site, F, K, T, N, dataset, names (bytes), ...
-      tokens (N,), features, values (N, K), order (N * K,): what fires where
-      first (F,): where in order a feature begins
-      count, entropy, rank, max (F,), fvu, top_tokens, up, up_value, ...: statistics
-    {} where they are missing or of another version.
+    The arrays of scan_val as {block: the scan of its SAE}, of which each is an attribute, with
+    layer and first (F,): where in order a feature begins. {} where they are missing or of another
+    version.
     """
     meta = json.loads(str(arrays.get('meta', '{}')))
     if meta.get('version') != VERSION:

@@ -7,6 +7,7 @@ module, transformer.h.<block>.sae, so that hooks read and set a feature.
 import pytest
 import torch
 
+from sample import set_steering
 from test_features import make_model
 
 f = 7
@@ -22,11 +23,9 @@ def fires(code):
 @torch.no_grad()
 def set_to_3(model, idx):
     """The logits with feature f set to 3, by the model's own means."""
-    scale = torch.ones(model.config.n_features)
-    scale[f] = 0
-    model.saes()[1].steer = scale, 3 * (1 - scale)
+    set_steering(model, [(1, f, 0.0, 3.0)])
     logits = model(idx)[0]
-    model.saes()[1].steer = None
+    set_steering(model, [])
     return logits
 
 def test_forward_hooks(model):

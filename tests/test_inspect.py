@@ -265,7 +265,7 @@ def test_no_checkpoint_and_no_export(tmp_path, capsys):
 @pytest.fixture(scope='module')
 def page(out, index, tmp_path_factory):
     path = tmp_path_factory.mktemp('html') / 'page.html'
-    view.main([f'--out_dir={out}', f'--html={path}'])
+    view.main([f'--out_dir={out}', f'--html={path}', '--sort=density'])
     return path
 
 def data_of(path):
@@ -292,6 +292,8 @@ def test_html_has_the_same_numbers(index, page):
         for name in ('fires_on', 'up', 'down'):
             assert [t for t, _ in d[name]] == [features.safe(scan.names[t]) for t, _ in want[name]]
     assert data['layers']['1']['l0'] == pytest.approx(index[1].count.sum() / index[1].N)
+    assert data['layers']['1']['concepts'] == scanning.by_concept(index[1])[:20]
+    assert data['sort'] == 'density' and data['why'] is None
 
 def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
     path = tmp_path / 'DATA.html'

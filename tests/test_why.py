@@ -194,19 +194,15 @@ def test_words_of_a_feature(index, out, capsys):
     text = str(list(view.panels(scan, d, index, options, view.screen())))
     assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
 
-def test_page(out, run, index, tmp_path):
-    """It holds what the views show: concepts, their order, and why."""
+def test_page_of_why(out, run, index, tmp_path):
     page = tmp_path / 'page.html'
-    view.main([f'--out_dir={out}', f'--html={page}', '--sort=density', '--layer=2'])
-    data = data_of(page)
-    assert data['sort'] == 'density' and data['why'] is None
-    assert data['layers']['1']['concepts'] == scanning.by_concept(index[1])[:20]
     view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
     data = data_of(page)
     d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
-    close = lambda some: [[pytest.approx(x, abs=1e-5), layer, f, [[t, pytest.approx(act, abs=1e-5)]
-                          for t, act in at]] for x, layer, f, at in some]
-    assert data['why']['pro'] == close(d['pro']) and data['why']['con'] == close(d['con'])
+    for kind in ('pro', 'con'):
+        for got, want in zip(data['why'][kind], d[kind], strict=True):
+            assert got[:3] == [pytest.approx(want[0], abs=1e-5), *want[1:3]]
+            assert got[3] == [[t, pytest.approx(act, abs=1e-5)] for t, act in want[3]]
     shown = {(x['layer'], x['f']) for x in data['features']}
     assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
     assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
@@ -223,13 +219,10 @@ def test_timeline_curves_by_brute_force(tmp_path):
     names = [bytes([97 + i] * 3) for i in range(16)]
     tokens = np.random.default_rng(0).integers(0, 16, 3000)
     curve = scanning.coherence_curve(SimpleNamespace(tokens=tokens, names=names), t)
-    pairs = [[], [], []]
-    for f, place in np.argwhere(last['top_tokens'] >= 0):
-        pairs = [*map(np.append, pairs, (f, last['top_tokens'][f, place],
-                                         last['top_counts'][f, place]))]
-    pairs = [x.astype(int) for x in pairs]
-    coherence = scanning.concepts(last['count'], 2000, pairs, tokens, names)['coherence']
-    assert curve[-1] == pytest.approx(np.nanmean(coherence))
+    pairs = [(f, token, last['top_counts'][f, place]) for f in range(12)
+             for place, token in enumerate(last['top_tokens'][f]) if token >= 0]
+    found = scanning.concepts(last['count'], 2000, np.array(pairs).T, tokens, names)
+    assert curve[-1] == pytest.approx(np.nanmean(found['coherence']))
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
     snapshots(tmp_path, F=48)
