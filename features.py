@@ -184,8 +184,9 @@ def settled_at(timeline):
 def feature_timeline(timeline, f):
     """A feature at each snapshot: curves, {label: numbers}, and the tokens on which it fires."""
     curves = {'density': timeline.count[:, f] / timeline.probed,
-              'token entropy': np.nan_to_num(timeline.entropy[:, f]),        # 0 where it is silent
-              'direction': timeline.cos[:, f], 'fires on': timeline.same[:, f]}
+              'token entropy, bits': np.nan_to_num(timeline.entropy[:, f]),  # 0 where it is silent
+              'direction, cosine to the end': timeline.cos[:, f],
+              'fires on, cosine to the end': timeline.same[:, f]}
     tokens = timeline.top_tokens[:, f, :4].tolist()
     return dict(steps=timeline.steps.tolist(), settled=int(settled_at(timeline)[f]),
                 curves={label: numbers.tolist() for label, numbers in curves.items()},

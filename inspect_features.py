@@ -530,9 +530,13 @@ def page(options, console):
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def for_page(scan, context):
-    """[text, or (text, activation, is it the peak) where the feature fires, ...], where, times."""
-    parts = [(text, float(f'{act:.4g}'), peak) if act else text
-             for text, act, peak in pieces(scan, context)]
+    """[text, (text, activation, is it the peak), text, ...], where, times."""
+    parts = ['']
+    for text, act, peak in pieces(scan, context):
+        if act:
+            parts += [(text, float(f'{act:.4g}'), peak), '']
+        else:
+            parts[-1] += text
     return parts, context['where'], context['times']
 
 def export(options, console):

@@ -485,7 +485,8 @@ def test_timeline(tmp_path):
             assert d['settled'] == settled and (f != 2 or settled == 5) # feature 2 is silent
             seen.add(settled)
             of_stream = features.feature_timeline(timelines[2], f)
-            assert of_stream == d | dict(curves=d['curves'] | dict(direction=[1] * 5))
+            same_everywhere = {'direction, cosine to the end': [1] * 5}
+            assert of_stream == d | dict(curves=d['curves'] | same_everywhere)
     assert {3, 5} <= seen
 
 # --------------------------------------------------------------------------------------------------
