@@ -50,10 +50,12 @@ def pooled_codes(run, layer, texts, seed, track=lambda items, description: items
     are F random unit rows on what the SAE reads, relu, the K largest of each token: without them no
     accuracy says anything (arXiv 2602.14111).
     """
-    model, sae, device, read_by_sae = run.model, run.model.saes()[layer], device_of(run.model), []
-    K, F, width, most = sae.k, sae.n_features, len(sae.fill), min(129, model.config.block_size)
+    model, device = run.model, device_of(run.model)
+    sae, read_by_sae = model.saes()[layer], []
+    K, F, width = sae.k, sae.n_features, len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1).to(device)                                # (F, C)
+    most = min(129, model.config.block_size)
     tokens = [encode(run, text)[:most] for text in texts]
     longest_first = sorted(range(len(tokens)), key=lambda n: -len(tokens[n]))
     X = {name: np.zeros((len(tokens), n), np.float32) for name, n in

@@ -223,7 +223,8 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
         key = [item.CRC for item in z.infolist()]            # the content, without reading it
     why = "there is no index of this version that is whole"
-    for scan in list(index.values())[:1]:
+    if index:
+        scan = index[min(index)]
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
         if scan_tokens in (scan.wanted, 0):
             if not key and dataset in (scan.dataset, ''):
