@@ -196,8 +196,7 @@ def removal_effect(model, scan, f, n, seed):
         changes += by_place[where[where // T == w] % T].tolist()
     if not changes:
         return None
-    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)),
-                worse=float(np.mean(np.array(changes) > 0)))
+    return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))
 
 @torch.no_grad()
 def trace(model, scan, above, f, seed, n=16):

@@ -1,10 +1,10 @@
 """
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
-here prints but notes, to stderr; train.py, inspect_features.py and sample.py do.
+here prints but notes, to stderr.
 
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
-(in the timeline), V vocabulary, P pairs that occur.
+(in the timeline), V vocabulary, P pairs of a feature and a token type.
 """
 import json
 import math
@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.dataset import (decode_encoding, encode_encoding, load_meta, load_tokenizer,
-                          named_encoding, token_bytes)
+from data.dataset import decode_encoding, load_meta, named_encoding, token_bytes
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 4   # of index.npz and timeline.npz: another one is made again
+VERSION = 5   # of index.npz and timeline.npz: another one is made again
 SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
 # --------------------------------------------------------------------------------------------------
@@ -32,8 +31,8 @@ SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feat
 
 def codes(model, batches):
     """
-    Over batches, which yields x (B, T) -> arrays: tokens (N,); the features active on each
-    (S, N, K), F where a slot is not active; their activations (S, N, K); FVU (S,).
+    batches yields x (B, T) -> arrays: tokens (N,); the features active on each (S, N, K), F where
+    a slot is not active; their activations (S, N, K); FVU (S,).
     """
     tokens, features, values, fvu = [], [], [], []
     for x in batches:
@@ -47,27 +46,34 @@ def codes(model, batches):
     return (np.concatenate(tokens), np.concatenate(features, axis=1),
             np.concatenate(values, axis=1), np.mean(fvu, axis=0))
 
-def token_statistics(features, tokens, n_features, vocab_size):
+def token_pairs(features, tokens, n_features, vocab_size):
     """
-    features (N, K), n_features where a slot is not active, on tokens (N,) -> a dict of
+    features (N, K), n_features where a slot is not active, on tokens (N,) -> f, token, times (P,):
+    on which token types each feature is active and on how many of the tokens, f and token rising.
+    """
+    keys = features.astype(np.int64) * vocab_size + tokens[:, None]
+    keys, times = np.unique(keys[features < n_features], return_counts=True)
+    return keys // vocab_size, keys % vocab_size, times
+
+def token_statistics(pairs, n_features):
+    """
+    Of token_pairs a dict of
       count (F,)        on how many of the tokens each feature is active
       entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
                         over these. Low: a detector of one word; high: abstract; nan: dead
       top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
     """
-    keys = features.astype(np.int64) * vocab_size + tokens[:, None]
-    keys, counts = np.unique(keys[features < n_features], return_counts=True) # (P,), (P,)
-    f, token = keys // vocab_size, keys % vocab_size
-    count = np.bincount(f, counts, n_features)
-    p = counts / count[f]
+    f, token, times = pairs
+    count = np.bincount(f, times, n_features)
+    p = times / count[f]
     entropy = np.bincount(f, p * np.log2(1 / p), n_features)
-    order = np.lexsort((-counts, f))                         # by feature, then by falling count
+    order = np.lexsort((-times, f))                          # by feature, then by falling count
     place = np.arange(len(f)) - np.searchsorted(f, f)        # of a pair within its feature
     first, place = order[place < 8], place[place < 8]
-    top = np.full((n_features, 8), -1, np.int32)
-    top_counts = np.zeros_like(top)
-    top[f[first], place], top_counts[f[first], place] = token[first], counts[first]
-    return dict(count=count.astype(np.int32), top_tokens=top, top_counts=top_counts,
+    top_tokens = np.full((n_features, 8), -1, np.int32)
+    top_counts = np.zeros_like(top_tokens)
+    top_tokens[f[first], place], top_counts[f[first], place] = token[first], times[first]
+    return dict(count=count.astype(np.int32), top_tokens=top_tokens, top_counts=top_counts,
                 entropy=np.where(count > 0, entropy, np.nan).astype(np.float32))
 
 # --------------------------------------------------------------------------------------------------
@@ -79,7 +85,7 @@ def snapshot(model, batches):
     F, V = model.config.n_features, model.config.vocab_size
     arrays = dict(probed=tokens.size, layers=list(model.saes()))
     for s, layer in enumerate(model.saes()):
-        found = token_statistics(features[s], tokens, F, V)
+        found = token_statistics(token_pairs(features[s], tokens, F, V), F)
         total = np.bincount(features[s].reshape(-1), values[s].reshape(-1), F + 1)[:F]
         found['mean'] = (total / np.maximum(found['count'], 1)).astype(np.float32)
         if model.config.sae_site != 'stream':
@@ -101,10 +107,10 @@ def save_npz(path, arrays, save=np.savez_compressed):
     finally:
         temporary.unlink(missing_ok=True)
 
-def keep(path, arrays, save=np.savez_compressed):
+def keep(path, arrays):
     """save_npz of what can be made again: where it cannot be written, that is said."""
     try:
-        save_npz(path, arrays, save)
+        save_npz(path, arrays, np.savez)
     except OSError as e:
         say(f"note: {path} cannot be written ({e.strerror}): it will have to be made again")
 
@@ -123,10 +129,10 @@ def of_layer(arrays, layer):
 
 def open_timeline(out_dir, track):
     """
-    {block: its SAE in all snapshots}, whose attributes are layer, steps (S,), tokens (S,), probed,
+    {block: its SAE in all snapshots}, kept in timeline.npz: layer, steps (S,), tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
-    cos, of what a feature writes, and same, of the counts of the tokens on which it fires. Kept in
-    timeline.npz. {} where there is no snapshot. Raises ValueError for one that cannot be read.
+    cos, of what a feature writes, and same, of the counts of the tokens on which it fires. {}
+    without snapshots. Raises ValueError for one that cannot be read.
     """
     files = sorted(Path(out_dir).glob('features/[0-9]*.npz'))
     if not files:
@@ -147,22 +153,18 @@ def open_timeline(out_dir, track):
 def read_snapshot(file, last):
     """The arrays of a snapshot; in place of W_dec, which fills GBs, the two cosines to the last."""
     arrays = load_npz(file)
-    shapes = {name: x.shape for name, x in arrays.items()}
-    try:
-        if not arrays or shapes != {name: x.shape for name, x in last.items()}:
-            raise ValueError
-        for layer in last['layers'].tolist():
-            now, end = of_layer(arrays, layer), of_layer(last, layer)
-            both = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]   # (F, 8, 8)
-            a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
-            dot = np.einsum('fij,fi,fj->f', both, a, b)
-            arrays[f'L{layer}.same'] = cosine(dot, a, b)
-            arrays[f'L{layer}.cos'] = np.ones(len(a))
-            if arrays.pop(f'L{layer}.W_dec', None) is not None:              # site stream has none
-                a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
-                arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
-    except (TypeError, LookupError, ValueError):
-        raise ValueError(f"{file} is no readable snapshot of this run: remove it") from None
+    shapes = [{name: x.shape for name, x in some.items()} for some in (arrays, last)]
+    if 'layers' not in arrays or shapes[0] != shapes[1]:
+        raise ValueError(f"{file} is no readable snapshot of this run: remove it")
+    for layer in last['layers'].tolist():
+        now, end = of_layer(arrays, layer), of_layer(last, layer)
+        both = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]   # (F, 8, 8)
+        a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
+        arrays[f'L{layer}.same'] = cosine(np.einsum('fij,fi,fj->f', both, a, b), a, b)
+        arrays[f'L{layer}.cos'] = np.ones(len(a))
+        if arrays.pop(f'L{layer}.W_dec', None) is not None:                  # site stream has none
+            a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
+            arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
     return arrays
 
 def cosine(dot, a, b):
@@ -180,14 +182,24 @@ def settled_at(timeline):
     return np.where(never, len(since), since.argmax(0))
 
 def feature_timeline(timeline, f):
-    """Density, entropy, cosines to the end and tokens of one feature at each snapshot."""
-    entropy = timeline.entropy[:, f].tolist()
+    """A feature at each snapshot: curves, {label: numbers}, and the tokens on which it fires."""
+    curves = {'density': timeline.count[:, f] / timeline.probed,
+              'token entropy, bits': np.nan_to_num(timeline.entropy[:, f]),  # 0 where it is silent
+              'direction, cosine to the end': timeline.cos[:, f],
+              'fires on, cosine to the end': timeline.same[:, f]}
     tokens = timeline.top_tokens[:, f, :4].tolist()
     return dict(steps=timeline.steps.tolist(), settled=int(settled_at(timeline)[f]),
-                density=(timeline.count[:, f] / timeline.probed).tolist(),
-                entropy=[None if math.isnan(bits) else bits for bits in entropy],
-                cos=timeline.cos[:, f].tolist(), same=timeline.same[:, f].tolist(),
+                curves={label: numbers.tolist() for label, numbers in curves.items()},
                 tokens=[[token for token in row if token >= 0] for row in tokens])
+
+def timeline_curves(timeline):
+    """{label: numbers} of an SAE's features at each snapshot."""
+    settled, steps = settled_at(timeline), range(len(timeline.steps))
+    median = [np.median(bits[count > 0]) if count.any() else 0
+              for bits, count in zip(timeline.entropy, timeline.count)]
+    return {'live, % of the features': 100 * (timeline.count > 0).mean(1),
+            'settled features': [(settled <= i).sum() for i in steps],
+            'token entropy, median bits': median}
 
 # --------------------------------------------------------------------------------------------------
 # evaluation: the loss, and what the model loses without its features
@@ -284,19 +296,6 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
     return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
                token_bytes(tokenizer, V))
-
-def other_tokenizer(run):
-    """
-    The tokenizer of run.dataset where it is not the model's own, which is said; else None. Raises
-    ValueError where the data set is not there.
-    """
-    folder, meta, _ = load_meta(run.dataset, run.checkpoint.get('data_sha256'))
-    tokenizer = load_tokenizer(folder, meta)
-    if encode_encoding(tokenizer) == encode_encoding(run.tokenizer):
-        return None
-    say(f"note: {run.dataset} has another tokenizer than this model was trained with: the model's "
-        "own is used")
-    return tokenizer
 
 def parse_feature(text, layers, n_features, layer=-1):
     """
@@ -427,13 +426,3 @@ def pieces(scan, context):
             raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
         out.append((raw, act, peak))
     return [(safe(raw), act, peak) for raw, act, peak in out]
-
-def for_page(scan, context):
-    """[text, (text, activation, is it the peak), text, ...], where, times."""
-    parts = ['']
-    for text, act, peak in pieces(scan, context):
-        if act:
-            parts += [(text, act, peak), '']
-        else:
-            parts[-1] += text
-    return parts, context['where'], context['times']

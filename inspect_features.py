@@ -42,13 +42,13 @@ from rich.text import Text
 import configurator
 import explain
 from export import export_saes
-from features import (SETTLED, caption, encode, feature_timeline, for_page, open_run,
-                      open_timeline, parse_feature, prompt_text, read, safe, settled_at, strongest)
+from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
+                      parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves)
 from measures import pooled_codes, probe, read_labels
-from scanning import (BINS, ORDERS, SHOWN_FROM, by_concept, concept_numbers, feature_numbers, find,
-                      in_order, open_index, overview_numbers, timeline_curves, words_of)
-from terminal import (BARS, RANKED, SHADES, bold, captions, dim, examples, feature_table, heading,
-                      level, line, name, number, one_line, paragraph, percent, ranked, screen, show,
+from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
+                      in_order, open_index, overview_numbers, words_of)
+from terminal import (BARS, RANKED, SHADES, bold, captions, dim, feature_table, heading, level,
+                      line, name, number, one_line, paragraph, percent, ranked, screen, show,
                       spark, sparklines, table_of, tracked)
 
 DEFAULTS = dict(
@@ -119,13 +119,27 @@ def index_of(options):
 def run_of(options):
     return open_run(options.out_dir, options.dataset, options.device)
 
+def timelines_of(options):
+    timelines = open_timeline(options.out_dir, tracked)
+    if not timelines:
+        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
+                         "one at each eval")
+    return timelines
+
+def timeline_of(timelines, scan):
+    """Of the timelines that of an SAE, None without any. Raises ValueError for another model's."""
+    t = timelines.get(scan.layer)
+    if timelines and (t is None or t.count.shape[1] != scan.F):
+        raise ValueError("the snapshots in features/ are of another model: remove them")
+    return t
+
 def all_numbers(options, features):
     """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
     timelines = open_timeline(options.out_dir, tracked)
     model = run_of(options).model if options.effect else None
     for scan, f in features:
-        d = feature_numbers(scan, f, options.seed) | concept_numbers(scan, f)
-        timeline = timelines.get(scan.layer)
+        d = feature_numbers(scan, f, options.seed)
+        timeline = timeline_of(timelines, scan)
         d['timeline'] = timeline and feature_timeline(timeline, f)
         d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
         yield scan, d
@@ -144,26 +158,22 @@ def overview(options, console):
         yield ''
 
 def overview_of(scan, options, console):
-    d, live = overview_numbers(scan), scan.count > 0
+    d = overview_numbers(scan)
     yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
     yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
     yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
            f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
     yield dim("  L0: features active a token; FVU: share of variance not kept")
-    if d['live']:
-        low, median, high = map(percent, np.percentile(scan.count[live] / scan.N, (10, 50, 90)))
-        bits = scan.entropy[live]
-        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
-        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
+    yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+    yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
     named = by_concept(scan)[:options.rows]
     if named:
         yield heading('Concepts', 'words that keep company: coherence, density, words, contexts')
-        yield from examples(scan, named, options, console, [
-            f'{scan.coherence[f]:.2f}  {percent(scan.count[f] / scan.N)}  {words_of(scan, f)}'
-            for f in named])
+    for f in named:
+        yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
+                   f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
+        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
+            yield one_line(scan, c, scan.max[f], console.width)
     known = in_order(scan, 'entropy')
     known = known[scan.count[known] >= SHOWN_FROM]
     _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
@@ -175,12 +185,7 @@ def overview_of(scan, options, console):
                                    in_order(scan, 'density'))):
         rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
         yield from feature_table(title, note, RANKED, rows)
-    if len(known) > 3 * options.rows:
-        yield heading('In between', "evenly spaced by rank; their strongest contexts")
-        between = known[np.linspace(0, len(known) - 1, options.rows + 2)[1:-1].astype(int)]
-        yield from examples(scan, between, options, console,
-                            [captions(scan, f) for f in between])
-    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
+    some = [f'F{f}' for f in np.flatnonzero(scan.count == 0)[:options.rows]]
     yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
     yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
     if len(known):
@@ -198,7 +203,6 @@ def feature_view(options, console):
 def panels(scan, d, index, options, console):
     """All panels of one feature; d: its numbers."""
     f, count = d['f'], d['count']
-    peak = lambda c: number(c['acts'][c['peak']])
     about = f" is dead: it never fired in {scan.N:,} tokens"
     if count:
         about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
@@ -206,48 +210,16 @@ def panels(scan, d, index, options, console):
     yield Text.assemble(bold(name(scan, f)), about)
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if count:
-        used = int(np.flatnonzero(d['hist'])[-1]) + 1
-        signed = ', by magnitude' if scan.site == 'stream' else ''
-        yield heading('Activations', f"{count:,} of them{signed}")
-        yield f"  0 |{spark(d['hist'][:used])}| {number(used / BINS * d['R'])}"
-        yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
-                                  f"{(scan.count > 0).sum():,} live features")
-        yield line('  ', captions(scan, f))
-    if d['words']:
-        note = 'fewer than four: they have no coherence'
-        if d['coherence'] is not None:
-            note = (f"coherence {d['coherence']:.4f}, rank {d['concept_rank']:,} of "
-                    f"{d['concepts']:,} as a concept")
-        yield heading('Words', note)
-        yield line('  ', d['words'])
+        yield from firing_panels(scan, d, options, console)
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
         yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
-    if count:
-        how = 'bars' if console.color_system is None else 'shaded'
-        yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
-        for n, c in enumerate(d['top'][:options.examples], 1):
-            yield bold(f"Layer {scan.layer} - Feature {f} - Example {n} - Rank {d['rank']} - "
-                       f"Token Entropy {d['entropy']:.4f}")
-            yield from paragraph(console, scan, c, d['max'])
-            more = f", the same text {c['times']} times" if c['times'] > 1 else ''
-            yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
-        if not d['top']:
-            yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
-        yield heading('Random contexts', 'drawn from all positions where it fires')
-        yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], console.width - 14))
-                                  for c in d['random'][:options.examples]])
-        yield heading('By strength', 'intervals of activation, shares of the firings, an example')
-        yield table_of(('', '', ''), [
-            (f'{low:.4g} to {high:.4g}', percent(share),
-             one_line(scan, c, d['max'], console.width - 30) if c else '(no peak is taken)')
-            for low, high, share, c in d['intervals']])
-    yield from feature_table('Nearest', 'cosine of what they write', ('',),
-                             [(scan, g, f'{x:.3f}') for g, x in d['near']])
-    if count:
-        yield from feature_table('Fires with', 'positions with both / with either', ('',),
-                                 [(scan, g, f'{x:.3f}') for g, x in d['joint']])
+    for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
+                              ('Fires with', 'positions with both / with either', 'joint')):
+        if count or kind == 'near':
+            yield from feature_table(title, note, ('',),
+                                     [(scan, g, f'{x:.3f}') for g, x in d[kind]])
     if scan.site == 'stream':
         yield from feature_table('Across layers', f'channel {f} of the stream, after each block '
                                  'with an SAE', (*RANKED, 'max'), [
@@ -257,7 +229,6 @@ def panels(scan, d, index, options, console):
                                     "where it fires")
         yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
                f"standard deviation {e['std']:.4f}")
-        yield f"  the loss rises at {percent(e['worse'])} of them"
     if d['timeline']:
         yield from sparklines(d['timeline'])
     if count:
@@ -265,48 +236,71 @@ def panels(scan, d, index, options, console):
         yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
                    f"--steer={name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
-def timelines_of(options):
-    timelines = open_timeline(options.out_dir, tracked)
-    if not timelines:
-        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
-                         "one at each eval")
-    return timelines
+def firing_panels(scan, d, options, console):
+    """Those of where it fires."""
+    peak = lambda c: number(c['acts'][c['peak']])
+    signed = ', by magnitude' if scan.site == 'stream' else ''
+    yield heading('Activations', f"{d['count']:,} of them{signed}")
+    yield f"  0 |{spark(d['hist'])}| {number(d['max'])}"
+    yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
+                              f"{(scan.count > 0).sum():,} live features")
+    yield line('  ', captions(scan, d['f']))
+    if d['words']:
+        note = 'fewer than four: they have no coherence'
+        if d['coherence'] is not None:
+            note = (f"coherence {d['coherence']:.4f}, rank {d['concept_rank']:,} of "
+                    f"{d['concepts']:,} as a concept")
+        yield heading('Words', note)
+        yield line('  ', d['words'])
+    how = 'bars' if console.color_system is None else 'shaded'
+    yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
+    for n, c in enumerate(d['top'][:options.examples], 1):
+        yield bold(f"Layer {scan.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
+                   f"Token Entropy {d['entropy']:.4f}")
+        yield from paragraph(console, scan, c, d['max'])
+        more = f", the same text {c['times']} times" if c['times'] > 1 else ''
+        yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
+    if not d['top']:
+        yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
+    yield heading('Random contexts', 'drawn from all positions where it fires')
+    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], console.width - 14))
+                              for c in d['random'][:options.examples]])
+    yield heading('By strength', 'intervals of activation, shares of the firings, an example')
+    yield table_of(('', '', ''), [
+        (f'{number(low)} to {number(high)}', percent(share),
+         one_line(scan, c, d['max'], console.width - 32) if c else '(no peak is taken)')
+        for low, high, share, c in d['intervals']])
 
 def timeline_view(options, console):
     """Needs neither model nor scan."""
     for t in chosen(options, timelines_of(options)):
-        n, live, settled = len(t.steps), t.count > 0, settled_at(t)
-        top = math.ceil(t.entropy[live].max(initial=1))
-        yield bold(f'SAE of block {t.layer} over training: {n} snapshots of {t.probed:,} tokens')
+        yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
+                   f'{t.probed:,} tokens')
         yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
                   f'{SETTLED} or more)\n')
-        rows = []
-        for i in range(n):
-            bits = t.entropy[i][live[i]]
-            median = np.median(bits) if len(bits) else 0
-            rows.append((f'{t.steps[i]:,}', f'{t.tokens[i]:,}', percent(live[i].mean()),
-                         f'{(settled <= i).sum():,}', f'{median:.2f}',
-                         f'|{spark(np.histogram(bits, 24, (0, top))[0])}|'))
+        top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
+        for step, tokens, bits, live, settled, median in zip(
+                t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
+            entropies = np.histogram(bits, 24, (0, top))[0]
+            rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
+                         f'{median:.2f}', f'|{spark(entropies)}|'))
         yield table_of(('step', 'tokens', 'live', 'settled', 'median',
                         f'token entropy, 0 to {top} bits'), rows)
-        when = np.bincount(settled[live[-1]], minlength=n + 1)
-        never = f'{when[n]:,} of {live[-1].sum():,} never'
-        yield f'\n  settling       |{spark(when[:n])}| features a snapshot; {never}\n'
+        yield ''
 
 def feature_timeline_view(options, console):
     timelines = timelines_of(options)
     for scan, f in features_of(options.feature, options, index_of(options)):
-        t = feature_timeline(timelines[scan.layer], f)
-        probed = timelines[scan.layer].probed
-        yield bold(f'{name(scan, f)} over training, on {probed:,} tokens at each snapshot')
+        timeline = timeline_of(timelines, scan)
+        t, rows = feature_timeline(timeline, f), []
+        yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
         yield from sparklines(t)
         yield ''
-        rows = []
-        for i, step in enumerate(t['steps']):
-            entropy = '-' if t['entropy'][i] is None else f"{t['entropy'][i]:.4f}"
-            tokens = '  '.join(caption(scan.names[token]) for token in t['tokens'][i])
-            rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(t['density'][i]),
-                         entropy, f"{t['cos'][i]:.4f}", f"{t['same'][i]:.4f}", tokens))
+        for i, (step, tokens, density, *others) in enumerate(
+                zip(t['steps'], t['tokens'], *t['curves'].values())):
+            words = '  '.join(caption(scan.names[token]) for token in tokens)
+            rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
+                         *(f'{x:.4f}' for x in others), words))
         yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
         yield ''
 
@@ -339,18 +333,16 @@ def plot_view(options, console):
     index, timelines, columns = index_of(options), timelines_of(options), []
     if options.feature:
         for scan, f in features_of(options.feature, options, index):
-            t = feature_timeline(timelines[scan.layer], f)
-            curves = {'density': t['density'], 'token entropy': [x or 0 for x in t['entropy']],
-                      'direction, cosine to the end': t['cos'],
-                      'tokens, cosine to the end': t['same']}
+            t = feature_timeline(timeline_of(timelines, scan), f)
             said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
-            columns.append((name(scan, f), t['steps'], curves, said))
+            columns.append((name(scan, f), t['steps'], t['curves'], said))
     else:
-        for t in chosen(options, timelines):
-            curves = timeline_curves(index[t.layer], t)
+        for scan in chosen(options, index):
+            t = timeline_of(timelines, scan)
+            curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
             columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
-    figure = Figure((5 * len(columns) + 1, 2 * len(curves) + 1), layout='constrained')
-    grid = figure.subplots(len(curves), len(columns), sharex='col', squeeze=False)
+    figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
+    grid = figure.subplots(4, len(columns), sharex='col', squeeze=False)     # of four curves each
     for (title, steps, curves, said), axes in zip(columns, grid.T):
         axes[0].set_title(title)
         for axis, (label, values) in zip(axes, curves.items()):
@@ -472,30 +464,23 @@ def find_view(options, console):
 
 def probe_view(options, console):
     labels, texts = read_labels(options.probe)
-    kinds, y = np.unique(np.array(labels, object), return_inverse=True)
-    scans, run = chosen(options, index_of(options)), run_of(options)
-    tokens = [encode(run, text) for text in texts]
-    for scan in scans:
-        yield bold(f'Probe of block {scan.layer}: {len(texts):,} texts of {len(kinds)} labels')
+    y, run = np.array(labels, object), run_of(options)
+    for scan in chosen(options, index_of(options)):
+        yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
         yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
-                  'ranked unscaled); one label against the rest, chance 50; +- over 3 splits')
-        rows = []
-        pooled = pooled_codes(run.model, scan.layer, tokens, options.seed, tracked)
-        for code, X in pooled.items():
-            ks = (1, 5, 20, X.shape[1]) if code == 'channels' else (1, 5, 20)
-            scores, top = probe(X, y, options.seed, ks)
-            cells = []
-            for key in (('B', 1), ('B', 5), ('B', 20), ('B', X.shape[1]), ('A', 1)):
-                score = 100 * scores.get(key, np.zeros((1, 3))).mean(0)          # (splits,)
-                cells.append(f'{score.mean():.1f} +-{score.std():.1f}' if score.any() else '')
-            rows.append((code, *cells))
-            if code == 'features':
-                best, alone = top, scores['B', 1].mean(1)
-        yield table_of(('code', 'k=1', 'k=5', 'k=20', 'all', 'A, k=1'), rows)
-        labels = kinds[-len(best):]
+                  'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
+        pooled = pooled_codes(run, scan.layer, texts, options.seed, tracked)
+        width, rows = pooled['channels'].shape[1], []        # with as many, all channels
+        columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
+        found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+        for code, (scores, _) in found.items():
+            means = [100 * score.mean(0) for score in scores.values()]       # (splits,) each
+            rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
+        yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
+        scores, best = found['features']
         yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
             (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-            for f, score, label in zip(best, alone, labels)])
+            for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
         yield ''
 
 # --------------------------------------------------------------------------------------------------
@@ -503,35 +488,33 @@ def probe_view(options, console):
 
 def page(options, console):
     """One static file: assets/viewer.html with its data put in."""
-    index, rows, why = index_of(options), None, None
-    scan = next(iter(index.values()))
+    index, prompt, why = index_of(options), None, None
+    scans = chosen(options, index)
+    scan = scans[0]
     words = [safe(raw) for raw in scan.names]
+    texts = lambda some: [(words[token], x) for token, x in some]
     if options.feature:
         features = features_of(options.feature, options, index)
     elif options.prompt or options.prompt_file:
         run = run_of(options)
-        rows = rows_of_prompt(options, run)
-        seen = {(scan.layer, f) for scan in chosen(options, index) for _, by_layer in rows
+        prompt = rows_of_prompt(options, run)
+        seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
         if options.why:
             why, answer = why_numbers(options, index, run)
             seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
-            why |= dict(answer=answer, tokens=[words[token] for token in why.pop('idx')],
-                        likeliest=[(words[token], p) for token, p in why['likeliest']],
-                        tried=len(why.pop('effects')))
+            why |= dict(answer=answer, tokens=[words[token] for token in why['idx']],
+                        likeliest=texts(why['likeliest']), tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
-        features = [(scan, f) for scan in chosen(options, index)
-                    for f in np.flatnonzero(scan.count).tolist()]
+        features = [(scan, f) for scan in scans for f in np.flatnonzero(scan.count).tolist()]
     data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
-                dataset=scan.dataset, shown_from=SHOWN_FROM,
+                dataset=scan.dataset, shown_from=SHOWN_FROM, sort=options.sort, why=why,
                 layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
-                        for layer, scan in index.items()}, sort=options.sort, why=why,
-                prompt=rows and [(words[token], by_layer) for token, by_layer in rows])
+                        for layer, scan in index.items()}, prompt=prompt and texts(prompt))
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
-        for kind in ('fires_on', 'up', 'down'):
-            d[kind] = [(words[token], x) for token, x in d[kind]]
+        d |= {kind: texts(d[kind]) for kind in ('fires_on', 'up', 'down')}
         for kind in ('top', 'random'):
             d[kind] = [for_page(scan, c) for c in d[kind][:options.examples]]
         d['intervals'] = [(*interval, c and for_page(scan, c)) for *interval, c in d['intervals']]
@@ -545,6 +528,16 @@ def page(options, console):
     temporary.write_bytes(text)
     os.replace(temporary, options.html)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
+
+def for_page(scan, context):
+    """[text, (text, activation, is it the peak), text, ...], where, times."""
+    parts = ['']
+    for text, act, peak in pieces(scan, context):
+        if act:
+            parts += [(text, float(f'{act:.4g}'), peak), '']
+        else:
+            parts[-1] += text
+    return parts, context['where'], context['times']
 
 def export(options, console):
     yield from export_saes(run_of(options), Path(options.export))

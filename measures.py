@@ -7,6 +7,7 @@ Shapes: N tokens of val, n texts or features, T tokens of a window, C n_embd, F 
 a token, B runs or texts.
 """
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset
 from explain import loss_changes
-from features import codes, device_of, encode, read_file, see
+from features import codes, device_of, encode, read_file, see, token_pairs
 from model import GPT
 from sae import norm
-from scanning import concepts, types_by
+from scanning import concepts
 
 # --------------------------------------------------------------------------------------------------
 # the probe: do a few features tell labels apart?
@@ -34,7 +35,7 @@ def read_labels(path):
             texts.append(text)
         elif line.strip():
             raise ValueError(f"probe={path!r}, line {n}: expected a label, a tab and a text")
-    counts = {label: labels.count(label) for label in sorted(set(labels))}
+    counts = dict(sorted(Counter(labels).items()))
     if len(counts) < 2 or min(counts.values()) < 4:
         found = ', '.join(f'{n} of {label!r}' for label, n in counts.items()) or 'none'
         raise ValueError(f"probe={path!r} has these texts: {found}; it takes two labels or more, "
@@ -42,29 +43,32 @@ def read_labels(path):
     return labels, texts
 
 @torch.no_grad()
-def pooled_codes(model, layer, texts, seed, track=lambda items, description: items):
+def pooled_codes(run, layer, texts, seed, track=lambda items, description: items):
     """
-    What the SAE of a block makes of texts, lists of token ids that begin with end-of-text: means
-    over the tokens after it, up to 128. {'features': X (n, F), 'random directions': X (n, F),
-    'channels': X (n, C)}. Random directions are F random unit rows on what the SAE reads, relu, the
-    K largest of each token: without them no accuracy says anything (arXiv 2602.14111).
+    What the SAE of a block makes of texts: means over the tokens after end-of-text, up to 128.
+    {'features': X (n, F), 'random directions': X (n, F), 'channels': X (n, C)}. Random directions
+    are F random unit rows on what the SAE reads, relu, the K largest of each token: without them no
+    accuracy says anything (arXiv 2602.14111).
     """
-    sae, device, read_by_sae = model.saes()[layer], device_of(model), []
+    model, device = run.model, device_of(run.model)
+    sae, read_by_sae = model.saes()[layer], []
     K, F, width = sae.k, sae.n_features, len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1).to(device)                                # (F, C)
-    lengths = np.array([min(len(text), 129, model.config.block_size) for text in texts])
-    longest_first = np.argsort(-lengths, kind='stable')
-    batches = np.split(longest_first, range(32, len(texts), 32)) # of texts of like length
-    X = {name: np.zeros((len(texts), n), np.float32) for name, n in
+    most = min(129, model.config.block_size)
+    tokens = [encode(run, text)[:most] for text in texts]
+    longest_first = sorted(range(len(tokens)), key=lambda n: -len(tokens[n]))
+    X = {name: np.zeros((len(tokens), n), np.float32) for name, n in
          (('features', F), ('random directions', F), ('channels', width))}
     hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    for batch in track(batches, "reading texts"):
-        idx = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
+    for begin in track(range(0, len(tokens), 32), "reading texts"):
+        batch = longest_first[begin:begin + 32]              # texts of like length
+        idx = torch.zeros(len(batch), len(tokens[batch[0]]), dtype=torch.long)
         share = torch.zeros(idx.shape)                       # of each token in its text's mean
         for row, n in enumerate(batch):
-            idx[row, :lengths[n]] = torch.tensor(texts[n][:lengths[n]])
-            share[row, 1:lengths[n]] = 1 / max(1, lengths[n] - 1)
+            size = len(tokens[n])
+            idx[row, :size] = torch.tensor(tokens[n])
+            share[row, 1:size] = 1 / max(1, size - 1)
         share = share.to(device)                                             # (B, T)
         out = see(model, idx, layer + 1)
         x = read_by_sae.pop()
@@ -102,43 +106,37 @@ def logistic(X, y):
         w = w - step
     return w
 
-def probe(X, y, seed, ks=(1, 5, 20), splits=3):
+def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
     """
     How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
-    texts to train on -> {(protocol, k): held-out accuracy (classes, splits)}, and the best column
-    of each class (classes,) by protocol B. Columns are ranked on the training part by the
+    texts to train on -> {(protocol, k): held-out accuracy (classes, splits)} for columns, and
+    {class: its best column by protocol B}. Columns are ranked on the training part by the
     difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
     deviation, so that loud features have no advantage, A (SAEBench) does not. Of two classes one is
     probed.
     """
     classes = np.unique(y)
     classes = classes[1:] if len(classes) == 2 else classes
-    scores = {(how, k): np.zeros((len(classes), splits)) for how in 'BA' for k in ks}
-    best = np.zeros(len(classes), int)
+    scores, best = {column: np.zeros((len(classes), splits)) for column in columns}, {}
     for c, split in np.ndindex(len(classes), splits):
         rng = np.random.default_rng((seed, c, split))
         own, rest = (rng.permutation(np.flatnonzero(part))
                      for part in (y == classes[c], y != classes[c]))
         n = min(len(own), len(rest))
         cut = round(0.8 * n)
-        train, test = (np.concatenate((own[part], rest[part]))
-                       for part in (slice(cut), slice(cut, n)))
-        t, t_test = y[train] == classes[c], y[test] == classes[c]
-        rows = X[train]
+        rows, held_out = X[np.append(own[:cut], rest[:cut])], X[np.append(own[cut:n], rest[cut:n])]
+        t = np.repeat([True, False], cut)
         gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
-        for how, score in (('B', gap / (deviation + 0.01 * deviation.max() + 1e-12)), ('A', gap)):
-            ranked = np.argsort(-score, kind='stable')
-            if how == 'B' and split == 0:
-                best[c] = ranked[0]
-            for k in ks:
-                if how == 'A' and k >= X.shape[1]:           # all columns, however they are ranked
-                    scores['A', k] = scores['B', k]
-                    continue
-                some = ranked[:k]
-                mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
-                w = logistic((rows[:, some] - mean) / scale, t)
-                guess = (X[test][:, some] - mean) / scale @ w[:-1] + w[-1] > 0
-                scores[how, k][c, split] = (guess == t_test).mean()
+        scaled = gap / (deviation + 0.01 * deviation.max() + 1e-12)
+        ranked = {how: np.argsort(-score, kind='stable')
+                  for how, score in (('A', gap), ('B', scaled))}
+        best.setdefault(classes[c], ranked['B'][0])
+        for how, k in columns:
+            some = ranked[how][:k]
+            mean, scale = rows[:, some].mean(0), np.maximum(deviation[some], 1e-6)
+            w = logistic((rows[:, some] - mean) / scale, t)
+            guess = (held_out[:, some] - mean) / scale @ w[:-1] + w[-1] > 0
+            scores[how, k][c, split] = (guess == np.repeat([True, False], n - cut)).mean()
     return scores, best
 
 # --------------------------------------------------------------------------------------------------
@@ -152,12 +150,11 @@ def probes(run, layer, folder, wanted):
     found = {code: {} for code in wanted}
     for path in sorted(Path(folder).glob('*.tsv')):
         labels, texts = read_labels(path)
-        y = np.unique(labels, return_inverse=True)[1]
-        tokens = [encode(run, text) for text in texts]
-        X = pooled_codes(run.model, layer, tokens, seed=0)
+        X = pooled_codes(run, layer, texts, seed=0)
         for code in wanted:
-            scores, _ = probe(X[code], y, 0)
-            found[code][path.stem] = {f'k{k}': float(scores['B', k].mean()) for k in (1, 5, 20)}
+            scores, _ = probe(X[code], np.array(labels, object), 0)
+            found[code][path.stem] = {f'k{k}': float(score.mean())
+                                      for (_, k), score in scores.items()}
     return found
 
 def duplicates(values, features, n_features, device):
@@ -199,12 +196,9 @@ def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
             by_feature = loss_changes(model, layer, tokens[start:start + T], here)
             for f, change in zip(here, by_feature):
                 changes[f] += change[(fires == f).any(1)].tolist()
-    excludes_0 = []
-    for x in changes.values():
-        x = np.array(x[:most])
-        if len(x) > 1:
-            excludes_0.append(abs(x.mean()) > 1.96 * x.std(ddof=1) / math.sqrt(len(x)))
-    return float(np.mean(excludes_0)) if excludes_0 else None
+    some = [np.array(x[:most]) for x in changes.values() if len(x) > 1]
+    excludes_0 = [abs(x.mean()) > 1.96 * x.std(ddof=1) / math.sqrt(len(x)) for x in some]
+    return float(np.mean(excludes_0)) if some else None
 
 def measure(run, labels, block, k, wanted=262_144):
     """
@@ -233,9 +227,8 @@ def measure(run, labels, block, k, wanted=262_144):
     layers = []
     for s, layer in enumerate(model.saes()):
         count = np.bincount(features[s].reshape(-1), minlength=F + 1)[:F]
-        where = np.argsort(features[s].reshape(-1), kind='stable') // features.shape[2]
-        types_of = types_by(where, count, tokens)
-        coherence = concepts(count, len(tokens), types_of, tokens, run.names)['coherence']
+        pairs = token_pairs(features[s], tokens, F, len(run.names))
+        coherence = concepts(count, len(tokens), pairs, tokens, run.names)['coherence']
         coherence = coherence[~np.isnan(coherence)]
         probe = probes(run, layer, labels, ['features'])['features']
         layers.append(dict(

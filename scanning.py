@@ -4,7 +4,7 @@ finds there: the numbers of one feature, of a regular expression.
 
 Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs, C
-n_embd, V vocabulary, P places where a feature fires.
+n_embd, V vocabulary, P places where a feature fires, or pairs of a feature and a token type.
 """
 import functools
 import json
@@ -19,101 +19,110 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from data.dataset import eval_batches, load_dataset, load_meta
-from features import (VERSION, codes, device_of, keep, load_npz, open_run, other_tokenizer, safe,
-                      say, token_statistics)
+from data.dataset import encode_encoding, eval_batches, load_dataset, load_meta, load_tokenizer
+from features import (VERSION, codes, device_of, keep, load_npz, of_layer, open_run, safe, say,
+                      token_pairs, token_statistics)
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
-BINS, INTERVALS = 32, 8       # of its activations, from 0 to a power of two
+BINS, INTERVALS = 32, 8       # of its activations, from 0 to the largest
 SHOWN_FROM = 20               # with fewer firings an entropy says little
 ORDERS = ('coherence', 'entropy', 'density')
 
+def val_of(run, wanted):
+    """
+    The val of run.dataset and its sha256. Where another tokenizer made it, which is said, it is
+    encoded anew with the model's own, about `wanted` tokens of it. Raises ValueError.
+    """
+    data = load_dataset(load_meta(run.dataset, run.checkpoint.get('data_sha256'))[0])
+    other = load_tokenizer(data.dir, data.meta)
+    if encode_encoding(other) == encode_encoding(run.tokenizer):
+        return data.val, data.meta['val_sha256']
+    say(f"note: {run.dataset} has another tokenizer than this model was trained with: the model's "
+        "own is used")
+    text = other.decode(data.val[:4 * wanted].tolist())
+    tokens = run.tokenizer.encode(text, allowed_special='all')
+    return np.array(tokens), data.meta['val_sha256']
+
 def scan_val(run, wanted, key, track):
     """
-    Reads about `wanted` tokens of val, in windows of block_size -> what index.npz keeps:
-      tokens    (N,)         those
-      features  (S, N, K)    the features active on each; F where a slot is not active
-      values    (S, N, K)    their activations
-      the statistics of each SAE (S, F, ...), and meta as JSON, with key, the checkpoint
+    Reads about `wanted` tokens of val, in windows of block_size -> the arrays of index.npz: tokens
+    (N,); for the SAE of each block L<block>.features (N, K), active on each, F where a slot is not
+    active, L<block>.values (N, K) and its statistics; all else as JSON. key: the checkpoint's.
     """
-    model, config, saes = run.model, run.model.config, run.model.saes()
-    device, T, V, F = device_of(model), config.block_size, config.vocab_size, config.n_features
-    site = next(iter(saes.values())).site
-    B = max(1, min((32_768 if device.type == 'cuda' else 4096) // T, wanted // T))
-    folder, _, _ = load_meta(run.dataset, run.checkpoint.get('data_sha256'))
-    data = load_dataset(folder)
-    val = data.val
-    if other := other_tokenizer(run):                        # its text, as this model reads it
-        text = other.decode(val[:4 * wanted].tolist())
-        val = np.array(run.tokenizer.encode(text, allowed_special='all'))
-    batches = [x for x, _ in eval_batches(val, T, B, wanted)]
+    model, layers, T = run.model, list(run.model.saes()), run.model.config.block_size
+    at_once = 32_768 if device_of(model).type == 'cuda' else 4096
+    val, sha256 = val_of(run, wanted)
+    batches = [x for x, _ in eval_batches(val, T, max(1, min(at_once, wanted) // T), wanted)]
     tokens, features, values, fvu = codes(model, track(batches, "scanning"))
-    wte = model.transformer.wte.weight[:V].detach().float()                  # (V, C)
-    found = []
-    for s, layer in enumerate(saes):
-        writes = model.writes(layer).detach().float()                        # (F, C)
-        found.append(scan_statistics(values[s], features[s], tokens, writes, wte))
-        where, count = found[-1]['order'] // features.shape[2], found[-1]['count']
-        found[-1] |= concepts(count, len(tokens), types_by(where, count, tokens), tokens, run.names)
-    arrays = {name: np.stack([x[name] for x in found]) for name in found[0]} # (S, F, ...)
-    arrays |= dict(tokens=tokens, features=features, values=values, fvu=fvu)
-    eot = -1 if run.meta['eot'] is None else run.meta['eot']
+    arrays = dict(tokens=tokens)
+    for s, layer in enumerate(layers):
+        found = dict(features=features[s], values=values[s], fvu=fvu[s])
+        found |= scan_statistics(run, features[s], values[s], tokens) | writing(model, layer)
+        arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
+    site = model.saes()[layers[0]].site
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
-    meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(saes),
-                site=site.name, place=site.place, F=F, K=features.shape[2], T=T, N=len(tokens),
-                eot=eot, wanted=wanted, dataset=str(run.dataset),
-                val_sha256=data.meta['val_sha256'], trained_on=run.checkpoint['dataset'],
-                names=names)
+    meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=layers,
+                site=site.name, place=site.place, F=model.config.n_features, K=features.shape[2],
+                T=T, N=len(tokens), eot=-1 if run.meta['eot'] is None else run.meta['eot'],
+                wanted=wanted, dataset=str(run.dataset), val_sha256=sha256,
+                trained_on=run.checkpoint['dataset'], names=names)
     return arrays | dict(meta=json.dumps(meta))
 
-def types_by(where, count, tokens):
-    """f -> the token types on which feature f fires, and how often; where: feature by feature."""
-    fires_on = np.split(tokens[where[:count.sum()]], np.cumsum(count)[:-1])
-    return lambda f: np.unique(fires_on[f], return_counts=True)
-
-def scan_statistics(values, features, tokens, writes, wte):
+def scan_statistics(run, features, values, tokens):
     """
-    Of one SAE: values and features (N, K), F where a slot is not active; tokens (N,); writes
-    (F, C); wte (V, C). Adds to token_statistics
+    Of one SAE: features (N, K), F where a slot is not active, and values (N, K) on tokens (N,).
+    Adds to token_statistics and concepts
       order (N * K,)   the slots n * K + k sorted by feature: where each one fires
       max, rank (F,)   the largest activation; the place by entropy, of equals the densest first
-      up, down, near   the next tokens that a feature promotes and suppresses, and the features
-                       that write most like it, each with its values
     """
-    F, V = len(writes), len(wte)
-    found = token_statistics(features, tokens, F, V)
-    order = np.argsort(features.reshape(-1), kind='stable')
-    found['order'] = order.astype(np.uint32)
+    F = run.model.config.n_features
+    pairs = token_pairs(features, tokens, F, len(run.names))
+    found = token_statistics(pairs, F)
+    count = found['count']
+    found |= concepts(count, len(tokens), pairs, tokens, run.names)
+    found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
     found['max'] = np.zeros(F, np.float32)
     np.maximum.at(found['max'], features[features < F], np.abs(values[features < F]))
-    by_entropy = np.lexsort((-found['count'], found['entropy']))             # nan comes last
-    found['rank'] = np.where(found['count'] > 0, by_entropy.argsort() + 1, 0)
+    by_entropy = np.lexsort((-count, found['entropy']))                      # nan comes last
+    found['rank'] = np.where(count > 0, by_entropy.argsort() + 1, 0)
+    return found
+
+@torch.no_grad()
+def writing(model, layer):
+    """
+    Of the features of the SAE in that block, the first of each and their values, name_value:
+      up, down (F, 10)   the next tokens that a feature promotes and suppresses, in logits a unit
+      near (F, 5)        the features that write most like it, by cosine
+    """
+    wte = model.transformer.wte.weight[:model.config.vocab_size].float()     # (V, C)
+    writes = model.writes(layer).float()                                     # (F, C)
     unit = normalize(writes, dim=-1)
-    parts = dict(up=[], down=[], near=[])
-    for rows in torch.arange(F, device=writes.device).split(1024):
+    found = dict(up=[], down=[], near=[])
+    for rows in torch.arange(len(writes), device=writes.device).split(1024):
         logits = writes[rows] @ wte.T                                        # (rows, V)
         cosine = unit[rows] @ unit.T                                         # (rows, F)
         cosine[torch.arange(len(rows)), rows] = -2                           # itself
-        parts['up'].append(logits.topk(min(10, V)))
-        parts['down'].append(logits.topk(min(10, V), largest=False))
-        parts['near'].append(cosine.topk(min(5, F - 1)))
-    for name, tops in parts.items():
-        found[name] = torch.cat([top.indices for top in tops]).int().cpu().numpy()
-        found[f'{name}_value'] = torch.cat([top.values for top in tops]).cpu().numpy()
-    return found
+        found['up'].append(logits.topk(min(10, len(wte))))
+        found['down'].append(logits.topk(min(10, len(wte)), largest=False))
+        found['near'].append(cosine.topk(min(5, len(writes) - 1)))
+    arrays = {}
+    for name, tops in found.items():
+        values, indices = map(torch.cat, zip(*tops))
+        arrays |= {name: indices.int().cpu().numpy(), f'{name}_value': values.cpu().numpy()}
+    return arrays
 
-def concepts(count, N, types_of, tokens, names):
+def concepts(count, N, pairs, tokens, names):
     """
     What makes features nameable, found without labels or a judge: of each that fires 20 times or
     more and on at most 2 % of N positions, the words on which it fires far more often than they
-    occur, and how far these keep company. count (F,); types_of(f): the token types on which f
-    fires, and how often on each; tokens (n,): a text, in which words meet; names (V,) bytes ->
+    occur, and how far these keep company. count (F,); pairs: f, token, times (P,), f rising;
+    tokens (n,): a text, in which words meet; names (V,) bytes ->
       words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
                        count * log(share of its firings / share of all tokens), one a stem; -1: none
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
                        of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
                        fewer than 4 words
-      word_share (F,)  of its firings, on words of three letters or more
+      concept (F,)     how nameable: coherence times the share of its firings on words
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -123,56 +132,49 @@ def concepts(count, N, types_of, tokens, names):
     def windows_with(token):
         return np.bincount(window[tokens == token], minlength=window[-1] + 1) > 0
 
+    f, token, times = (x[is_word[pairs[1]]] for x in pairs)
+    word_share = np.bincount(f, times, len(count)) / np.maximum(1, count)
+    score = times * np.log(times / count[f] / often[token])
+    order = np.lexsort((-score, f))                          # by feature, the best word first
+    order = order[(times >= 3)[order] & (score > 0)[order]]
+    first = np.searchsorted(f[order], np.arange(len(count) + 1))
     words = np.full((len(count), 8), -1, np.int32)
     coherence = np.full(len(count), np.nan, np.float32)
-    word_share = np.zeros(len(count), np.float32)
     for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
-        types, times = types_of(f)
-        types, times = types[is_word[types]], times[is_word[types]]
-        word_share[f] = times.sum() / count[f]
-        score = times * np.log(times / count[f] / often[types])
-        chosen = {}
-        for i in np.argsort(-score, kind='stable'):
-            if times[i] >= 3 and score[i] > 0 and len(chosen) < 8:
-                chosen.setdefault(names[types[i]].strip().lower()[:5], types[i])
-        chosen = list(chosen.values())
+        stems = {}
+        for word in token[order[first[f]:first[f + 1]]].tolist():
+            stems.setdefault(names[word].strip().lower()[:5], word)
+        chosen = list(stems.values())[:8]
         words[f, :len(chosen)] = chosen
         if len(chosen) >= 4:
-            present = np.stack([windows_with(token) for token in chosen]).astype(np.float32)
+            present = np.stack([windows_with(word) for word in chosen]).astype(np.float32)
             joint = present @ present.T / len(present[0])                    # (n, n)
             alone = joint.diagonal()
             with np.errstate(divide='ignore', invalid='ignore'):
                 npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
             npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
-    return dict(words=words, coherence=coherence, word_share=word_share)
+    return dict(words=words, coherence=coherence,
+                concept=coherence * word_share.astype(np.float32))
 
-def timeline_curves(scan, timeline):
+def coherence_curve(scan, timeline):
     """
-    {label: one number a snapshot}: how an SAE's features moved. Coherence is that of concepts, but
-    of the 8 tokens on which a feature fires most: a snapshot holds no others.
+    Mean coherence of an SAE's features at each snapshot, that of concepts, but of the 8 tokens on
+    which a feature fires most: a snapshot holds no others.
     """
-    curves = {'live, % of the features': [], 'token entropy, median bits': [],
-              'coherence, mean': []}
-    live_share, entropy, coherence = curves.values()
-    for count, bits, tokens, times in zip(timeline.count, timeline.entropy, timeline.top_tokens,
-                                          timeline.top_counts):              # (F,), (F,), (F, 8)
-        types_of = lambda f: (tokens[f][times[f] > 0], times[f][times[f] > 0])
-        found = concepts(count, timeline.probed, types_of, scan.tokens, scan.names)
-        some = found['coherence'][~np.isnan(found['coherence'])]
-        live_share.append(100 * (count > 0).mean())
-        entropy.append(np.median(bits[count > 0]) if count.any() else np.nan)
-        coherence.append(some.mean() if len(some) else np.nan)
-    return curves
-
-def concept_value(scan):
-    """(F,): how nameable: coherence times the share of firings on words; nan without coherence."""
-    return scan.coherence * scan.word_share
+    curve = []
+    for count, tokens, times in zip(timeline.count, timeline.top_tokens, timeline.top_counts):
+        f, place = np.nonzero(times)
+        found = concepts(count, timeline.probed, (f, tokens[f, place], times[f, place]),
+                         scan.tokens, scan.names)['coherence']
+        some = found[~np.isnan(found)]
+        curve.append(some.mean() if len(some) else np.nan)
+    return curve
 
 def by_concept(scan):
     """Live features, the most nameable first. Of those that share more than half of their words the
     first one is there alone."""
-    value = np.nan_to_num(concept_value(scan), nan=-1)
+    value = np.nan_to_num(scan.concept, nan=-1)
     shown, seen = [], []
     for f in np.argsort(-value, kind='stable'):
         words = set(scan.words[f].tolist()) - {-1}
@@ -180,14 +182,6 @@ def by_concept(scan):
             shown.append(int(f))
             seen.append(words)
     return shown
-
-def concept_numbers(scan, f):
-    """A feature's words, coherence (None without), and its place among those that have one."""
-    value = concept_value(scan)
-    coherence = None if np.isnan(scan.coherence[f]) else float(scan.coherence[f])
-    return dict(words=words_of(scan, f), coherence=coherence,
-                concept_rank=1 + int((value > value[f]).sum()),
-                concepts=int((~np.isnan(value)).sum()))
 
 def in_order(scan, order):
     """Live features by one of ORDERS, the best first: coherence, low entropy, high density."""
@@ -203,21 +197,18 @@ def words_of(scan, f):
 
 def read_index(arrays):
     """
-    Of the arrays of index.npz {block: the scan of its SAE}, whose attributes are
-      layer, and what scan_val calls meta: step, site, F, K, T, N, dataset, names (bytes), ...
-      count, entropy, rank, max (F,), fvu, top_tokens, up, up_value, ...: statistics
-      tokens (N,), features, values (N, K), order (N * K,): what fires where
-      first (F,): where in order a feature begins
-    {} where they are missing or of another version.
+    The arrays of scan_val as {block: the scan of its SAE}, of which each is an attribute, with
+    layer and first (F,): where in order a feature begins. {} where they are missing or of another
+    version.
     """
-    meta = json.loads(str(arrays.pop('meta', '{}')))
+    meta = json.loads(str(arrays.get('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
     meta['names'] = [text.encode('latin-1') for text in meta['names']]
-    meta['tokens'] = arrays.pop('tokens')
     index = {}
-    for s, layer in enumerate(meta['layers']):
-        scan = SimpleNamespace(layer=layer, **meta, **{name: x[s] for name, x in arrays.items()})
+    for layer in meta['layers']:
+        scan = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta,
+                               **of_layer(arrays, layer))
         scan.first = np.cumsum(scan.count) - scan.count
         index[layer] = scan
     return index
@@ -232,7 +223,8 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
         key = [item.CRC for item in z.infolist()]            # the content, without reading it
     why = "there is no index of this version that is whole"
-    for scan in list(index.values())[:1]:
+    if index:
+        scan = index[min(index)]
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
         if scan_tokens in (scan.wanted, 0):
             if not key and dataset in (scan.dataset, ''):
@@ -244,7 +236,7 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     say(f"{why}: scanning")
     gpu = device_of(run.model).type == 'cuda'
     arrays = scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
-    keep(path, arrays, np.savez)
+    keep(path, arrays)
     return read_index(arrays)
 
 def is_of(scan, dataset):
@@ -271,8 +263,8 @@ def overview_numbers(scan):
 
 def fires_on(scan, f):
     """The 8 tokens on which a feature fires most, with their shares of its firings."""
-    pairs = zip(scan.top_tokens[f].tolist(), scan.top_counts[f].tolist())
-    return [(token, times / int(scan.count[f])) for token, times in pairs if token >= 0]
+    return [(token, times / int(scan.count[f]))
+            for token, times in zipped(scan.top_tokens[f], scan.top_counts[f]) if token >= 0]
 
 def firings(scan, f):
     """Where a feature fires: positions (P,), ascending, and activations (P,)."""
@@ -284,73 +276,75 @@ def joint(scan, where):
     both = np.bincount(scan.features[where].reshape(-1), minlength=scan.F + 1)[:scan.F]
     return both / np.maximum(1, scan.count + len(where) - both)
 
+def zipped(a, b):
+    return list(zip(a.tolist(), b.tolist()))
+
 def feature_numbers(scan, f, seed):
     """
     Every number of one feature's view; tokens are ids.
       top, random   contexts by activation, and drawn uniformly; at most one a window, equal texts
                     folded. A peak is never the first or last token of a window nor end-of-text,
                     whose activations are often freakish
-      intervals     (low, high, share of the firings, a context or None), eighths of (0, R]
+      hist          of its activations, from 0 to max
+      intervals     (low, high, share of the firings, a context or None), eighths of that
       joint         the features that fire with it: positions with both / with either
+      words, coherence, concept_rank    its words, as text; None without coherence; its place among
+                    the features that have one, which are `concepts`
     """
     where, acts = firings(scan, f)                                           # (P,), (P,)
-    size, count = np.abs(acts), len(where)
-    R = 2.0 ** math.frexp(scan.max[f])[1]                    # the power of two above the largest
-    bins = np.minimum(BINS * size / R, BINS - 1).astype(int)                 # (P,)
+    size, count, largest = np.abs(acts), len(where), float(scan.max[f])
     inner = (where % scan.T > 0) & (where % scan.T < scan.T - 1)
     peaks = np.flatnonzero(inner & (scan.tokens[where] != scan.eot))
     drawn = np.random.default_rng((seed, scan.layer, f)).permutation(peaks)
     strongest_first = peaks[np.argsort(-size[peaks], kind='stable')]
+    eighth = np.minimum(INTERVALS * size / (largest or 1), INTERVALS - 1).astype(int)  # (P,)
     intervals = []
-    for j in reversed(range(INTERVALS)):
-        inside = bins * INTERVALS // BINS == j                               # (P,)
-        some = where[drawn[inside[drawn]]]                   # the last: random has the first
-        if inside.any():
-            example = context(scan, where, acts, int(some[-1])) if len(some) else None
-            intervals.append((j * R / INTERVALS, (j + 1) * R / INTERVALS, float(inside.mean()),
-                              example))
+    for j in reversed(np.unique(eighth).tolist()):
+        some = drawn[eighth[drawn] == j][-1:]                # the last: random has the first
+        example = contexts(scan, where, acts, some, 1)
+        intervals.append((j * largest / INTERVALS, (j + 1) * largest / INTERVALS,
+                          float(np.mean(eighth == j)), example[0] if example else None))
     share = joint(scan, where)                                               # (F,)
     share[f] = -1
     together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
-    pairs = {name: list(zip(getattr(scan, name)[f].tolist(),
-                            getattr(scan, f'{name}_value')[f].tolist()))
-             for name in ('up', 'down', 'near')}
-    if scan.site == 'stream':
-        pairs['near'] = []                                   # channels are orthogonal
+    near = [] if scan.site == 'stream' else zipped(scan.near[f], scan.near_value[f])
+    has_coherence = not np.isnan(scan.coherence[f])
     return dict(
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
-        max=float(scan.max[f]), mean=float(acts.mean()) if count else 0.0, R=R,
-        entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f), **pairs,
-        hist=np.bincount(bins, minlength=BINS).tolist(), intervals=intervals,
-        joint=list(zip(together.tolist(), share[together].tolist())),
-        top=contexts(scan, where, acts, where[strongest_first], TOP),
-        random=contexts(scan, where, acts, where[drawn], RANDOM))
+        max=largest, mean=float(acts.mean()) if count else 0.0,
+        entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f),
+        up=zipped(scan.up[f], scan.up_value[f]), down=zipped(scan.down[f], scan.down_value[f]),
+        near=near,                                           # channels of the stream have none
+        hist=np.histogram(size, BINS, (0, largest or 1))[0].tolist(), intervals=intervals,
+        joint=zipped(together, share[together]),
+        top=contexts(scan, where, acts, strongest_first, TOP),
+        random=contexts(scan, where, acts, drawn, RANDOM), words=words_of(scan, f),
+        coherence=float(scan.coherence[f]) if has_coherence else None,
+        concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
+        concepts=int((scan.concept == scan.concept).sum()))
 
 def contexts(scan, where, acts, peaks, n):
     """
-    The contexts of the first peak in each of the first n windows that peaks visit. Those with the
-    same text around the peak are one, counted in `times`.
+    The text around the first peak in each of the first n windows that peaks visit, no further than
+    its window. Those with the same text around the peak are one, counted in `times`. where, acts
+    (P,): the feature's firings; peaks: places in these.
     """
     windows, found = set(), {}
-    for peak in map(int, peaks):
-        if peak // scan.T not in windows:
-            c = context(scan, where, acts, peak)
-            text = tuple(c['tokens'][max(0, c['peak'] - 8):c['peak'] + 5])
-            found.setdefault(text, c)['times'] += 1
-            windows.add(peak // scan.T)
+    for at in where[peaks].tolist():
+        window = at // scan.T * scan.T
+        if window in windows:
+            continue
+        windows.add(window)
+        begin, end = max(window, at - SIDE), min(window + scan.T, at + SIDE + 1)
+        tokens, peak = scan.tokens[begin:end].tolist(), at - begin
+        around = np.zeros(end - begin, np.float32)
+        inside = slice(*np.searchsorted(where, (begin, end)))
+        around[where[inside] - begin] = acts[inside]
+        context = dict(tokens=tokens, acts=around.tolist(), peak=peak, where=at, times=0)
+        found.setdefault(tuple(tokens[max(0, peak - 8):peak + 5]), context)['times'] += 1
         if len(windows) == n:
             break
     return list(found.values())
-
-def context(scan, where, acts, peak):
-    """The text around a peak, no further than its window. where, acts: the feature's firings."""
-    window = peak // scan.T * scan.T
-    begin, end = max(window, peak - SIDE), min(window + scan.T, peak + SIDE + 1)
-    around = np.zeros(end - begin, np.float32)
-    inside = slice(*np.searchsorted(where, (begin, end)))
-    around[where[inside] - begin] = acts[inside]
-    return dict(tokens=scan.tokens[begin:end].tolist(), acts=around.tolist(), peak=peak - begin,
-                where=peak, times=0)
 
 def find(scan, pattern):
     """
@@ -361,23 +355,22 @@ def find(scan, pattern):
     is no line's beginning or end.
     """
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
+    n_bytes = lambda text: len(text.encode('utf-8', 'surrogateescape'))
     starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))
     for start, end in zip(starts, [*starts[1:], scan.N]):
         pieces = [scan.names[token] for token in scan.tokens[start:end].tolist()]
-        before, after = '\0', '\0'
         if scan.tokens[start] == scan.eot:
             pieces[0], before = b'', ''
-        if end % scan.T:                                     # an end-of-text token is there
-            after = ''
-        ends = np.cumsum([len(piece) for piece in pieces])   # of the tokens, in bytes
-        text = b''.join(pieces).decode('utf-8', 'surrogateescape')
-        for match in pattern.finditer(before + text + after, len(before)):
-            begin, stop = (at - len(before) for at in match.span())
-            left, word = (part.encode('utf-8', 'surrogateescape')
-                          for part in (text[:begin], text[begin:stop]))
-            if word:
-                bounds = len(left), len(left) + len(word) - 1
-                first, last = start + np.searchsorted(ends, bounds, 'right')
+        else:
+            before = '\0'
+        after = '\0' if end % scan.T == 0 else ''            # else an end-of-text token is there
+        ends = len(before) + np.cumsum([len(piece) for piece in pieces]) # of the tokens, in bytes
+        text = before + b''.join(pieces).decode('utf-8', 'surrogateescape') + after
+        for match in pattern.finditer(text, len(before)):
+            begin, stop = n_bytes(text[:match.start()]), n_bytes(text[:match.end()])
+            stop = min(stop, ends[-1])                       # without what stands for the unknown
+            if begin < stop:
+                first, last = start + np.searchsorted(ends, (begin, stop - 1), 'right')
                 inside[first:last + 1] = True
                 recalled[scan.features[first:last + 1]] += 1 # once each, however often it fires
                 n += 1

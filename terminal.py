@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from features import caption, pieces
-from scanning import feature_numbers, fires_on
+from scanning import fires_on
 
 def screen(stderr=False):
     """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
@@ -51,7 +51,6 @@ def line(*parts, overflow='ellipsis'):
 
 def spark(numbers, top=None):
     """Numbers of 0 or more as a row of bars, up to top or the largest; above 0 is always seen."""
-    numbers = [x or 0 for x in numbers]
     top = top or max(numbers, default=0) or 1
     return ''.join(BARS[min(8, max(1, round(8 * x / top)))] if x > 0 else ' ' for x in numbers)
 
@@ -64,14 +63,14 @@ def number(x):
 
 def sparklines(t):
     """A feature over training; t from feature_timeline."""
-    steps, settled, n = t['steps'], t['settled'], len(t['steps'])
-    bits = max(x or 0 for x in t['entropy'])
-    yield heading('Timeline', f'{n} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
-    yield f"  density        |{spark(t['density'])}| 0 to {percent(max(t['density']))}"
-    yield f"  token entropy  |{spark(t['entropy'])}| 0 to {bits:.2f} bits"
-    yield f"  direction      |{spark(t['cos'], 1)}| cosine to the end, 0 to 1"
-    yield f"  fires on       |{spark(t['same'], 1)}| cosine of the token counts to the end, 0 to 1"
-    if settled < n:
+    steps, settled = t['steps'], t['settled']
+    density, bits, direction, same = t['curves'].values()
+    yield heading('Timeline', f'{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
+    yield f'  density        |{spark(density)}| 0 to {percent(max(density))}'
+    yield f'  token entropy  |{spark(bits)}| 0 to {max(bits):.2f} bits'
+    yield f'  direction      |{spark(direction, 1)}| cosine to the end, 0 to 1'
+    yield f'  fires on       |{spark(same, 1)}| cosine of the token counts to the end, 0 to 1'
+    if settled < len(steps):
         yield ' ' * (18 + settled) + '^'
         yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'
     else:
@@ -104,13 +103,6 @@ def feature_table(title, note, columns, rows):
     rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
     table = table_of(('feature', *columns, 'fires on'), rows)
     return [heading(title, note), table] if rows else []
-
-def examples(scan, features, options, console, said):
-    """A line of each feature, with what is said of it, and its three strongest contexts."""
-    for f, text in zip(features, said):
-        yield line('  ', bold(name(scan, f)), '  ', text)
-        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-            yield one_line(scan, c, scan.max[f], console.width)
 
 RANKED = ('rank', 'entropy', 'density')
 

@@ -7,18 +7,14 @@ module, transformer.h.<block>.sae, so that hooks read and set a feature.
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from sample import set_steering
+from test_features import make_model
 
-F, f = 64, 7
+f = 7
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16,
-                          sae_layers=(1,), sae_ratio=4, sae_k=8, sae_cap=0)).eval()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) # projections begin at zero: stir
-    return model
+    return make_model(sae_layers=(1,))
 
 def fires(code):
     """How strongly feature f fires on each token (B, T, 1)."""
@@ -27,11 +23,9 @@ def fires(code):
 @torch.no_grad()
 def set_to_3(model, idx):
     """The logits with feature f set to 3, by the model's own means."""
-    scale = torch.ones(F)
-    scale[f] = 0
-    model.saes()[1].steer = scale, 3 * (1 - scale)
+    set_steering(model, [(1, f, 0.0, 3.0)])
     logits = model(idx)[0]
-    model.saes()[1].steer = None
+    set_steering(model, [])
     return logits
 
 def test_forward_hooks(model):

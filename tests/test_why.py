@@ -20,7 +20,8 @@ import inspect_features as view
 import scanning
 from sample import set_steering
 from sae import SITES
-from test_features import index, make_model, out, refused, snapshots # fixtures, too
+from test_features import (index, make_model, out, refused, snapshots, # fixtures, too
+                           untracked)
 from test_inspect import data_of, look
 
 TEXT = 'ab c [red] a b\nab'
@@ -182,50 +183,49 @@ def test_sorted_lists(out, index, capsys):
 def test_words_of_a_feature(index, out, capsys):
     """Its rank is its place by coherence times the share of its firings on words."""
     scan = copy.deepcopy(index[1])
-    scan.coherence[7], scan.word_share[7], scan.words[7, :4] = 0.5, 0.8, (97, 98, 99, 256)
-    scan.coherence[[3, 9]], scan.word_share[[3, 9]] = 0.9, (0.9, 0.1)
-    d = scanning.concept_numbers(scan, 7)
+    scan.coherence[7], scan.concept[7], scan.words[7, :4] = 0.5, 0.4, (97, 98, 99, 256)
+    scan.concept[[3, 9]] = 0.8, 0.1
+    d = scanning.feature_numbers(scan, 7, 0)
     assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
-    assert d['concepts'] == (~np.isnan(scan.coherence)).sum()
-    assert scanning.concept_numbers(scan, 5)['coherence'] is None
+    assert d['concepts'] == (~np.isnan(scan.concept)).sum()
+    assert scanning.feature_numbers(scan, 5, 0)['coherence'] is None
     options = SimpleNamespace(**view.DEFAULTS)
-    numbers = scanning.feature_numbers(scan, 7, 0) | d | dict(effect=None, timeline=None)
-    text = str(list(view.panels(scan, numbers, index, options, view.screen())))
+    d |= dict(effect=None, timeline=None)
+    text = str(list(view.panels(scan, d, index, options, view.screen())))
     assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
 
-def test_page(out, run, index, tmp_path):
-    """It holds what the views show: concepts, their order, and why."""
+def test_page_of_why(out, run, index, tmp_path):
     page = tmp_path / 'page.html'
-    view.main([f'--out_dir={out}', f'--html={page}', '--sort=density', '--layer=2'])
-    data = data_of(page)
-    assert data['sort'] == 'density' and data['why'] is None
-    assert data['layers']['1']['concepts'] == scanning.by_concept(index[1])[:20]
     view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
     data = data_of(page)
     d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
-    close = lambda some: [[pytest.approx(x, abs=1e-5), layer, f, [[t, pytest.approx(act, abs=1e-5)]
-                          for t, act in at]] for x, layer, f, at in some]
-    assert data['why']['pro'] == close(d['pro']) and data['why']['con'] == close(d['con'])
+    for kind in ('pro', 'con'):
+        for got, want in zip(data['why'][kind], d[kind], strict=True):
+            assert got[:3] == [pytest.approx(want[0], abs=1e-5), *want[1:3]]
+            assert got[3] == [[t, pytest.approx(act, abs=1e-5)] for t, act in want[3]]
     shown = {(x['layer'], x['f']) for x in data['features']}
     assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
     assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
 
 def test_timeline_curves_by_brute_force(tmp_path):
-    """Live share, median entropy, and coherence of those tokens that a snapshot holds."""
+    """Live share, settled features, median entropy, and coherence of those tokens that a snapshot
+    holds."""
     last = snapshots(tmp_path)[-1]
-    t = features.open_timeline(tmp_path, lambda items, text: items)[1]
+    t = features.open_timeline(tmp_path, untracked)[1]
+    want = (100 * np.mean(last['count'] > 0), (features.settled_at(t) < 5).sum(),
+            np.nanmedian(last['entropy']))
+    assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(want)
     t.probed = 2000                                          # of them 2 % are 40
     names = [bytes([97 + i] * 3) for i in range(16)]
     tokens = np.random.default_rng(0).integers(0, 16, 3000)
-    curves = scanning.timeline_curves(SimpleNamespace(tokens=tokens, names=names), t)
-    types_of = lambda f: [x[last['top_tokens'][f] >= 0] for x in (last['top_tokens'][f],
-                                                                  last['top_counts'][f])]
-    coherence = scanning.concepts(last['count'], 2000, types_of, tokens, names)['coherence']
-    want = (100 * np.mean(last['count'] > 0), np.nanmedian(last['entropy']), np.nanmean(coherence))
-    assert [curve[-1] for curve in curves.values()] == pytest.approx(want)
+    curve = scanning.coherence_curve(SimpleNamespace(tokens=tokens, names=names), t)
+    pairs = [(f, token, last['top_counts'][f, place]) for f in range(12)
+             for place, token in enumerate(last['top_tokens'][f]) if token >= 0]
+    found = scanning.concepts(last['count'], 2000, np.array(pairs).T, tokens, names)
+    assert curve[-1] == pytest.approx(np.nanmean(found['coherence']))
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
-    snapshots(tmp_path)
+    snapshots(tmp_path, F=48)
     shutil.copy(out / 'index.npz', tmp_path)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert 'takes matplotlib: pip install matplotlib' in refused(
