@@ -167,21 +167,22 @@ def why_feature(model, tokens, layer, f):
     return explain(model, idx, below, layer + 1, activation) | dict(idx=tokens)
 
 @torch.no_grad()
-def loss_changes(model, layer, tokens, features):
+def loss_changes(model, layer, tokens, features, which, where):
     """
-    How the losses of tokens (T,) change, in nats, when a feature of a block is taken away, for each
-    of n features: (n, T - 1), that of token j at j - 1.
+    tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how the
+    loss of the token after position where[p] changes, in nats, when features[which[p]] is taken
+    away.
     """
     idx = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model))
-
-    def losses(stream, _):
-        logits = logits_of(model, stream[:, :-1])                            # (B, T - 1, V)
-        targets = idx[1:].expand(len(logits), -1)                            # (B, T - 1)
-        return cross_entropy(logits.transpose(1, 2), targets, reduction='none')
-
     scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
-    loss = run_scaled(model, idx[None], scales, model.config.n_layer, losses)
-    return (loss[1:] - loss[0]).cpu().numpy()
+    streams = run_scaled(model, idx[None], scales, model.config.n_layer, lambda x, _: x)
+    which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
+
+    def losses(run):
+        return cross_entropy(logits_of(model, streams[run, where]), idx[where + 1],
+                             reduction='none')
+
+    return (losses(which + 1) - losses(torch.zeros_like(which))).cpu().numpy()
 
 def removal_effect(model, scan, f, n, seed):
     """
@@ -192,8 +193,9 @@ def removal_effect(model, scan, f, n, seed):
     where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
     changes = []
     for w in np.unique(where // T).tolist():
-        by_place = loss_changes(model, scan.layer, scan.tokens[w * T:(w + 1) * T], [f])[0]
-        changes += by_place[where[where // T == w] % T].tolist()
+        here = where[where // T == w] % T
+        window = scan.tokens[w * T:(w + 1) * T]
+        changes += loss_changes(model, scan.layer, window, [f], np.zeros_like(here), here).tolist()
     if not changes:
         return None
     return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))

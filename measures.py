@@ -193,9 +193,10 @@ def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
         fires = features[start:start + T - 1]
         here = [f for f in np.unique(fires).tolist() if len(changes.get(f, [0] * most)) < most]
         if here:
-            by_feature = loss_changes(model, layer, tokens[start:start + T], here)
-            for f, change in zip(here, by_feature):
-                changes[f] += change[(fires == f).any(1)].tolist()
+            which, where = (fires == np.array(here)[:, None, None]).any(2).nonzero()
+            effects = loss_changes(model, layer, tokens[start:start + T], here, which, where)
+            for i, effect in zip(which.tolist(), effects.tolist()):
+                changes[here[i]].append(effect)
     some = [np.array(x[:most]) for x in changes.values() if len(x) > 1]
     excludes_0 = [abs(x.mean()) > 1.96 * x.std(ddof=1) / math.sqrt(len(x)) for x in some]
     return float(np.mean(excludes_0)) if some else None
