@@ -168,7 +168,7 @@ def overview_of(scan, options, console):
     yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
     named = by_concept(scan)[:options.rows]
     if named:
-        yield heading('Concepts', 'words that keep company: coherence, density, words, contexts')
+        yield heading('Concepts', 'words that tell, and keep company: coherence, density, words, contexts')
     for f in named:
         yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
                    f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')

@@ -38,7 +38,7 @@ class GPTConfig:
     sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
     sae_k: int = 64               # K, active features a token
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
-    sae_nudge: float = 0.05       # a step of b_enc where one fires too rarely or too often
+    sae_nudge: float = 0.3        # a step of b_enc where one fires too rarely or too often
     sae_silent_steps: int = 4     # too rarely: not once in so many steps
     sae_cap: float = 0.1          # too often: on a larger share of the tokens; 0 = no such bound
 

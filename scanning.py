@@ -122,7 +122,8 @@ def concepts(count, N, pairs, tokens, names):
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
                        of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
                        fewer than 4 words
-      concept (F,)     how nameable: coherence times the share of its firings on words
+      concept (F,)     how nameable: (1 + coherence)^2 times what its words tell, the sum of their
+                       count * log(...) over its firings
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -133,19 +134,21 @@ def concepts(count, N, pairs, tokens, names):
         return np.bincount(window[tokens == token], minlength=window[-1] + 1) > 0
 
     f, token, times = (x[is_word[pairs[1]]] for x in pairs)
-    word_share = np.bincount(f, times, len(count)) / np.maximum(1, count)
     score = times * np.log(times / count[f] / often[token])
     order = np.lexsort((-score, f))                          # by feature, the best word first
     order = order[(times >= 3)[order] & (score > 0)[order]]
     first = np.searchsorted(f[order], np.arange(len(count) + 1))
     words = np.full((len(count), 8), -1, np.int32)
     coherence = np.full(len(count), np.nan, np.float32)
+    told = np.zeros(len(count), np.float32)
     for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
         stems = {}
-        for word in token[order[first[f]:first[f + 1]]].tolist():
-            stems.setdefault(names[word].strip().lower()[:5], word)
-        chosen = list(stems.values())[:8]
+        for pair in order[first[f]:first[f + 1]].tolist():
+            stems.setdefault(names[token[pair]].strip().lower()[:5], pair)
+        best = list(stems.values())[:8]
+        chosen = token[best]
         words[f, :len(chosen)] = chosen
+        told[f] = score[best].sum() / count[f]
         if len(chosen) >= 4:
             present = np.stack([windows_with(word) for word in chosen]).astype(np.float32)
             joint = present @ present.T / len(present[0])                    # (n, n)
@@ -154,8 +157,7 @@ def concepts(count, N, pairs, tokens, names):
                 npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
             npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
-    return dict(words=words, coherence=coherence,
-                concept=coherence * word_share.astype(np.float32))
+    return dict(words=words, coherence=coherence, concept=(1 + coherence) ** 2 * told)
 
 def coherence_curve(scan, timeline):
     """

@@ -337,7 +337,7 @@ def test_read_against_one_pass_a_token(n, block_size):
 # concepts
 
 def test_concepts_by_brute_force():
-    """Words, coherence and share of words against loops; features that fire too rarely, or on more
+    """Words, coherence and value as a concept against loops; features that fire too rarely, or on more
     than 2 % of the tokens, have none."""
     rng = np.random.default_rng(0)
     names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
@@ -356,8 +356,6 @@ def test_concepts_by_brute_force():
     for f in (0, 2):
         fires = tokens[where[f]].tolist()
         words = [v for v in set(fires) if v not in (5, 6)]
-        share = sum(fires.count(v) for v in words) / count[f]
-        assert got['concept'][f] == pytest.approx(share * got['coherence'][f])
         score = {v: fires.count(v) * math.log(fires.count(v) / count[f] / np.mean(tokens == v))
                  for v in words if fires.count(v) >= 3}
         best = {} # one a stem
@@ -372,6 +370,8 @@ def test_concepts_by_brute_force():
                           for some in ({a}, {b}, {a, b}))
             values.append(math.log(both / (p * q)) / -math.log(both) if both else -1)
         assert len(best) >= 4 and got['coherence'][f] == pytest.approx(np.mean(values), abs=1e-5)
+        told = sum(score[v] for v in best) / count[f]
+        assert got['concept'][f] == pytest.approx((1 + np.mean(values)) ** 2 * told, rel=1e-4)
 
 def test_by_concept():
     """Of features with more than half of their words in common one."""

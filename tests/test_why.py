@@ -181,7 +181,7 @@ def test_sorted_lists(out, index, capsys):
     assert listed == scanning.in_order(index[1], 'density').tolist()
 
 def test_words_of_a_feature(index, out, capsys):
-    """Its rank is its place by coherence times the share of its firings on words."""
+    """Its rank is its place as a concept."""
     scan = copy.deepcopy(index[1])
     scan.coherence[7], scan.concept[7], scan.words[7, :4] = 0.5, 0.4, (97, 98, 99, 256)
     scan.concept[[3, 9]] = 0.8, 0.1
