@@ -409,8 +409,9 @@ if master:
     log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
     failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
-    versions = dict(commit=None if failed else commit, torch=torch.__version__, numpy=np.__version__,
-                    python=sys.version, gpu=torch.cuda.get_device_name() if cuda else None)
+    versions = dict(commit=None if failed else commit, torch=torch.__version__,
+                    numpy=np.__version__, python=sys.version,
+                    gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
                    params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
