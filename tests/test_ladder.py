@@ -16,10 +16,15 @@ sys.path.insert(0, str(ROOT / 'results'))
 import ladder  # noqa: E402
 
 def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
-    """A dense run and its post-hoc twin, which needs its checkpoint: JSONs and table."""
-    results, out = tmp_path / 'results', tmp_path / 'out'
+    """A dense run and its post-hoc twin, which needs its checkpoint: JSONs, with what features
+    tell of labels, and table."""
+    results, out, labels = tmp_path / 'results', tmp_path / 'out', tmp_path / 'labels'
+    labels.mkdir()
+    for name in 'ab':
+        (labels / f'{name}.tsv').write_text('x\tone two\n' * 9 + 'y\tthree, four\n' * 9)
     argv = ['--size=tiny', '--rows=posthoc,dense', '--seeds=3', '--steps=4', '--gpus=0',
-            f'--dataset={tiny_data}', f'--results={results}', f'--out={out}']
+            f'--dataset={tiny_data}', f'--results={results}', f'--out={out}',
+            f'--labels={labels}']
     ladder.main(argv)
     text = capsys.readouterr().out
     dense = json.loads((results / 'tiny-4-dense-s3.json').read_text())
@@ -30,6 +35,11 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
         assert r['tokens'] == 4 * 128
         assert r['curve'][-1] == [r['tokens'], r['val_loss']] and len(r['curve']) == 5
     assert dense['val_loss_zeroed'] is None
+    for r, key in ((dense, 'probe_random'), (dense, 'probe_channels'), (posthoc, 'probe')):
+        assert r[key].keys() == {'a', 'b'} and r[f'{key}_mean'].keys() == {'k1', 'k5', 'k20'}
+        assert r[f'{key}_mean']['k20'] == 1
+    assert 0 <= posthoc['duplicates'] <= 1 and 0 <= posthoc['dense_features'] <= 1
+    assert {'coherence', 'coherent', 'causal_share'} <= posthoc.keys()
     assert posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == pytest.approx(8)
     more = posthoc['params_non_embedding'] - dense['params_non_embedding']
     assert more == 2 * 512 * 32 + 512 + 32
