@@ -173,9 +173,22 @@ def loss_changes(model, layer, tokens, features, which, where):
     loss of the token after position where[p] changes, in nats, when features[which[p]] is taken
     away.
     """
-    idx = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model))
-    scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
-    streams = run_scaled(model, idx[None], scales, model.config.n_layer, lambda x, _: x)
+    idx, sae = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model)), model.saes()[layer]
+    if sae.site.hook == 'attn' or sae.posthoc:   # the MLP reads it; it has each token's length
+        scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
+        x = run_scaled(model, idx[None], scales, layer + 1, lambda x, _: x)  # (1 + n, T, C)
+    else:                                # what features write is only added to the stream
+        x, out = model.blocks(idx[None], layer + 1)
+        f = torch.tensor(features, device=idx.device)
+        acts = (out.values[-1] * (out.indices[-1] == f[:, None, None])).sum(-1)          # (n, T)
+        removed = sae.alpha * acts[..., None] * model.writes(layer)[f, None]
+        x = torch.cat((x, x - removed))                                      # (1 + n, T, C)
+    streams, rope = [], (model.cos[:len(idx)], model.sin[:len(idx)])
+    for rows in x.split(max(1, AT_ONCE // len(idx))):
+        for block in model.transformer.h[layer + 1:]:
+            rows = block(rows, rope, [])
+        streams.append(rows)
+    streams = torch.cat(streams)
     which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
 
     def losses(run):

@@ -373,13 +373,13 @@ def test_export(out, tmp_path):
         codes = torch.zeros(50, sae.n_features).scatter(-1, indices, values)
         values, indices = sae.encode(h)
         ours = torch.zeros_like(codes).scatter(-1, indices, values)
-        assert torch.allclose(codes, ours, atol=1e-5)
-        assert torch.allclose(codes @ w['W_dec'] + w['b_dec'], sae.decode(ours), atol=1e-5)
+        assert torch.allclose(codes, ours, atol=1e-6)
+        assert torch.allclose(codes @ w['W_dec'] + w['b_dec'], sae.decode(ours), atol=1e-6)
         try:
             from sae_lens import SAE
         except ImportError:
             continue
         theirs = SAE.load_from_disk(str(folder))
         assert type(theirs).__name__ == 'TopKSAE'
-        assert torch.allclose(theirs.encode(h), ours, atol=1e-5)
-        assert torch.allclose(theirs.decode(theirs.encode(h)), sae.decode(ours), atol=1e-5)
+        assert torch.allclose(theirs.encode(h), ours, atol=1e-6)
+        assert torch.allclose(theirs.decode(theirs.encode(h)), sae.decode(ours), atol=1e-6)

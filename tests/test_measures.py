@@ -25,11 +25,14 @@ def test_duplicates_by_brute_force():
     assert want == 0.25
     assert measures.duplicates(values, features, 9, 'cpu') == pytest.approx(want)
 
-@pytest.mark.parametrize('site', SITES)
+@pytest.mark.parametrize('site', [*SITES, 'posthoc'])
 def test_causal_share_by_brute_force(site):
     """Each feature is steered off by hand, window by window; the interval is Student's without his
     tables. A feature that writes nothing has no effect."""
-    model = make_model(sae_site=site, block_size=12, vocab_size=31, sae_layers=(1,))
+    name = 'resid' if site == 'posthoc' else site
+    model = make_model(sae_site=name, block_size=12, vocab_size=31, sae_layers=(1,))
+    model.saes()[1].posthoc = site == 'posthoc'
+    model.saes()[1].alpha.fill_(0.8)
     n_features = model.config.n_features
     with torch.no_grad():
         for p in model.parameters():
