@@ -30,7 +30,8 @@ def configure(defaults, argv, check=lambda config: [], given=None):
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
-        print("usage: config files and --key=value, later ones win. Keys and defaults:",
+        print((sys.modules['__main__'].__doc__ or '').strip(),
+              "\nConfig files and --key=value, later ones win. Keys and defaults:",
               *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
         sys.exit(0)
     config, problems, unread = dict(defaults), [], []
@@ -47,6 +48,9 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
                 problems.append(f"unknown key {key!r} {where}: {hint}")
+            elif value is True and kind in (str, list):
+                problems.append(f"--{key} needs a value: --{key}=...")
+                unread.append(key)
             elif (new := convert(value, kind)) is None:
                 problems.append(f"{key}={show(value)} {where}: expected {EXPECTED[kind]}")
                 unread.append(key)

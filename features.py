@@ -304,7 +304,7 @@ def parse_feature(text, layers, n_features, layer=-1):
     """
     match = re.fullmatch(r'(?:L?([0-9]{1,9})\.)?F?([0-9]{1,9})', text.strip(), re.I)
     if not match:
-        raise ValueError(f"{text!r} names no feature: write L6.F2386, or 2386 with --layer=6")
+        raise ValueError(f"{text!r} names no feature: write L6.F2386")
     layer, f = int(match[1] or (min(layers) if layer == -1 else layer)), int(match[2])
     if layer not in layers:
         blocks = ', '.join(map(str, layers))

@@ -89,6 +89,12 @@ def problems(config):
         found.append(f"find={config['find']!r} is no regular expression: {e}")
     if config['sort'] not in ('', *ORDERS):
         found.append(f"sort={config['sort']!r} must be one of {', '.join(ORDERS)}")
+    for key in 'html', 'plot':
+        path = os.path.abspath(config[key])
+        if config[key] and (os.path.isdir(path) or not os.access(os.path.dirname(path), os.W_OK)):
+            found.append(f"{key}={config[key]} must be a file in a folder that can be written")
+    if config['export'] and not configurator.writable(config['export']):
+        found.append(f"export={config['export']} must be a folder that can be written")
     of_prompt, why = config['prompt'] or config['prompt_file'], config['why']
     if why and bool(of_prompt) != (why == 'true'):
         found.append(f"why={why!r}: with --prompt write --why=true, without it --why=L6.F2386")
@@ -168,7 +174,8 @@ def overview_of(scan, options, console):
     yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
     named = by_concept(scan)[:options.rows]
     if named:
-        yield heading('Concepts', 'words that tell, and keep company: coherence, density, words, contexts')
+        yield heading('Concepts',
+                      'words that tell, and keep company: coherence, density, words, contexts')
     for f in named:
         yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
                    f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
@@ -190,8 +197,9 @@ def overview_of(scan, options, console):
     yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
     if len(known):
         yield heading('Next')
+        some = named[0] if named else known[0]
         yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--feature={name(scan, known[len(known) // 2])}", overflow='ignore')
+                   f"--feature={name(scan, some)}", overflow='ignore')
         yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(options, console):
@@ -422,7 +430,8 @@ def trace_view(options, console):
     for scan, f in features_of(options.trace, options, index):
         higher = [layer for layer in index if layer > scan.layer]
         if not higher:
-            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}")
+            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
+                             "train with several, --sae_layers=1,2 say")
         above = index[higher[0]]
         d = explain.trace(run_of(options).model, scan, above, f, options.seed)
         change = d['as_it_is'] - d['without']                                    # (F,)
@@ -444,7 +453,8 @@ def sorted_view(options, console):
         some = in_order(scan, options.sort)[:options.rows]
         yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
                                  ('coherence', 'entropy', 'density'), [
-            (scan, f, f'{scan.coherence[f]:.2f}', *ranked(scan, f)[1:]) for f in some])
+            (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
+            for f in some])
         yield ''
 
 def find_view(options, console):

@@ -333,7 +333,7 @@ def load_checkpoint(out_dir):
             problems.append(f"{path} cannot be read ({type(e).__name__}: {reason})")
         else:
             if problems:
-                print(f"warning: {problems[0]}: using {path} instead")
+                print(f"warning: {problems[0]}: using {path} instead", file=sys.stderr)
             return checkpoint
     raise ValueError(f"no checkpoint in {out_dir}: {problems[0]}. Train first, or give another "
                      "--out_dir.")

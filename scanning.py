@@ -224,7 +224,7 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     index = read_index(load_npz(path))
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
         key = [item.CRC for item in z.infolist()]            # the content, without reading it
-    why = "there is no index of this version that is whole"
+    why = "no index yet"                                     # or of another version, or torn
     if index:
         scan = index[min(index)]
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
@@ -235,9 +235,9 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
             if key == scan.key and is_of(scan, dataset or scan.trained_on):
                 return index
     run = open_run(out_dir, dataset, device)
-    say(f"{why}: scanning")
-    gpu = device_of(run.model).type == 'cuda'
-    arrays = scan_val(run, scan_tokens or (1_048_576 if gpu else 131_072), key, track)
+    wanted = scan_tokens or (1_048_576 if device_of(run.model).type == 'cuda' else 131_072)
+    say(f"{why}: reading {wanted:,} tokens of val, once; later views use these")
+    arrays = scan_val(run, wanted, key, track)
     keep(path, arrays)
     return read_index(arrays)
 

@@ -134,6 +134,8 @@ def problems(c):
                      f"sae_layers, sae_recon above 0, and a sae_site of {', '.join(own)}")
     if not writable(c['out_dir']):
         found.append(f"out_dir={c['out_dir']} must be a folder that can be written")
+    if c['init_from'] not in ('scratch', 'resume') and not os.path.isdir(c['init_from']):
+        found.append(f"init_from={c['init_from']!r} must be scratch, resume, or a run's out_dir")
     if c['init_from'] != 'resume' and any(Path(c['out_dir']).glob('ckpt*.pt')):
         found.append(f"out_dir={c['out_dir']} holds a run: --init_from=resume goes on with it; "
                      "else give another --out_dir, or delete that folder first")
@@ -467,13 +469,14 @@ while True:
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
         record = dict(event='log', step=step, tokens=tokens, loss=loss_sum / n, tok_s=tok_s,
                       lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm))
-        line = f"step {step:5d}/{max_iters} | loss {loss_sum / n:.4f}"
+        line = f"step {step}/{max_iters} | loss {loss_sum / n:.4f}"
         if saes:
             silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
             live, alpha = 1 - silent.mean().item(), alpha_now()
             record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
-            line += (f" | FVU {fvu_sum / n:.3f} | L0 {l0_sum / n:.1f}"
-                     f" | live {100 * live:.1f} % | alpha {alpha:.2f}")
+            line += f" | FVU {fvu_sum / n:.3f} | live {100 * live:.1f} %"
+            if 0 < alpha < 1:
+                line += f" | alpha {alpha:.2f}"
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
         write_log(record)

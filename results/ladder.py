@@ -304,6 +304,8 @@ def problems(c):
     for key in ('results', 'out'):
         if training and not writable(c[key]):
             found.append(f"{key}={c[key]} must be a folder that can be written")
+    if c['labels'] and not list(Path(c['labels']).glob('*.tsv')):
+        found.append(f"labels={c['labels']} must be a folder of files *.tsv: label, tab, text")
     if c['table'] and not list(Path(c['results']).glob('*.json')):
         found.append(f"results={c['results']} holds no results: run this without --table=true")
     if c['steps'] < 1:
@@ -324,12 +326,13 @@ def free_slots(gpus):
 
 def main(argv):
     c = configure(dict(
-        size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='wiki', labels='',
-        gpus=-1, results=str(ROOT / 'results' / 'ladder'), out='out-ladder', table=False,
+        size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='fineweb',
+        labels='', gpus=-1, results=str(ROOT / 'results' / 'ladder'), out='out-ladder', table=False,
         plot=''), argv, problems)
     names = list(dict.fromkeys(c['rows'].split(',')))
     failed = []
     if not c['table']:
+        load_meta(c['dataset'])   # for its error
         os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
         slots = queue.Queue()

@@ -61,9 +61,9 @@ def test_home_folder(monkeypatch, tmp_path):
     ('sae_layers=' + '(' * 9999, 'whole numbers'), ('compile=' + '-' * 9999, 'true or false'),
 ])
 def test_wrong_types(arg, expected, capsys):
-    """A sentence with key, value, place and what was expected. A value left out is True."""
+    """A sentence with key, value, place and what was expected. So is a text left out."""
     line, left_out = errors(['--' + arg, '--out_dir'], capsys)
-    assert left_out == 'error: out_dir=True on the command line: expected text'
+    assert left_out == 'error: --out_dir needs a value: --out_dir=...'
     assert line.startswith(f'error: {arg} on the command line: expected {expected}')
 
 def test_typos_name_the_nearest_key(tmp_path, capsys):
@@ -117,9 +117,10 @@ def test_every_key_of_every_script(script):
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
     code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0',
-                                                  '--seeds=-1', '--gpus=x', f'--out={__file__}'])
+                                                  '--seeds=-1', '--gpus=x', f'--out={__file__}',
+                                                  '--labels=/none'])
     assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
-        f'error: {key}' for key in ('gpus', 'size', 'rows', 'out', 'steps', 'seeds')], text
+        f'error: {key}' for key in ('gpus', 'size', 'rows', 'out', 'labels', 'steps', 'seeds')], text
 
 def test_ladder_results(tmp_path):
     """The table without results, or with a torn one: a sentence."""

@@ -300,7 +300,7 @@ def test_foreign_checkpoint_falls_back(saved, capsys):
     """A newest checkpoint of another program is named, the one before is used, and that is said."""
     torch.save(dict(weights=torch.ones(2)), saved / 'ckpt.pt')
     assert step_in(saved) == 1
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith(f"warning: {saved / 'ckpt.pt'} ") and said.count('\n') == 1
     assert 'ckpt_prev.pt instead' in said
 
