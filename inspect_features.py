@@ -164,14 +164,20 @@ def overview(options, console):
         yield ''
 
 def overview_of(scan, options, console):
-    d = overview_numbers(scan)
+    d, live = overview_numbers(scan), scan.count > 0
     yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
     yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
     yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
            f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
     yield dim("  L0: features active a token; FVU: share of variance not kept")
-    yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-    yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
+    if d['live']:
+        low, median, high = map(percent, np.percentile(scan.count[live] / scan.N, (10, 50, 90)))
+        bits = scan.entropy[live]
+        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
+        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
+        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
+        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
     named = by_concept(scan)[:options.rows]
     if named:
         yield heading('Concepts',
@@ -192,7 +198,7 @@ def overview_of(scan, options, console):
                                    in_order(scan, 'density'))):
         rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
         yield from feature_table(title, note, RANKED, rows)
-    some = [f'F{f}' for f in np.flatnonzero(scan.count == 0)[:options.rows]]
+    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
     yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
     yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
     if len(known):

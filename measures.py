@@ -218,8 +218,8 @@ def measure(run, labels, block, k, wanted=262_144):
         untrained.load_state_dict(model.state_dict(), strict=False)
         codes_of_it = probes(run._replace(model=untrained), block, labels,
                              ('random directions', 'channels'))
-        for name, probe in zip(('random', 'channels'), codes_of_it.values()):
-            found |= {f'probe_{name}': probe, f'probe_{name}_mean': mean_of(probe.values())}
+        for name, by_set in zip(('random', 'channels'), codes_of_it.values()):
+            found |= {f'probe_{name}': by_set, f'probe_{name}_mean': mean_of(by_set.values())}
         return found
     T, F = model.config.block_size, model.config.n_features
     val = load_dataset(run.dataset).val
@@ -231,9 +231,9 @@ def measure(run, labels, block, k, wanted=262_144):
         pairs = token_pairs(features[s], tokens, F, len(run.names))
         coherence = concepts(count, len(tokens), pairs, tokens, run.names)['coherence']
         coherence = coherence[~np.isnan(coherence)]
-        probe = probes(run, layer, labels, ['features'])['features']
+        by_set = probes(run, layer, labels, ['features'])['features']
         layers.append(dict(
-            probe=probe, probe_mean=mean_of(probe.values()),
+            probe=by_set, probe_mean=mean_of(by_set.values()),
             coherence=float(coherence.mean()) if len(coherence) else None,
             coherent=int((coherence > 0.05).sum()),
             causal_share=causal_share(model, layer, tokens, features[s]),

@@ -6,7 +6,7 @@ What differs from nanoGPT's sample.py: a KV cache, --show_features, --steer, no 
     python sample.py --out_dir=out-sae-cpu --steer=L1.F17=8 --compare=true
 
 --steer edits one feature's activation at every position, the prompt's too, before it is decoded:
-    L1.F17=8         adds 8, in units of its activation (the viewer prints its mean and maximum)
+    L1.F17=8         adds 8, in units of its activation (the run prints what is usual)
     L1.F17=x2        doubles it where it fires
     L1.F17=off       ablates it
     L1.F17=0,2,4,8   a sweep: one sample a strength, and a table
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, open_run, parse_feature, prompt_text,
-                      read, safe, strongest)
+from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
+                      prompt_text, read, safe, strongest)
 
 DEFAULTS = dict(
     out_dir='out',
@@ -96,6 +96,16 @@ def set_steering(model, edits):
         scales, adds = model.saes()[i].steer
         scales[f] *= scale
         adds[f] = adds[f] * scale + add
+
+def usual_activation(run, i, f):
+    """What training noted of the feature at this checkpoint's eval, if it noted anything."""
+    snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
+    try:
+        mean = snapshot[f'L{i}.mean'][f]
+        share = snapshot[f'L{i}.count'][f] / snapshot['probed']
+    except LookupError: # missing, torn, another run's: it is only a hint
+        return "its usual activation is not known"
+    return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
 # --------------------------------------------------------------------------------------------------
 # sampling, and reading what was sampled
@@ -173,6 +183,9 @@ def write_samples(options):
     begins = 0 if given and eot is None else 1 # tokens that stand before every text
     versions = parse_steering(steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
+    for i, f in steered:
+        place = model.saes()[i].site.place
+        print(f"L{i}.F{f}, {place} {i}: {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
     titled = steer or options.num_samples > 1
     if options.compare:

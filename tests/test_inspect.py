@@ -102,6 +102,7 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     options, console = SimpleNamespace(**view.DEFAULTS | dict(rows=16)), view.screen()
     view.show(console, view.overview_of(scan, options, console))
     text = capsys.readouterr().out
+    assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ['L2.F0', 'L2.F2', 'L2.F4']
 

@@ -196,6 +196,19 @@ def test_sweep(capsys, run):
     assert out.count('unsteered') == 1 # in the title of the table
     assert printed(capsys, run, '--prompt=a') in out # strength 0 changes nothing
 
+def test_usual_activation(capsys, run):
+    assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
+    (run / 'features').mkdir()
+    count, mean = np.zeros((2, 48))
+    count[7], mean[7] = 5, 2.5
+    np.savez(run / 'features' / '0000007.npz', probed=200, **{'L2.count': count, 'L2.mean': mean})
+    out = printed(capsys, run, '--steer=L2.F7=4', '--steer=L2.F8=4')
+    where = 'on the residual stream after block 2'
+    assert f'L2.F7, {where}: usually 2.5 where it fires, on 2.50 % of tokens' in out
+    assert f'L2.F8, {where}: usually 0 where it fires, on 0.00 % of tokens' in out
+    (run / 'features' / '0000007.npz').write_bytes(b'torn')
+    assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
+
 def test_hostile_text(capsys, run):
     hostile = bytes(range(256)).decode('latin-1')
     hostile += '\x1b[31m[red][/x]:smile:\u202e\u200d' + '宽' * 50
