@@ -34,7 +34,7 @@ V = 50_257 if GPU else 500               # vocabulary of the step's tokens
 SHAPES = [(32, 256, 4)]                  # C, F, K
 TRAIN = dict( # makes config/*_gpt.py tiny; 7 blocks, because the SAE is after the seventh
     max_iters=4, log_interval=1, n_layer=7, n_head=2, n_embd=16, block_size=32, batch_size=2,
-    gradient_accumulation_steps=2, sae_ratio=8, sae_k=4, eval_tokens=128, compile=False)
+    gradient_accumulation_steps=4, sae_ratio=8, sae_k=4, eval_tokens=128, compile=False)
 if GPU:
     SHAPES = [(768, 12288, 32), (768, 12288, 64), (768, 49152, 64), (512, 8192, 32)]
     TRAIN = dict(max_iters=20, log_interval=5, eval_tokens=65_536)

@@ -16,8 +16,9 @@ Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*
 Row f of W_enc (F, C) is what feature f reads, row f of W_dec (F, C) is what it writes.
 
 The training strategies: the blend in blend_alpha(), held in a buffer, so that changing it never
-recompiles; the reconstruction loss in SAE.forward(); scale, the rows of W_dec, and the nudge of
-features that fire too rarely or too often in SAE.after_step().
+recompiles; the reconstruction loss in SAE.forward(); the rows of W_dec in SAE.normalize_rows();
+scale, and the nudge of features that fire too rarely or too often, in SAE.after_step(). train.py
+gives the layer several steps of its own in each step of the model.
 """
 import math
 from typing import NamedTuple
@@ -137,7 +138,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalize_rows(self):
-        """Gives the rows of W_dec their length: what a feature does is all in its activation."""
+        """
+        After each of the SAE's steps: gives the rows of W_dec their length, so that what a feature
+        does is all in its activation.
+        """
         C, F_, K = self.n_embd, self.n_features, self.k
         length = 1 / (1 + 2 * K * math.log(max(F_ / K, 2)) / C)
         self.W_dec.copy_(length * F.normalize(self.W_dec, dim=-1))
@@ -203,14 +207,14 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, fired, tokens, length):
         """
-        Called once a step, after the optimizer's. fired (F,): on how many of the step's tokens,
-        over all micro-steps and ranks, each feature was active; length (): the mean of SAEOut's.
+        Called once a step, after the model's optimizer. fired (F,): on how many of the step's
+        tokens, over all micro-steps and ranks, each feature was active; length (): the mean of
+        SAEOut's.
         b_enc moves by `nudge`, without any gradient: up where a feature was silent over the last
         `silent_steps` steps, down where its share of tokens is above `cap` (the idea of loss-free
         balancing in mixtures of experts, arXiv 2408.15664).
         """
         if self.site.own:
-            self.normalize_rows()
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
         self.share.lerp_(fired / tokens, 0.1)

@@ -64,8 +64,8 @@ wandb_log = False
 wandb_project = 'sae-gpt'
 # data
 dataset = 'fineweb'       # a folder of data/, or a path
-batch_size = 64           # sequences in a micro-batch
-gradient_accumulation_steps = 8 # micro-batches a step, over all ranks together
+batch_size = 16           # sequences in a micro-batch
+gradient_accumulation_steps = 32 # micro-batches a step, over all ranks together
 # model: the keys of GPTConfig in model.py, with its defaults; vocab_size is the data's
 model_keys = [key for key in asdict(GPTConfig()) if key != 'vocab_size']
 globals().update({key: getattr(GPTConfig(), key) for key in model_keys})
@@ -76,7 +76,8 @@ sae_posthoc = False       # freeze all but the SAE; evals splice it in
 # optimiser
 optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all
 learning_rate = 3e-3
-sae_lr_factor = 0.5       # the SAE's learning rate is this times the model's
+sae_steps = 4             # of the SAE in each step, one after each part of the micro-batches
+sae_lr_factor = 0.25      # its learning rate is this times the model's
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -118,9 +119,10 @@ def problems(c):
     for key, known in one_of.items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
-    if c['gradient_accumulation_steps'] % world_size:
+    parts = world_size * (c['sae_steps'] if c['sae_layers'] else 1)
+    if c['gradient_accumulation_steps'] % parts:
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
-                     f"multiple of the {world_size} ranks")
+                     f"multiple of {parts}, the number of ranks times sae_steps")
     try:
         resolve_device(c['device'], local_rank)
     except ValueError as e:
@@ -283,14 +285,21 @@ def set_alpha(alpha):
 set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
-# reads over many features, which then tell less.
+# reads over many features, which then tell less. The SAE learns best in smaller batches than the
+# model, since each of its features fires on few tokens: it has an optimizer of its own.
 groups = model.optimizer_groups(weight_decay, sae_lr_factor)
 for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
-for_adamw = [g for g in groups if optimizer == 'adamw' or g['name'] != 'matrices']
+for_sae = [g for g in groups if g['name'] == 'sae']
+for_adamw = [g for g in groups if g['name'] == 'embedding'
+             or g['name'] == 'matrices' and optimizer == 'adamw']
 optimizers = []
 if for_muon:
     optimizers.append(torch.optim.Muon(for_muon, adjust_lr_fn='match_rms_adamw'))
-optimizers.append(torch.optim.AdamW(for_adamw, betas=(beta1, beta2), fused=True))
+for groups in for_adamw, for_sae:
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True))
+sae_optimizer = optimizers[-1] if for_sae else None
+model_optimizers = [opt for opt in optimizers if opt is not sae_optimizer]
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
@@ -327,6 +336,9 @@ eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # 2.11 has no other name
     wait_for_all() # above, only the first rank of a node reads all data
+if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
+    names = [name for name, _ in model.named_parameters() if '.sae.' in name]
+    DDP._set_params_and_buffers_to_ignore_for_model(model, names)
     model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
                 gradient_as_bucket_view=True) # a copy of the gradients less
 
@@ -449,11 +461,25 @@ def next_batch(step, i):
         return [t.pin_memory().to(device, non_blocking=True) for t in batch]
     return [t.to(device) for t in batch]
 
+def step_saes():
+    """The SAEs' own step. Returns the norm of their gradient, and forgets it."""
+    params = [p for group in for_sae for p in group['params']]
+    for p in params:
+        all_reduce(p.grad).div_(world_size * scaler.get_scale())
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
+        sae_optimizer.step()
+    sae_optimizer.zero_grad(set_to_none=True)
+    for sae in saes.values():
+        sae.normalize_rows()
+    return norm
+
 x, y = next_batch(step, 0)
 started = last_log = time.time()
 last_step = saved_step = step
 stop = 0 # the signal that came to any rank
 broken = torch.full((), -1, device=device) # the first step that was not finite
+sae_norm = torch.zeros((), device=device)
 
 while True:
     tokens = step * tokens_per_step
@@ -524,7 +550,7 @@ while True:
             say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
         break
 
-    # 3) one step: micro-batches, forward and backward
+    # 3) one step: micro-batches, forward and backward, and the SAEs' own steps
     fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
     for i in range(local_micros):
@@ -541,23 +567,28 @@ while True:
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
+        if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
+            sae_norm = step_saes()
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # 4) clip, update, nudge
-    for opt in optimizers:
+    for opt in model_optimizers:
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    for opt in optimizers:
+    grad_norm = torch.hypot(grad_norm, sae_norm) # of the model, and the SAEs' last one
+    for opt in model_optimizers:
         scaler.step(opt)
-    scaler.update()
+    if model_optimizers: # post hoc there are none
+        scaler.update()
     raw_model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
     all_reduce(lengths)
     for sae, counts, length in zip(saes.values(), fired, lengths):
         sae.after_step(counts, tokens_per_step, length)
     # read only where the GPU is waited for anyway; an fp16 overflow is the scaler's business
-    finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
+    excused = scaler.is_enabled() and bool(model_optimizers)
+    finite = loss.isfinite() & (grad_norm.isfinite() | excused)
     broken = torch.where((broken < 0) & ~finite, step, broken)
     step += 1
     stop = int(all_reduce(torch.tensor(signals[-1]), dist.ReduceOp.MAX, hosts))

@@ -16,6 +16,7 @@ sae_cap = 0.03           # with so few features a laxer one leaves them to "the"
 
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 2
+sae_steps = 2
 max_iters = 480          # at so few tokens small batches and many steps learn more
 warmup_iters = 20
 

@@ -13,8 +13,8 @@ sae_layers = (6,)        # F = 16 * 768 = 12,288 features on the stream after bl
 sae_ratio = 16
 sae_k = 64               # of them for each token
 
-batch_size = 64          # 64 sequences * 8 micro-batches * 1,024 tokens = 524,288 tokens a step
-gradient_accumulation_steps = 8
+batch_size = 16          # 16 sequences * 32 micro-batches * 1,024 tokens = 524,288 tokens a step
+gradient_accumulation_steps = 32 # on 8 GPUs four each, so that the SAE can make four steps
 max_iters = 4768         # * 524,288 = 2.5 B tokens
 warmup_iters = 250
 eval_interval = 250

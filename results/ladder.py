@@ -32,15 +32,16 @@ from measures import measure                       # noqa: E402
 from model import GPTConfig                        # noqa: E402
 
 SIZES = {
-    'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, sae_layers=(0,),
-                 sae_k=8, eval_tokens=1024, log_interval=2, compile=False, device='cpu'),
+    'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, sae_layers=(0,),
+                 sae_k=8, gradient_accumulation_steps=4, eval_tokens=1024, log_interval=2,
+                 compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
                 sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
-                warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
-    'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=128, sae_layers=(3,),
-                  eval_tokens=524_288),
-    'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=64, sae_layers=(6,),
-                  eval_tokens=524_288),
+                sae_steps=2, warmup_iters=20, eval_tokens=32_768, compile=False, device='cpu'),
+    'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, sae_layers=(3,),
+                  gradient_accumulation_steps=4, eval_tokens=524_288),
+    'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=16, sae_layers=(6,),
+                  gradient_accumulation_steps=4, eval_tokens=524_288),
 }
 
 def rows(size):
@@ -49,10 +50,11 @@ def rows(size):
     every = tuple(range(L))
     at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
     slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
-    naive = at_once | dict(sae_nudge=0.0)
+    one_step = dict(sae_steps=1, sae_lr_factor=0.5)
+    naive = at_once | one_step | dict(sae_nudge=0.0)
     # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
     # the learning rate and the cap (none) that suit it best
-    posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=1.0,
+    posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
                    sae_cap=0.0)
     return {
         'dense': dict(sae_layers=()),
@@ -64,6 +66,7 @@ def rows(size):
         'posthoc K=32': posthoc | dict(sae_k=32),
         'posthoc 95%': posthoc | dict(sae_blend_start=0.95, sae_blend_end=0.95),
         'posthoc 50%': posthoc | dict(sae_blend_start=0.5, sae_blend_end=0.5),
+        'default-steps': one_step,
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
@@ -104,9 +107,8 @@ def make(c, slots, row, seed):
     if target.exists():
         return None
     evals = 4 if size == 'cpu' else 10
-    options = dict(
-        gradient_accumulation_steps=1, warmup_iters=max(1, steps // 20),
-        eval_interval=max(1, steps // evals), save_interval=10 ** 9, probe_tokens=0)
+    options = dict(warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // evals),
+                   save_interval=10 ** 9, probe_tokens=0)
     options |= SIZES[size] | rows(size)[row]
     options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir)
     if 'sae_posthoc' in options:

@@ -37,9 +37,9 @@ children.set_forkserver_preload(['torch', 'numpy', 'torch.distributed', 'torch.n
 TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, mlp_ratio=2, batch_size=2,
     gradient_accumulation_steps=4, dropout=0.1, sae_layers=1, sae_ratio=4, sae_k=4,
-    sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1, sae_blend_end=0.9,
-    lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
-    log_interval=2, eval_tokens=96, probe_tokens=128, seed=5, device='cpu', dtype='float32',
+    sae_steps=2, sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1,
+    sae_blend_end=0.9, lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
+    log_interval=2, eval_tokens=96, probe_tokens=128, seed=6, device='cpu', dtype='float32',
     compile='false')
 
 def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):

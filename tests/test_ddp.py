@@ -120,7 +120,7 @@ def test_micro_batches_that_do_not_divide(tiny_data, tmp_path):
     """Three micro-batches on two ranks: refused with exit code 2 before anything is started."""
     codes, text = train(tmp_path, tiny_data, ranks=2, gradient_accumulation_steps=3)
     assert codes == [2, 2]
-    assert 'gradient_accumulation_steps=3 must be a multiple of the 2 ranks' in text
+    assert 'steps=3 must be a multiple of 4, the number of ranks times sae_steps' in text
 
 @pytest.mark.slow
 def test_torchrun(whole, tiny_data, tmp_path):

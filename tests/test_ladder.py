@@ -32,7 +32,7 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     for r in (dense, posthoc):
         assert ladder.NEEDED <= set(r)
         assert r['config']['seed'] == r['seed'] == 3
-        assert r['tokens'] == 4 * 128
+        assert r['tokens'] == 4 * 256
         assert r['curve'][-1] == [r['tokens'], r['val_loss']] and len(r['curve']) == 5
     assert dense['val_loss_zeroed'] is None
     for r, key in ((dense, 'probe_random'), (dense, 'probe_channels'), (posthoc, 'probe')):

@@ -144,7 +144,9 @@ def test_scale_and_rows(site):
         sae.alpha.fill_(alpha)
         sae.after_step(torch.ones(sae.n_features), 1000, torch.tensor(length))
     if sae.site.own:
+        sae.W_dec.data *= torch.rand(sae.n_features, 1) + 0.5
         before.normalize_rows()
+        sae.normalize_rows()
         torch.testing.assert_close(sae.W_dec, before.W_dec)
         before.scale.fill_(3.0)
     torch.testing.assert_close(sae(x)[0], before(x)[0])

@@ -54,9 +54,10 @@ def test_the_undisturbed_run(whole, tiny_data):
     assert 0 < middle['live'] < 1                                     # the nudge acts
     checkpoint = load_checkpoint(whole)
     assert checkpoint['model']['transformer.h.1.sae.silent'].any()
-    _, adamw = checkpoint['optimizers'] # Muon has the matrices
-    shapes = [tuple(state['exp_avg'].shape) for state in adamw['state'].values()]
-    assert sorted(shapes) == [(16,), (64,), (64, 16), (64, 16), (320, 16)] # of the SAE, and wte
+    _, adamw, of_sae = checkpoint['optimizers'] # Muon has the matrices
+    shapes = [[tuple(state['exp_avg'].shape) for state in opt['state'].values()]
+              for opt in (adamw, of_sae)]
+    assert shapes == [[(320, 16)], [(64, 16), (64,), (64, 16), (16,)]] # wte; the SAE
     assert start['config']['sae_k'] == 4 and start['config']['dataset'] == tiny_data
     assert start['versions']['torch'] == torch.__version__ and start['tokens_per_step'] == 128
     assert start['params'] == sum(p.numel() for p in load_model(checkpoint).parameters())
@@ -268,7 +269,7 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
                if type(value) in other_value}
     changed |= dict(
         sae_site='mlp', optimizer='adamw', lr_schedule='wsd', dtype='bfloat16', sae_layers='0,1',
-        n_embd=36, max_iters=7, wandb_project='x',
+        n_embd=36, max_iters=7, gradient_accumulation_steps=12, wandb_project='x',
         sae_posthoc=False, wandb_log=False) # these two cannot be on here
     before = contents(tmp_path / 'out')
     code, text = train(tmp_path / 'out', other, init_from='resume', **changed)
@@ -420,24 +421,41 @@ def test_sae_lr_and_clipping(tiny_data, tmp_path):
     And AdamW's first average, of the gradient's tenth, has a tenth of the length grad_clip."""
     now = {}
     for x in (1, 0.25):
-        finish(tmp_path / str(x), tiny_data, sae_lr_factor=x, sae_blend_start=0,
+        finish(tmp_path / str(x), tiny_data, sae_lr_factor=x, sae_steps=1, sae_blend_start=0,
                sae_blend_end=0, max_iters=1, optimizer='adamw', grad_clip=0.01)
         checkpoint = load_checkpoint(tmp_path / str(x))
-        now[x], (adamw,) = checkpoint['model'], checkpoint['optimizers']
+        now[x], both = checkpoint['model'], checkpoint['optimizers']
     assert now[1]['transformer.h.1.sae.b_dec'].any()
     for name, full in now[1].items():
         if '.sae.' not in name or name.endswith('b_dec'):
             factor = 0.25 if name.endswith('b_dec') else 1
             torch.testing.assert_close(now[0.25][name], full * factor)
-    squares = [float(state['exp_avg'].square().sum()) for state in adamw['state'].values()]
-    assert math.sqrt(sum(squares)) == pytest.approx(0.001, rel=1e-3)
-    assert adamw['param_groups'][0]['betas'] == (0.9, 0.95)
+    for adamw in both: # the model's, and the SAE's
+        squares = [float(state['exp_avg'].square().sum()) for state in adamw['state'].values()]
+        assert math.sqrt(sum(squares)) == pytest.approx(0.001, rel=1e-3)
+        assert adamw['param_groups'][0]['betas'] == (0.9, 0.95)
+
+def test_steps_of_the_sae(tiny_data, tmp_path):
+    """Beside a frozen model four steps of the SAE, one after each micro-batch of a single step,
+    are four steps of one micro-batch each; one step after all four is another thing."""
+    finish(tmp_path / 'dense', tiny_data, sae_layers='', max_iters=2)
+    rows = {}
+    for name, numbers in (('in one', (1, 4, 4)), ('alone', (4, 1, 1)), ('once', (1, 4, 1))):
+        steps = zip(('max_iters', 'gradient_accumulation_steps', 'sae_steps'), numbers)
+        finish(tmp_path / name, tiny_data, init_from=tmp_path / 'dense', sae_posthoc=True,
+               **dict(steps),
+               warmup_iters=0, lr_schedule='wsd', grad_clip=0, dropout=0, sae_nudge=0,
+               sae_blend_start=1, sae_blend_end=1, sae_recon=1)
+        rows[name] = load_checkpoint(tmp_path / name)['model']['transformer.h.1.sae.W_dec']
+    torch.testing.assert_close(rows['in one'], rows['alone'], rtol=1e-3, atol=1e-5)
+    assert (rows['once'] - rows['alone']).abs().max() > 1e-3
 
 def test_train_loss_by_brute_force(tiny_data, tmp_path):
     """The logged loss is the mean over the micro-steps since the last log line; the first one can
     be recomputed, and so can the norm of its gradient."""
-    train(tmp_path / 'each', tiny_data, log_interval=1, dropout=0, max_iters=4)
-    train(tmp_path / 'mean', tiny_data, log_interval=4, dropout=0, max_iters=4)
+    for name, interval in ('each', 1), ('mean', 4):
+        train(tmp_path / name, tiny_data, log_interval=interval, dropout=0, max_iters=4,
+              sae_steps=1)
     each, (mean,) = records(tmp_path / 'each', 'log'), records(tmp_path / 'mean', 'log')
     for key in ('loss', 'l0', 'fvu'):
         assert mean[key] == pytest.approx(sum(r[key] for r in each) / 4, rel=1e-6)
