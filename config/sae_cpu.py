@@ -17,6 +17,7 @@ sae_cap = 0.03           # with so few features a laxer one leaves them to "the"
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 2
 sae_steps = 2
+sae_lr_factor = 0.5      # so few steps need a higher rate
 max_iters = 480          # at so few tokens small batches and many steps learn more
 warmup_iters = 20
 
