@@ -122,8 +122,8 @@ def concepts(count, N, pairs, tokens, names):
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
                        of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
                        fewer than 4 words
-      concept (F,)     how nameable: (1 + coherence)^2 times what its words tell, the sum of their
-                       count * log(...) over its firings
+      concept (F,)     how nameable: (1 + coherence) times the square of what its words tell, the
+                       sum of their count * log(...) over its firings
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -157,7 +157,7 @@ def concepts(count, N, pairs, tokens, names):
                 npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
             npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
             coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
-    return dict(words=words, coherence=coherence, concept=(1 + coherence) ** 2 * told)
+    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2)
 
 def coherence_curve(scan, timeline):
     """

@@ -28,6 +28,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -287,19 +288,17 @@ set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less. The SAE learns best in smaller batches than the
 # model, since each of its features fires on few tokens: it has an optimizer of its own.
-groups = model.optimizer_groups(weight_decay, sae_lr_factor)
-for_muon = [g for g in groups if optimizer == 'muon' and g['name'] == 'matrices']
-for_sae = [g for g in groups if g['name'] == 'sae']
-for_adamw = [g for g in groups if g['name'] == 'embedding'
-             or g['name'] == 'matrices' and optimizer == 'adamw']
-optimizers = []
-if for_muon:
-    optimizers.append(torch.optim.Muon(for_muon, adjust_lr_fn='match_rms_adamw'))
-for groups in for_adamw, for_sae:
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True))
-sae_optimizer = optimizers[-1] if for_sae else None
-model_optimizers = [opt for opt in optimizers if opt is not sae_optimizer]
+groups = {g['name']: g for g in model.optimizer_groups(weight_decay, sae_lr_factor)}
+adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), fused=True)
+model_optimizers, sae_optimizers = [], []
+if optimizer == 'muon' and 'matrices' in groups:
+    muon = torch.optim.Muon([groups.pop('matrices')], adjust_lr_fn='match_rms_adamw')
+    model_optimizers.append(muon)
+if 'sae' in groups:
+    sae_optimizers.append(adamw([groups.pop('sae')]))
+if groups:
+    model_optimizers.append(adamw(list(groups.values())))
+optimizers = model_optimizers + sae_optimizers
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
@@ -463,13 +462,14 @@ def next_batch(step, i):
 
 def step_saes():
     """The SAEs' own step. Returns the norm of their gradient, and forgets it."""
-    params = [p for group in for_sae for p in group['params']]
+    (opt,) = sae_optimizers
+    params = opt.param_groups[0]['params']
     for p in params:
         all_reduce(p.grad).div_(world_size * scaler.get_scale())
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
     if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
-        sae_optimizer.step()
-    sae_optimizer.zero_grad(set_to_none=True)
+        opt.step()
+    opt.zero_grad(set_to_none=True)
     for sae in saes.values():
         sae.normalize_rows()
     return norm
@@ -567,7 +567,7 @@ while True:
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
-        if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
+        if sae_optimizers and (i + 1) % (local_micros // sae_steps) == 0:
             sae_norm = step_saes()
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
