@@ -1,14 +1,15 @@
 """
 Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
 are pure functions of (seed, step, micro-batch), so resuming is exact; one schedule more (the blend
-alpha); features that fire too rarely or too often are nudged after each step; every eval also
-asks what the model loses without its features; checkpoints are atomic.
+alpha); the SAE makes several steps in each step of the model; features that fire too rarely or too
+often are nudged after each step; every eval also asks what the model loses without its features;
+checkpoints are atomic.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
 on 8 GPUs of one node:       $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
 on 2 nodes of 8, the first:  $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \
-                                   --master_addr=IP train.py config/sae_gpt.py
+                                   --master_addr=IP train.py config/sae_gpt.py --sae_steps=2
 go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=resume
 
 Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a gradient was not
