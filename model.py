@@ -340,8 +340,8 @@ def load_checkpoint(out_dir):
 
 def load_model(checkpoint, device='cpu'):
     """
-    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc, watching only,
-    are spliced in. Raises ValueError for a checkpoint of another version, an unusable device.
+    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc are spliced in.
+    Raises ValueError for a checkpoint of another version, an unusable device.
     """
     device = resolve_device(device)
     try:
@@ -351,7 +351,7 @@ def load_model(checkpoint, device='cpu'):
         reason = str(e).strip().splitlines()[-1].strip()
         raise ValueError(f"the checkpoint does not fit this version of model.py ({reason}): use "
                          "the version that wrote it, or train again") from None
-    if checkpoint.get('config', {}).get('sae_posthoc'): # saved with alpha 0
+    if checkpoint.get('config', {}).get('sae_posthoc'): # maybe saved with alpha 0
         print("note: the SAEs were trained post hoc; here they are spliced in", file=sys.stderr)
         for sae in model.saes().values():
             sae.posthoc = True

@@ -9,7 +9,7 @@ The sparse autoencoder (SAE) layer: a place in a GPT through which only K of F f
 
 It is part of the model: after the hand-over (alpha = 1) the language model's own loss trains it,
 and there is no reconstruction error to explain away. Before (alpha = 0) it only watches, and learns
-to reconstruct h; scale is how long x is on average, as it was then. Rows of W_dec have one length.
+to reconstruct h; scale is the RMS of x, as it was then. Rows of W_dec have one length.
 This file knows nothing of GPTs; model.py calls it.
 
 Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*T, S SAE layers.

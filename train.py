@@ -2,19 +2,17 @@
 Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
 are pure functions of (seed, step, micro-batch), so resuming is exact; one schedule more (the blend
 alpha); the SAE makes several steps in each step of the model; features that fire too rarely or too
-often are nudged after each step; every eval also asks what the model loses without its features;
-checkpoints are atomic.
+often are nudged; evals ask what is lost without the features; checkpoints are atomic.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
 on 8 GPUs of one node:       $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
 on 2 nodes of 8, the first:  $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \
-                                   --master_addr=IP train.py config/sae_gpt.py --sae_steps=2
+      --master_addr=IP train.py config/sae_gpt.py --batch_size=8 --gradient_accumulation_steps=64
 go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=resume
 
-Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 the loss or a gradient was not
-finite, 4 ranks came to differ, 128 + signal after SIGTERM, SIGHUP or Ctrl-C (the step was finished
-and saved).
+Exit codes: 0 done, 1 data or checkpoint unusable, 2 bad config, 3 loss or gradient not finite,
+4 ranks came to differ, 128 + signal after SIGTERM, SIGHUP, Ctrl-C (the step was finished, saved).
 """
 import json
 import math
@@ -121,7 +119,8 @@ def problems(c):
     for key, known in one_of.items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
-    parts = world_size * (c['sae_steps'] if c['sae_layers'] else 1)
+    own = [name for name, site in SITES.items() if site.own]
+    parts = world_size * (c['sae_steps'] if c['sae_layers'] and c['sae_site'] in own else 1)
     if c['gradient_accumulation_steps'] % parts:
         found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
                      f"multiple of {parts}, the number of ranks times sae_steps")
@@ -131,7 +130,6 @@ def problems(c):
         found.append(str(e))
     if c['wandb_log'] and find_spec('wandb') is None:
         found.append("wandb_log=True needs wandb: pip install wandb")
-    own = [name for name, site in SITES.items() if site.own]
     sound = c['sae_layers'] and c['sae_recon'] and c['sae_site'] in own
     if c['sae_posthoc'] and (c['init_from'] == 'scratch' or not sound):
         found.append("sae_posthoc=True needs --init_from=<out_dir of a trained dense model>, "
@@ -291,13 +289,12 @@ set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
 # model, since each of its features fires on few tokens: it has an optimizer of its own.
 groups = {g['name']: g for g in model.optimizer_groups(weight_decay, sae_lr_factor)}
 adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), fused=True)
-model_optimizers, sae_optimizers = [], []
+sae_optimizers = [adamw([groups.pop('sae')])] if 'sae' in groups else []
+model_optimizers = []
 if optimizer == 'muon' and 'matrices' in groups:
     muon = torch.optim.Muon([groups.pop('matrices')], adjust_lr_fn='match_rms_adamw')
     model_optimizers.append(muon)
-if 'sae' in groups:
-    sae_optimizers.append(adamw([groups.pop('sae')]))
-if groups:
+if groups: # post hoc there are none
     model_optimizers.append(adamw(list(groups.values())))
 optimizers = model_optimizers + sae_optimizers
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -326,7 +323,7 @@ if checkpoint is not None:
         fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
     asked = given & {'sae_blend_start', 'sae_blend_end'}
-    if sae_posthoc or any(config[key] != was.get(key) for key in asked):
+    if sae_posthoc and not resuming or any(config[key] != was.get(key) for key in asked):
         set_alpha(0.0)
 checkpoint = None # free the memory
 
@@ -336,6 +333,8 @@ eval_model = model
 if ddp:
     warnings.filterwarnings('ignore', message='`broadcast_buffers`') # 2.11 has no other name
     wait_for_all() # above, only the first rank of a node reads all data
+    for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
+        dist.broadcast(value, 0)
 if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
     names = [name for name, _ in model.named_parameters() if '.sae.' in name]
     DDP._set_params_and_buffers_to_ignore_for_model(model, names)
@@ -462,12 +461,12 @@ def next_batch(step, i):
     return [t.to(device) for t in batch]
 
 def step_saes():
-    """The SAEs' own step. Returns the norm of their gradient, and forgets it."""
+    """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
     (opt,) = sae_optimizers
     params = opt.param_groups[0]['params']
     for p in params:
         all_reduce(p.grad).div_(world_size * scaler.get_scale())
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(params, (grad_clip or math.inf) / sae_steps) * sae_steps
     if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
         opt.step()
     opt.zero_grad(set_to_none=True)
@@ -480,7 +479,6 @@ started = last_log = time.time()
 last_step = saved_step = step
 stop = 0 # the signal that came to any rank
 broken = torch.full((), -1, device=device) # the first step that was not finite
-sae_norm = torch.zeros((), device=device)
 
 while True:
     tokens = step * tokens_per_step
@@ -525,7 +523,7 @@ while True:
         if ddp:
             check_replicas()
         model.eval()
-        if sae_posthoc: # in training they only watch
+        if sae_posthoc: # until the hand-over they only watch
             set_alpha(1.0)
         record = evaluate(eval_model, saes, val_batches, autocast, all_reduce)
         if sae_posthoc:
@@ -554,6 +552,7 @@ while True:
     # 3) one step: micro-batches, forward and backward, and the SAEs' own steps
     fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
+    sae_norm = torch.zeros((), device=device)
     for i in range(local_micros):
         if ddp: # gradients are averaged over ranks with the last; to be set before the forward pass
             model.require_backward_grad_sync = i == local_micros - 1
@@ -569,18 +568,20 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         if sae_optimizers and (i + 1) % (local_micros // sae_steps) == 0:
-            sae_norm = step_saes()
+            sae_norm = torch.hypot(sae_norm, step_saes()) # of all: none that broke is lost
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # 4) clip, update, nudge
     for opt in model_optimizers:
         scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    grad_norm = torch.hypot(grad_norm, sae_norm) # of the model, and the SAEs' last one
+    model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = torch.hypot(model_norm, sae_norm)
     for opt in model_optimizers:
         scaler.step(opt)
-    if model_optimizers: # post hoc there are none
+    if scaler.is_enabled() and model_norm.isfinite() and not sae_norm.isfinite():
+        scaler.update(scaler.get_scale() / 2) # of the SAEs' overflows it knows nothing
+    elif model_optimizers:
         scaler.update()
     raw_model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
@@ -588,8 +589,7 @@ while True:
     for sae, counts, length in zip(saes.values(), fired, lengths):
         sae.after_step(counts, tokens_per_step, length)
     # read only where the GPU is waited for anyway; an fp16 overflow is the scaler's business
-    excused = scaler.is_enabled() and bool(model_optimizers)
-    finite = loss.isfinite() & (grad_norm.isfinite() | excused)
+    finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)
     step += 1
     stop = int(all_reduce(torch.tensor(signals[-1]), dist.ReduceOp.MAX, hosts))

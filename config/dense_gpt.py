@@ -10,7 +10,7 @@ block_size = 1024
 sae_layers = ()
 
 batch_size = 16          # 16 sequences * 32 micro-batches * 1,024 tokens = 524,288 tokens a step
-gradient_accumulation_steps = 32 # on 8 GPUs four each, so that the SAE can make four steps
+gradient_accumulation_steps = 32
 max_iters = 4768         # * 524,288 = 2.5 B tokens
 warmup_iters = 250
 eval_interval = 250

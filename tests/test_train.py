@@ -206,6 +206,10 @@ def test_fp16(whole, tiny_data, tmp_path):
     scale = [r['loss_scale'] for r in log]
     assert log[2]['loss'] is None and scale[1] == 2 * scale[2] and scale[2] == scale[-1]
     assert log[1]['grad_norm'] == pytest.approx(records(whole, 'log')[0]['grad_norm'], rel=0.02)
+    finish(tmp_path / 'post hoc', tiny_data, accident, dtype='float16', log_interval=1,
+           sae_posthoc=True, init_from=whole) # whose scaler knows the SAE's gradients alone
+    scale = [r['loss_scale'] for r in records(tmp_path / 'post hoc', 'log')]
+    assert scale[1] == 2 * scale[2] and scale[2] == scale[-1]
 
 # --------------------------------------------------------------------------------------------------
 # refusals
@@ -439,16 +443,18 @@ def test_steps_of_the_sae(tiny_data, tmp_path):
     """Beside a frozen model four steps of the SAE, one after each micro-batch of a single step,
     are four steps of one micro-batch each; one step after all four is another thing."""
     finish(tmp_path / 'dense', tiny_data, sae_layers='', max_iters=2)
-    rows = {}
+    rows, norms = {}, {}
     for name, numbers in (('in one', (1, 4, 4)), ('alone', (4, 1, 1)), ('once', (1, 4, 1))):
         steps = zip(('max_iters', 'gradient_accumulation_steps', 'sae_steps'), numbers)
         finish(tmp_path / name, tiny_data, init_from=tmp_path / 'dense', sae_posthoc=True,
                **dict(steps),
-               warmup_iters=0, lr_schedule='wsd', grad_clip=0, dropout=0, sae_nudge=0,
-               sae_blend_start=1, sae_blend_end=1, sae_recon=1)
+               warmup_iters=0, lr_schedule='wsd', grad_clip=0.05, dropout=0, sae_nudge=0,
+               sae_blend_start=1, sae_blend_end=1, sae_recon=1, log_interval=1)
+        norms[name] = [r['grad_norm'] for r in records(tmp_path / name, 'log')]
         rows[name] = load_checkpoint(tmp_path / name)['model']['transformer.h.1.sae.W_dec']
     torch.testing.assert_close(rows['in one'], rows['alone'], rtol=1e-3, atol=1e-5)
     assert (rows['once'] - rows['alone']).abs().max() > 1e-3
+    assert norms['in one'] == pytest.approx([math.hypot(*norms['alone'])], rel=1e-4)
 
 def test_train_loss_by_brute_force(tiny_data, tmp_path):
     """The logged loss is the mean over the micro-steps since the last log line; the first one can
