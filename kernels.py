@@ -47,17 +47,18 @@ LOGITS_MB = 2048     # the logits, hence how many rows at a time
 LOSS_BLOCK = 2048    # columns in registers at once
 
 # ---------------------------------------------------------------------------- where kernels run
-@torch.compiler.assume_constant_result   # torch.compile asks once
 def available(device):
     """True where the kernels run: an NVIDIA GPU from Ampere on, or anywhere in the interpreter."""
     device = torch.device(device)
     return INTERPRET or (triton is not None and device.type == "cuda" and torch.version.hip is None
                          and torch.cuda.get_device_capability(device) >= (8, 0))
 
-@torch.compiler.assume_constant_result
 def _hopper(device):
     """True where _matmul runs: it was made for, and measured on, Hopper alone."""
     return INTERPRET or (available(device) and torch.cuda.get_device_capability(device)[0] == 9)
+
+for fn in available, _hopper:   # torch.compile asks once; assume_constant_result does no more than
+    fn._dynamo_marked_constant = True   # this, but loads the compiler, two seconds for each view
 
 def fits(n, F, C, k, dtype, device):
     """True where topk_autoencode takes n tokens of C channels in dtype; else use the plain path."""

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ import features
 import inspect_features as view
 import sample
 import scanning
+from conftest import ROOT
 from model import load_checkpoint, load_model
 from sae import SITES
 from test_features import (harmless, index, make_run, out, refused, snapshots, # fixtures, too
@@ -385,3 +387,8 @@ def test_export(out, tmp_path):
         assert type(theirs).__name__ == 'TopKSAE'
         assert torch.allclose(theirs.encode(h), ours, atol=1e-6)
         assert torch.allclose(theirs.decode(theirs.encode(h)), sae.decode(ours), atol=1e-6)
+
+def test_starts_light():
+    """A view does not load torch's compiler, which takes longer than most views."""
+    code = "import inspect_features, sample, sys; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
