@@ -25,9 +25,10 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes long; runs with --slow only')
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--slow'):
-        config.hook.pytest_deselected(items=[item for item in items if 'slow' in item.keywords])
-        items[:] = [item for item in items if 'slow' not in item.keywords]
+    if not config.getoption('--slow'): # a mark: keywords would have the names of folders too
+        slow = [item for item in items if item.get_closest_marker('slow')]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     # last: it waits for the run below
     items.sort(key=lambda item: item.name == 'test_under_interpreter')
 
