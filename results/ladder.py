@@ -54,7 +54,7 @@ def rows(size):
     one_step = dict(sae_steps=1, sae_lr_factor=0.5)
     naive = at_once | one_step | dict(sae_nudge=0.0)
     # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
-    # the learning rate and the cap (none) that suit it best
+    # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
                    sae_cap=0.0)
     return {

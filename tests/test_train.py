@@ -447,9 +447,8 @@ def test_steps_of_the_sae(tiny_data, tmp_path):
     for name, numbers in (('in one', (1, 4, 4)), ('alone', (4, 1, 1)), ('once', (1, 4, 1))):
         steps = zip(('max_iters', 'gradient_accumulation_steps', 'sae_steps'), numbers)
         finish(tmp_path / name, tiny_data, init_from=tmp_path / 'dense', sae_posthoc=True,
-               **dict(steps),
-               warmup_iters=0, lr_schedule='wsd', grad_clip=0.05, dropout=0, sae_nudge=0,
-               sae_blend_start=1, sae_blend_end=1, sae_recon=1, log_interval=1)
+               **dict(steps), warmup_iters=0, lr_schedule='wsd', grad_clip=0.05, dropout=0,
+               sae_nudge=0, sae_blend_start=1, sae_blend_end=1, sae_recon=1, log_interval=1)
         norms[name] = [r['grad_norm'] for r in records(tmp_path / name, 'log')]
         rows[name] = load_checkpoint(tmp_path / name)['model']['transformer.h.1.sae.W_dec']
     torch.testing.assert_close(rows['in one'], rows['alone'], rtol=1e-3, atol=1e-5)
