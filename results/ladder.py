@@ -72,6 +72,7 @@ def rows(size):
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
+        'cap 5%': dict(sae_cap=0.05),
         'at 30%': dict(sae_blend_start=0.3, sae_blend_end=0.3),
         'at 50%': dict(sae_blend_start=0.5, sae_blend_end=0.5),
         'K=16': dict(sae_k=16),
@@ -93,6 +94,7 @@ def rows(size):
                                 sae_cap=0.0),
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
+        'a block more': dict(n_layer=L + 1),
     }
 
 # ------------------------------------------------------------------------------------------------
