@@ -117,10 +117,9 @@ def test_every_key_of_every_script(script):
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
     code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0',
-                                                  '--seeds=-1', '--gpus=x', f'--out={__file__}',
-                                                  '--labels=/none'])
+                                                  '--seeds=-1', f'--out={__file__}', '--labels=/none'])
     assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
-        f'error: {key}' for key in ('gpus', 'size', 'rows', 'out', 'labels', 'steps', 'seeds')], text
+        f'error: {key}' for key in ('size', 'rows', 'out', 'labels', 'steps', 'seeds')], text
 
 def test_ladder_results(tmp_path):
     """The table without results, or with a torn one: a sentence."""
