@@ -1,8 +1,7 @@
 """
 Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
 are pure functions of (seed, step, micro-batch), so resuming is exact; one schedule more (the blend
-alpha); the SAE makes several steps in each step of the model; features that fire too rarely or too
-often are nudged; evals ask what is lost without the features; checkpoints are atomic.
+alpha); the SAE makes several steps in each step of the model; checkpoints are atomic.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
@@ -23,11 +22,9 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -40,7 +37,6 @@ os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, stop_if, writable
 from data.dataset import (ROOT, data_dir, eval_batches, get_batch, load_dataset,
@@ -114,9 +110,8 @@ def problems(c):
             low = int(type(value) is int and key not in may_be_0)
             if not low <= value <= high.get(key, math.inf):
                 found.append(f"{key}={value} must lie in {low}..{high.get(key, math.inf)}")
-    one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
-                  dtype=('auto', 'float32', 'bfloat16', 'float16'))
-    for key, known in one_of.items():
+    for key, known in dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
+                           dtype=('auto', 'float32', 'bfloat16', 'float16')).items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
     own = [name for name, site in SITES.items() if site.own]
@@ -161,8 +156,7 @@ if deterministic:
 if dtype == 'auto' and cuda:
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
 elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
-    known = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-    fast = any(getattr(torch.cpu, name, bool)() for name in known)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = 'bfloat16' if fast and device_type == 'cpu' else 'float32'
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 local_micros = gradient_accumulation_steps // world_size
@@ -201,7 +195,6 @@ def on_error(kind, e, trace):
     fail(message)
 
 sys.excepthook = on_error
-
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
@@ -214,8 +207,7 @@ def all_reduce(t, op=dist.ReduceOp.SUM, group=None):
         dist.all_reduce(t, op, group)
     return t
 
-def wait_for_all():
-    """Where one rank works alone, maybe for longer than rank_timeout."""
+def wait_for_all(): # where one rank works alone, maybe for longer than rank_timeout
     if ddp:
         dist.barrier(hosts)
 
@@ -248,12 +240,12 @@ if data.meta['tokenizer'].endswith('.json'):
     tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
 
 step = checkpoint['step'] if resuming else 0
-was = checkpoint.get('config', {}) if checkpoint else {}
+was = checkpoint.get('config', {}) if checkpoint else {} # with which it was trained
 anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
-    # all that decides a step must be as it was; these may change
+    # all else decides a step
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
@@ -271,7 +263,7 @@ if resuming:
 torch.manual_seed(seed)
 model_args = {key: config[key] for key in model_keys}
 model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
-raw_model = model # without what compile and DDP put around it
+raw_model = model # without what compile puts around it
 saes = model.saes() # {block: SAE}
 model.requires_grad_(not sae_posthoc)
 for sae in saes.values():
@@ -287,16 +279,15 @@ set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less. The SAE learns best in smaller batches than the
 # model, since each of its features fires on few tokens: it has an optimizer of its own.
-groups = {g['name']: g for g in model.optimizer_groups(weight_decay, sae_lr_factor)}
-adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), fused=True)
-sae_optimizers = [adamw([groups.pop('sae')])] if 'sae' in groups else []
-model_optimizers = []
-if optimizer == 'muon' and 'matrices' in groups:
-    muon = torch.optim.Muon([groups.pop('matrices')], adjust_lr_fn='match_rms_adamw')
-    model_optimizers.append(muon)
-if groups: # post hoc there are none
-    model_optimizers.append(adamw(list(groups.values())))
-optimizers = model_optimizers + sae_optimizers
+optimizers = {}
+for group in model.optimizer_groups(weight_decay, sae_lr_factor):
+    if optimizer == 'muon' and group['name'] == 'matrices':
+        optimizers['matrices'] = torch.optim.Muon([group], adjust_lr_fn='match_rms_adamw')
+    else:
+        adamw = torch.optim.AdamW([group], betas=(beta1, beta2), fused=True)
+        optimizers[group['name']] = adamw
+sae_optimizer = optimizers.get('sae')
+model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
@@ -313,7 +304,7 @@ if checkpoint is not None:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
             misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
-            for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            for opt, state in zip(optimizers.values(), checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
             if master: # of all ranks together
@@ -329,17 +320,10 @@ checkpoint = None # free the memory
 
 if compile:
     model = torch.compile(model)
-eval_model = model
 if ddp:
-    warnings.filterwarnings('ignore', message='`broadcast_buffers`') # 2.11 has no other name
     wait_for_all() # above, only the first rank of a node reads all data
     for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
         dist.broadcast(value, 0)
-if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
-    names = [name for name, _ in model.named_parameters() if '.sae.' in name]
-    DDP._set_params_and_buffers_to_ignore_for_model(model, names)
-    model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True) # a copy of the gradients less
 
 # --------------------------------------------------------------------------------------------------
 # schedules
@@ -357,9 +341,9 @@ def learning_rate_at(step, max_iters):
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+    for opt in optimizers.values():
+        group, = opt.param_groups
+        group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
     # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
     # or a new run begins with it
     alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
@@ -402,7 +386,7 @@ def save():
     if master:
         save_checkpoint(out_dir, dict(
             model=raw_model.state_dict(), model_args=asdict(raw_model.config),
-            optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
+            optimizers=[opt.state_dict() for opt in optimizers.values()], scaler=scaler.state_dict(),
             step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
             dataset=place, tokenizer=tokenizer))
     wait_for_all()
@@ -460,16 +444,20 @@ def next_batch(step, i):
         return [t.pin_memory().to(device, non_blocking=True) for t in batch]
     return [t.to(device) for t in batch]
 
-def step_saes():
-    """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
-    (opt,) = sae_optimizers
+def average_gradients(opt, scale=1.0):
+    """Over all ranks; they come scaled. Returns the parameters that opt trains."""
     params = opt.param_groups[0]['params']
     for p in params:
-        all_reduce(p.grad).div_(world_size * scaler.get_scale())
+        all_reduce(p.grad).div_(world_size * scale)
+    return params
+
+def step_saes():
+    """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
+    params = average_gradients(sae_optimizer, scaler.get_scale())
     norm = torch.nn.utils.clip_grad_norm_(params, (grad_clip or math.inf) / sae_steps) * sae_steps
     if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
-        opt.step()
-    opt.zero_grad(set_to_none=True)
+        sae_optimizer.step()
+    sae_optimizer.zero_grad(set_to_none=True)
     for sae in saes.values():
         sae.normalize_rows()
     return norm
@@ -525,7 +513,7 @@ while True:
         model.eval()
         if sae_posthoc: # until the hand-over they only watch
             set_alpha(1.0)
-        record = evaluate(eval_model, saes, val_batches, autocast, all_reduce)
+        record = evaluate(model, saes, val_batches, autocast, all_reduce)
         if sae_posthoc:
             set_alpha(0.0)
             set_schedules(step)
@@ -554,8 +542,6 @@ while True:
     lengths = torch.zeros(len(saes), device=device)
     sae_norm = torch.zeros((), device=device)
     for i in range(local_micros):
-        if ddp: # gradients are averaged over ranks with the last; to be set before the forward pass
-            model.require_backward_grad_sync = i == local_micros - 1
         micro = i * world_size + rank
         torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + micro) % 2**63) # for dropout
         with autocast:
@@ -567,13 +553,14 @@ while True:
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
-        if sae_optimizers and (i + 1) % (local_micros // sae_steps) == 0:
+        if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
             sae_norm = torch.hypot(sae_norm, step_saes()) # of all: none that broke is lost
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # 4) clip, update, nudge
     for opt in model_optimizers:
+        average_gradients(opt)
         scaler.unscale_(opt)
     model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = torch.hypot(model_norm, sae_norm)

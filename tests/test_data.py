@@ -54,7 +54,7 @@ def test_batch_is_a_pure_function():
     want = {a: get_batch(tokens, 16, 4, *a, 2)[0] for a in args}
     random.Random(0).shuffle(args)
     for seed, step, micro in args:
-        dataset.epoch_order.cache_clear()
+        dataset.epoch_starts.cache_clear()
         x, y = get_batch(tokens, 16, 4, seed, step, micro, 2)
         assert x.shape == y.shape == (4, 16) and str(x.dtype) == "torch.int64"
         assert (x == want[seed, step, micro]).all() and (y == x + 1).all()
