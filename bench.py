@@ -1,11 +1,10 @@
 """
-How fast it is: every number beside its alternatives, all of them measured in one run.
+How fast it is, beside the alternatives: minutes on one GPU, a tiny version on a CPU.
 
-    python bench.py > bench.jsonl        minutes on one GPU, a tiny version on a CPU
-    python bench.py --step=false         one part only
+    python bench.py > bench.jsonl        --step=false, --layer=false: one part only
 
 layer   one SAE layer, forward and backward, in ms: kernels.py (fast; fast_skewed: some features
-        fire often), sae.py's plain path, a dense autoencoder; and its encoder's matmul alone
+        fire often), sae.py's plain path; and the encoder's matmul alone
 step    train.py with config/dense_gpt.py and config/sae_gpt.py in turns, on made-up tokens
 """
 import json
@@ -40,8 +39,8 @@ if GPU:
 
 def median_ms(fn):
     """
-    Median time of fn() after warm-up, on a GPU with a cold L2 cache. It is the GPU's time: a sleep
-    lets the host queue four calls ahead, as in training; else small shapes show Python's speed.
+    Median time of fn() after warm-up, on a GPU with a cold L2 cache. A sleep lets the host queue
+    four calls ahead, as in training; else small shapes show Python's speed.
     """
     for _ in range(3):
         fn()
@@ -83,10 +82,6 @@ def bench_layer(C, F, K):
             z = torch.zeros(N, F, device=DEVICE).scatter(-1, indices, values)
             return (z @ layer.W_dec + layer.b_dec).type_as(h)
 
-    def dense_autoencoder():
-        W_enc, b_enc, W_dec, b_dec = (p.bfloat16() for p in P)
-        return torch.nn.functional.linear(h - b_dec, W_enc, b_enc).relu() @ W_dec + b_dec
-
     if kernels.fits(N, F, C, K, h.dtype, h.device):
         measure('fast', lambda: kernels.topk_autoencode(h, *P, K)[0], *P)
         # trained layers are skewed: here 24 features fire on up to half of all tokens
@@ -98,7 +93,6 @@ def bench_layer(C, F, K):
     # a CPU may come without a C++ compiler
     compiled = torch.compile(plain, dynamic=False, backend='inductor' if GPU else 'eager')
     measure('plain_compiled', compiled, *P)
-    measure('dense_autoencoder', dense_autoencoder, *P)
     x, W = h.detach(), P[0].detach().bfloat16()
     row['encoder'] = median_ms(lambda: x @ W.t())
     return row

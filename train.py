@@ -274,24 +274,22 @@ def set_alpha(alpha):
     for sae in saes.values():
         sae.alpha.fill_(alpha)
 
-set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
+set_alpha(0.0) # a checkpoint may bring one that is further
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
-# reads over many features, which then tell less. The SAE learns best in smaller batches than the
-# model, since each of its features fires on few tokens: it has an optimizer of its own.
+# reads over many features, which then tell less.
 optimizers = {}
 for group in model.optimizer_groups(weight_decay, sae_lr_factor):
     if optimizer == 'muon' and group['name'] == 'matrices':
         optimizers['matrices'] = torch.optim.Muon([group], adjust_lr_fn='match_rms_adamw')
     else:
-        adamw = torch.optim.AdamW([group], betas=(beta1, beta2), fused=True)
-        optimizers[group['name']] = adamw
+        optimizers[group['name']] = torch.optim.AdamW([group], betas=(beta1, beta2), fused=True)
 sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-# since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
-log_sums = torch.zeros(4, dtype=wide, device=device) # so that no order of sums is seen in the log
+log_sums = torch.zeros(4, dtype=wide, device=device) # since the last log line: loss, L0 and FVU
+                                                     # (means over SAEs), micro-batches
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
@@ -344,25 +342,16 @@ def set_schedules(step):
     for opt in optimizers.values():
         group, = opt.param_groups
         group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
-    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
-    # or a new run begins with it
+    # never falls: a checkpoint's SAE may be further, since max_iters grew or a new run began
     alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
     for sae in saes.values():
         sae.alpha.clamp_(min=alpha)
 
-def alpha_now():
-    return min((sae.alpha.item() for sae in saes.values()), default=1.0)
-
 # --------------------------------------------------------------------------------------------------
 # evaluating, logging and saving
 
-def val_batches():
-    """This rank's share of the eval tokens, (x, y) each."""
-    return islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
-                  rank, None, world_size)
-
 def check_replicas():
-    """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
+    """Every rank must hold the same parameters and buffers."""
     sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
     low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
     high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
@@ -380,16 +369,6 @@ def write_log(record):
 
 def due(*intervals):
     return step == max_iters or any(step % interval == 0 for interval in intervals)
-
-def save():
-    sums = all_reduce(log_sums.clone())
-    if master:
-        save_checkpoint(out_dir, dict(
-            model=raw_model.state_dict(), model_args=asdict(raw_model.config),
-            optimizers=[opt.state_dict() for opt in optimizers.values()], scaler=scaler.state_dict(),
-            step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
-            dataset=place, tokenizer=tokenizer))
-    wait_for_all()
 
 if master:
     os.makedirs(out_dir, exist_ok=True)
@@ -416,15 +395,13 @@ if master:
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-blocks = ', '.join(map(str, saes))
-sparse = f"SAE at {sae_site} of block {blocks}: {raw_model.config.n_features} features, K={sae_k}"
-say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dense, no SAE layer'}\n"
-    f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
-    f"{world_size} x {device_type}, {dtype}")
+kind = f"SAE of {raw_model.config.n_features} features, K={sae_k}" if saes else "dense"
+say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {kind}; {max_iters} steps of "
+    f"{tokens_per_step:,} tokens on {world_size} x {device_type}, {dtype}")
 if resuming and was['max_iters'] != max_iters:
     before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
-    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
-        f"{now:.3g}")
+    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, "
+        f"now {now:.3g}")
 
 signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
@@ -437,12 +414,9 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
 
 def next_batch(step, i):
     """x and y of this rank's micro-batch i; i = local_micros is the first one of the next step."""
-    micro = i * world_size + rank
-    batch = get_batch(data.train, block_size, batch_size, seed, step, micro,
+    batch = get_batch(data.train, block_size, batch_size, seed, step, i * world_size + rank,
                       gradient_accumulation_steps)
-    if cuda:
-        return [t.pin_memory().to(device, non_blocking=True) for t in batch]
-    return [t.to(device) for t in batch]
+    return [t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device) for t in batch]
 
 def average_gradients(opt, scale=1.0):
     """Over all ranks; they come scaled. Returns the parameters that opt trains."""
@@ -477,19 +451,18 @@ while True:
              f"{last if saved_step else 'no checkpoint was saved yet'}. Try a lower learning rate "
              f"than {learning_rate}", code=3)
     if step > last_step and due(log_interval):
-        loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
+        *sums, n = all_reduce(log_sums).tolist()
+        mean_loss, l0, fvu = (total / n for total in sums)
         now = time.time()
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
-        record = dict(event='log', step=step, tokens=tokens, loss=loss_sum / n, tok_s=tok_s,
+        record = dict(event='log', step=step, tokens=tokens, loss=mean_loss, tok_s=tok_s,
                       lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm))
-        line = f"step {step}/{max_iters} | loss {loss_sum / n:.4f}"
+        line = f"step {step}/{max_iters} | loss {mean_loss:.4f}"
         if saes:
             silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
-            live, alpha = 1 - silent.mean().item(), alpha_now()
-            record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
-            line += f" | FVU {fvu_sum / n:.3f} | live {100 * live:.1f} %"
-            if 0 < alpha < 1:
-                line += f" | alpha {alpha:.2f}"
+            live, alpha = 1 - silent.mean().item(), min(sae.alpha.item() for sae in saes.values())
+            record |= dict(l0=l0, fvu=fvu, live=live, alpha=alpha)
+            line += f" | FVU {fvu:.3f} | live {100 * live:.1f} % | alpha {alpha:.2f}"
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
         write_log(record)
@@ -502,7 +475,15 @@ while True:
     # 2) save, then evaluate (in that order: a crash in the eval loses nothing)
     pause = time.time()
     if step > saved_step and (stop or due(save_interval)):
-        save()
+        sums = all_reduce(log_sums.clone())
+        states = [opt.state_dict() for opt in optimizers.values()]
+        if master:
+            save_checkpoint(out_dir, dict(
+                model=raw_model.state_dict(), model_args=asdict(raw_model.config),
+                optimizers=states, scaler=scaler.state_dict(), step=step, log_sums=sums,
+                config=config, data_sha256=data.meta['train_sha256'], dataset=place,
+                tokenizer=tokenizer))
+        wait_for_all()
         saved_step = step
     if stop:
         say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
@@ -513,17 +494,15 @@ while True:
         model.eval()
         if sae_posthoc: # until the hand-over they only watch
             set_alpha(1.0)
-        record = evaluate(model, saes, val_batches, autocast, all_reduce)
+        batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
+                                 rank, None, world_size) # this rank's share
+        record = evaluate(model, saes, batches, autocast, all_reduce)
         if sae_posthoc:
             set_alpha(0.0)
             set_schedules(step)
-        write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha_now(), **record))
-        line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
-        if saes:
-            live = min(sae['live'] for sae in record['sae'].values())
-            line += (f" | SAE zeroed {record['val_loss_zeroed']:.3f}"
-                     f" | mean {record['val_loss_mean']:.3f} | live {100 * live:.1f} %")
-        say(line)
+        write_log(dict(event='eval', step=step, tokens=tokens, **record))
+        losses = [f"{key.replace('_', ' ')} {record[key]:.4f}" for key in record if key != 'sae']
+        say(' | '.join([f"step {step}", *losses]))
         if saes and master and probe_tokens: # what each feature does, for the viewer's timeline
             probe = eval_batches(data.val, block_size, batch_size, probe_tokens)
             arrays = snapshot(raw_model, (x for x, _ in probe)) # not compiled: it needs no loss

@@ -1,7 +1,5 @@
 """
-The one loader, used by every script, and the one writer, used by every prepare.py.
-
-A data set is a folder data/<name>/ with
+The loader of every script, and the writer of every prepare.py. A data set is a folder data/<name>/:
     train.bin, val.bin   token ids, little-endian uint16 (uint32 where vocab_size > 65536)
     meta.json            vocab_size, tokenizer, dtype, source, eot; token counts and sha256 of files
     tokenizer.json       a tiktoken Encoding, where meta's "tokenizer" names it (else: "gpt2", ...)
@@ -24,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent # the folder data/
 META = dict(vocab_size=int, tokenizer=str, train_tokens=int, val_tokens=int, train_sha256=str,
-            val_sha256=str) # of meta.json; besides dtype, source, eot and perhaps tokenizer_sha256
+            val_sha256=str) # without which a meta.json is none
 
 class Dataset(NamedTuple):
     train: np.ndarray # (train_tokens,) memory map
@@ -45,9 +43,8 @@ def token_dtype(vocab_size):
 
 def load_meta(name_or_path, sha256=None):
     """
-    (folder, its meta.json, how to prepare it). Raises ValueError. A data set that is not there may
-    lie beside the code: data/mine, seen from another folder; or, under the name that it had, one
-    whose train.bin has this sha256.
+    (folder, its meta.json, how to prepare it), or ValueError. What is not there may lie beside the
+    code: data/mine, seen from another folder; or, by its last name, what has that train_sha256.
     """
     path = data_dir(name_or_path)
     file = path / 'meta.json'
@@ -102,8 +99,7 @@ def load_dataset(name_or_path, check_hash=False):
 def get_batch(tokens, block_size, batch_size, seed, step, micro, micros_per_step):
     """
     One micro-batch: x and y, both (B, T) int64 on the CPU; y is x one token later. `micro` counts
-    over all ranks and accumulation steps of an optimizer step, micros_per_step is how many there
-    are. Raises ValueError where `tokens` is too short for one window.
+    over all ranks and accumulation steps of a step. Raises ValueError for too few tokens.
     """
     n = windows_per_epoch(len(tokens), block_size)
     first = (step * micros_per_step + micro) * batch_size
@@ -123,9 +119,8 @@ def windows_per_epoch(n_tokens, block_size):
 @functools.lru_cache(maxsize=2) # two, because a batch can straddle two epochs
 def epoch_starts(seed, epoch, n_tokens, block_size):
     """
-    Where the windows of an epoch begin, in their order. The first one's place varies: with the same
-    borders in every epoch, tokens at the start of a window would never be predicted from what
-    stands before them.
+    Where the windows of an epoch begin, in their order. The first one's place varies, or tokens at
+    the start of a window would never be predicted from what stands before them.
     """
     n = windows_per_epoch(n_tokens, block_size)
     rng = np.random.default_rng((seed, epoch))
@@ -135,7 +130,7 @@ def epoch_starts(seed, epoch, n_tokens, block_size):
 def eval_batches(tokens, block_size, batch_size, n_tokens):
     """
     Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
-    batches have batch_size rows, for a compiled model; of a smaller one there is one alone.
+    batches have batch_size rows, but for one that is alone.
     """
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin
@@ -190,10 +185,7 @@ def named_encoding(name):
                          f"{known}; each needs network once, or TIKTOKEN_CACHE_DIR") from None
 
 def token_bytes(enc, vocab_size):
-    """
-    A list of vocab_size bytes: what each id stands for, b'' for ids without (padding, gaps).
-    Special tokens give their names. A token may be half of a UTF-8 character.
-    """
+    """[bytes] that each id stands for, maybe half a character; b'' for padding and gaps."""
     pieces = {i: token for token, i in enc._mergeable_ranks.items()}
     pieces |= {i: name.encode() for name, i in enc._special_tokens.items()}
     return [pieces.get(i, b'') for i in range(vocab_size)]
@@ -203,10 +195,9 @@ def token_bytes(enc, vocab_size):
 
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
     """
-    Writes a data set, whole or not at all, and returns its meta.
-    train_iter, val_iter: yield arrays or lists of token ids; memory stays at one of them.
-    tokenizer: a tiktoken Encoding, which is kept in the data set; or the name of one.
-    Raises ValueError for ids outside the vocabulary and for a split without tokens.
+    Writes a data set, whole or not at all, and returns its meta. train_iter, val_iter yield arrays
+    or lists of token ids; tokenizer is a tiktoken Encoding, or the name of one. Raises ValueError
+    for ids outside the vocabulary and for a split without tokens.
     """
     out, dtype = data_dir(name_or_path), token_dtype(vocab_size)
     out.mkdir(parents=True, exist_ok=True)

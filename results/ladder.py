@@ -2,26 +2,23 @@
 The ladder: dense, naive, the default and its variants, at equal tokens and over seeds. Each run is
 one call of train.py and leaves one JSON in results/ladder/, of which table and plot are made.
 
-    python results/ladder.py --rows=dense,naive,default --seeds=1,2,3     65 M tokens, a run a GPU
+    python results/ladder.py --rows=dense,naive,default --seeds=1,2,3     65 M tokens a run
     python results/ladder.py --size=large --steps=3000                    196 M tokens, 124 M model
     python results/ladder.py --size=cpu --steps=480 --dataset=stdlib      1 M tokens, on a CPU
     python results/ladder.py --table=true --plot=assets/ladder.png        no training
     ... --labels=folder     of files *.tsv: what features tell of these is measured too
 
-A run whose JSON is there is not made again; one that was interrupted is resumed.
+A run whose JSON is there is not made again; one that was interrupted is resumed. One GPU is used:
+on several start a seed each, with CUDA_VISIBLE_DEVICES.
 """
 import json
 import os
-import queue
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,9 +29,6 @@ from measures import measure # noqa: E402
 from model import GPTConfig # noqa: E402
 
 SIZES = {
-    'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, sae_layers=(0,),
-                 sae_k=8, gradient_accumulation_steps=4, eval_tokens=1024, log_interval=2,
-                 compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
                 sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
                 sae_steps=2, sae_lr_factor=0.5, warmup_iters=20, eval_tokens=32_768,
@@ -49,10 +43,9 @@ def rows(size):
     """{row: what it changes in train.py's defaults and in its size}, in the order of the table."""
     L, C = SIZES[size]['n_layer'], SIZES[size]['n_embd']
     every = tuple(range(L))
-    at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
-    slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
     one_step = dict(sae_steps=1, sae_lr_factor=0.5)
-    naive = at_once | one_step | dict(sae_nudge=0.0)
+    naive = one_step | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_nudge=0.0)
+    slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0, sae_k=C // 4, sae_cap=0.0)
     # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
     # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
@@ -88,10 +81,8 @@ def rows(size):
         'all blocks': dict(sae_layers=every),
         'mlp': dict(sae_site='mlp'),
         'attn': dict(sae_site='attn'),
-        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every, sae_k=C // 4,
-                                      sae_cap=0.0),
-        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,), sae_k=C // 4,
-                                sae_cap=0.0),
+        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every),
+        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,)),
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),
@@ -99,20 +90,16 @@ def rows(size):
 
 # ------------------------------------------------------------------------------------------------
 
-def make(c, slots, row, seed):
-    """
-    One run and its JSON, on one of the free devices. Its features are measured while the next run
-    trains there. Returns None, or where the run failed the file with what it printed.
-    """
+def make(c, row, seed):
+    """One run and its JSON. Returns None, or where it failed the file with what it printed."""
     size, steps = c['size'], c['steps']
     name = f"{size}-{steps}-{row.replace(' ', '-')}-s{seed}"
     target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
     if target.exists():
         return None
-    device = slots.get()
     evals = 4 if size == 'cpu' else 10
     options = dict(warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // evals),
-                   save_interval=10 ** 9, probe_tokens=0, device=device)
+                   save_interval=10 ** 9, probe_tokens=0)
     options |= SIZES[size] | rows(size)[row]
     options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir)
     if 'sae_posthoc' in options:
@@ -124,27 +111,23 @@ def make(c, slots, row, seed):
     printed = f'{out_dir}.txt'
     with open(printed, 'w') as f:
         failed = subprocess.call(command, stdout=f, stderr=f)
-    slots.put(device)
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
         return printed
     result = summary(row, size, out_dir / 'log.jsonl')
-    _, meta, _ = load_meta(c['dataset'])
     result['dataset'] = os.path.basename(c['dataset'])
-    result['unique_tokens'] = min(result['tokens'], meta['train_tokens'])
+    result['unique_tokens'] = min(result['tokens'], load_meta(c['dataset'])[1]['train_tokens'])
     if c['labels']:
-        model = open_run(str(out_dir), c['dataset'], options['device'], for_features=False)
+        model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
         result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
-    temporary = target.with_suffix('.tmp')
-    temporary.write_text(json.dumps(result, indent=1), encoding='utf-8')
-    temporary.replace(target)
+    target.write_text(json.dumps(result, indent=1), encoding='utf-8')
     return None
 
 def summary(row, size, log):
     """
-    The JSON of a finished run, from its log.jsonl: losses in nats, the mean over SAE layers. Of
-    several lines of one step, as a resumed run has, the last counts; a torn line is skipped.
+    The JSON of a finished run, from its log.jsonl: losses in nats, means over SAE layers. Of several
+    lines of one step the last counts; a torn line is skipped.
     """
     steps = dict(start={}, log={}, eval={})
     for line in log.read_text(encoding='utf-8', errors='replace').splitlines():
@@ -156,9 +139,9 @@ def summary(row, size, log):
     saes = last.get('sae', {}).values()
     mean = {key: statistics.mean(sae[key] for sae in saes) if saes else None
             for key in ('live', 'busiest', 'l0', 'fvu')}
-    copied = {key: start[key] for key in
-              ('params', 'params_non_embedding', 'flops_per_token', 'config')}
-    copied |= {key: start['versions'][key] for key in ('torch', 'gpu', 'commit')}
+    start |= start.pop('versions')
+    copied = ('params', 'params_non_embedding', 'flops_per_token', 'torch', 'gpu', 'commit',
+              'config')
     return dict(
         row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'],
         train_loss=logs[-1]['loss'], val_loss=last['val_loss'],
@@ -166,7 +149,7 @@ def summary(row, size, log):
         live_share=mean['live'], live_share_min=min((sae['live'] for sae in saes), default=None),
         busiest_share=mean['busiest'], l0=mean['l0'], fvu=mean['fvu'],
         tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), # the first compile
-        curve=[[r['tokens'], r['val_loss']] for r in evals], **copied)
+        curve=[[r['tokens'], r['val_loss']] for r in evals], **{key: start[key] for key in copied})
 
 # ------------------------------------------------------------------------------------------------
 
@@ -205,8 +188,8 @@ def load(folder):
 
 def compare(results):
     """
-    Adds to each result what it is beside dense and naive of the same seed, and its probes, means
-    over sets. Two more rows: probes of random directions and channels of the dense models' stream.
+    Adds what each result is beside dense and naive of its seed, its probes (means over sets), and
+    two more rows: what random directions and channels of the dense models' streams tell.
     """
     losses = {(r['size'], r['tokens'], r['seed'], r['row']): r['val_loss'] for r in results}
     more = []
@@ -284,12 +267,11 @@ def problems(c):
     sound, training = c['size'] in SIZES, not c['table']
     known = rows(c['size'] if sound else 'small')
     found = [] if sound else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
-    for row in c['rows'].split(','):
-        if training and row not in known:
-            found.append(f"rows={row!r} is unknown: known are {', '.join(known)}")
-    for key in ('results', 'out'):
-        if training and not writable(c[key]):
-            found.append(f"{key}={c[key]} must be a folder that can be written")
+    if training:
+        found += [f"rows={row!r} is unknown: known are {', '.join(known)}"
+                  for row in c['rows'].split(',') if row not in known]
+        found += [f"{key}={c[key]} must be a folder that can be written"
+                  for key in ('results', 'out') if not writable(c[key])]
     if c['labels'] and not list(Path(c['labels']).glob('*.tsv')):
         found.append(f"labels={c['labels']} must be a folder of files *.tsv: label, tab, text")
     if c['table'] and not list(Path(c['results']).glob('*.json')):
@@ -312,21 +294,13 @@ def main(argv):
         load_meta(c['dataset']) # for its error
         os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
-        slots = queue.Queue()
-        for i in range(torch.cuda.device_count()): # CUDA_VISIBLE_DEVICES chooses them
-            slots.put(f'cuda:{i}')
-        if slots.empty():
-            slots.put('cpu')
         jobs = [(row, seed) for seed in c['seeds'] for row in c['rows'].split(',')]
-        with ThreadPoolExecutor(2 * slots.qsize()) as pool:
-            for posthoc in False, True: # which needs its dense twin's checkpoint
-                now = [job for job in jobs if job[0].startswith('posthoc') == posthoc]
-                failed += pool.map(lambda job: make(c, slots, *job), now)
+        jobs.sort(key=lambda job: 'posthoc' in job[0]) # which needs its dense twin's checkpoint
+        failed = [printed for job in jobs if (printed := make(c, *job))]
     results = load(c['results'])
     print_table(results)
     if c['plot']:
         plot(results, c)
-    failed = [printed for printed in failed if printed]
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; what they printed: {', '.join(failed)}")
 

@@ -11,7 +11,7 @@ def test_every_number(capsys):
     """Layer, step: each field is there and positive."""
     bench.main([])
     _, layer, step = map(json.loads, capsys.readouterr().out.splitlines())
-    timed = ['plain', 'plain_compiled', 'dense_autoencoder', 'encoder']
+    timed = ['plain', 'plain_compiled', 'encoder']
     if kernels.available('cpu'):
         timed += ['fast', 'fast_skewed']
     for name in timed:

@@ -13,7 +13,11 @@ from conftest import ROOT
 from model import GPTConfig
 
 sys.path.insert(0, str(ROOT / 'results'))
-import ladder  # noqa: E402
+import ladder # noqa: E402
+
+ladder.SIZES['tiny'] = dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2,
+                            sae_layers=(0,), sae_k=8, gradient_accumulation_steps=4,
+                            eval_tokens=1024, log_interval=2, compile=False, device='cpu')
 
 def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     """A dense run and its post-hoc twin, which needs its checkpoint: JSONs, with what features
