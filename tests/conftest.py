@@ -1,9 +1,4 @@
-"""
-What all tests share: one thread, the repository on the path, and the mark `slow`.
-
-    python -m pytest            everything that is quick, offline, under two minutes on two cores
-    python -m pytest --slow     the long ones too
-"""
+"""What all tests share: one thread, the repository on the path, and the mark `slow`."""
 import os
 import subprocess
 import sys

@@ -1,10 +1,6 @@
-"""
-configurator.py: nanoGPT's exec feel without its holes. No bad input may reach the user as a
-traceback.
-
-    python -m pytest tests/test_configurator.py
-"""
+"""configurator.py: nanoGPT's exec feel without its holes: no bad input ends in a traceback."""
 import re
+import signal
 import subprocess
 import sys
 
@@ -36,7 +32,7 @@ def write(path, text):
     ('sae_layers=[1, 2]', (1, 2)), ('sae_layers=(3,)', (3,)), ('sae_layers=3', (3,)),
 ])
 def test_values_understood(arg, value):
-    """What a person would write is taken for what was meant, with the type of the default."""
+    """Taken for what was meant, with the type of the default."""
     got, key = configure(DEFAULTS, ['--' + arg]), arg.partition('=')[0]
     assert got == DEFAULTS | {key: value} and type(got[key]) is type(value)
 
@@ -78,7 +74,7 @@ def test_typos_name_the_nearest_key(tmp_path, capsys):
     assert 'not a readable config file' in no_dashes and '--key=value' in no_dashes
 
 def test_every_problem_at_once(tmp_path, capsys):
-    """One line for each problem, of files and of the command line; nothing is run in between."""
+    """One line for each problem, of files and of the command line."""
     path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = open\n"
                                     "sae_layers = ('a', 1)\ncompile = None\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
@@ -135,11 +131,8 @@ def test_files(tmp_path):
     a = write(tmp_path / 'a.py', "\ufeffimport math\n_half = 4\nn_layer = 2 * _half\n"
                                  "learning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
     b = write(tmp_path / 'b.py', "n_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
-    got = configure(DEFAULTS, [a, b, '--compile=true'])
+    got = configure(DEFAULTS, ['--n_layer=5', a, b, '--compile=true'])
     assert got == DEFAULTS | dict(n_layer=9, learning_rate=2.0, sae_layers=(1, 2), compile=True)
-    assert type(got['learning_rate']) is float and type(got['sae_layers']) is tuple
-    c = write(tmp_path / 'c.py', "n_layer = 12\n")
-    assert configure(DEFAULTS, ['--n_layer=5', c])['n_layer'] == 12
 
 @pytest.mark.parametrize('text', ["n_layer = ", "import no_such_module", "exit()", "\x00",
                                   "yield 1", "raise SystemExit", "globals().clear(); n_layer"])
@@ -152,10 +145,9 @@ def test_broken_files(tmp_path, text, capsys):
 def test_lists_repeat():
     """A key whose default is a list may be given several times; the first replaces the default."""
     assert configure(DEFAULTS, ['--prompt=a', '--prompt=b,c'])['prompt'] == ['a', 'b,c']
-    assert DEFAULTS['prompt'] == ['x']
 
 def test_closed_pipe_is_no_error():
-    """`python inspect_features.py | head` has read enough; what comes after goes nowhere."""
+    """`python inspect_features.py | head` has read enough."""
     code = "from configurator import run; run(lambda: [print('x' * 80) for _ in range(10_000)])"
     p = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE)
@@ -164,8 +156,5 @@ def test_closed_pipe_is_no_error():
     assert p.stderr.read() == b'' and p.wait() == 0
 
 def test_ctrl_c():
-    """Exit code 130, no traceback."""
-    def interrupted():
-        raise KeyboardInterrupt
     with pytest.raises(SystemExit, match='^130$'):
-        run(interrupted)
+        run(signal.raise_signal, signal.SIGINT)

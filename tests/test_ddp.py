@@ -1,8 +1,7 @@
 """
 train.py on two ranks (gloo, CPU): they compute what one computes, and when one fails nobody hangs.
 
-    python -m pytest tests/test_ddp.py
-    python -m pytest tests/test_ddp.py --slow      also torchrun itself, and a slow save
+    python -m pytest tests/test_ddp.py            --slow: also torchrun itself, and a slow save
 """
 import os
 import signal
@@ -35,16 +34,14 @@ def assert_close_run(a, b):
         close = dict(rtol=0, atol=0) if key.endswith('silent') else dict(rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(value, two[key], **close, msg=lambda text: f"{key}: {text}")
     for event in ('log', 'eval'):
-        assert len(records(a, event)) == len(records(b, event))
-        for r, q in zip(records(a, event), records(b, event)):
-            for record in (r, q):
+        for r, q in zip(records(a, event), records(b, event), strict=True):
+            for record in r, q:
                 record |= record.pop('sae', {}).get('1', {})
-                record.pop('event')
-            assert r == pytest.approx(q, rel=1e-4)
+            assert r.pop('event') == q.pop('event') and r == pytest.approx(q, rel=1e-4)
 
 def test_two_ranks_equal_one(whole, pair):
     """2 ranks x 2 micro-batches see the batches, dropout masks and fired features of 1 rank x 4.
-    The logged loss is the mean over micro-batches and ranks; of 3 eval batches one has 2."""
+    Of 3 eval batches one has 2."""
     assert_close_run(whole, pair)
 
 def at_step_4(action):
@@ -62,20 +59,16 @@ def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
     begin = time.time()
     codes, text = train(tmp_path, tiny_data, what, 2, rank_timeout=2 if '2 s' in reason else 60)
     assert time.time() - begin < 30
-    assert 0 not in codes and None not in codes and codes[0] == 1, text
-    assert f'error: {reason}' in text, text
-    assert 'Traceback' not in text
-    if reason.startswith('rank 1'):
-        assert text.count(f'error: {reason}') == 2, text # said by both
+    assert codes[0] == 1 and codes[1] not in (0, None) and 'Traceback' not in text, text
+    assert text.count(f'error: {reason}') >= 1 + reason.startswith('rank 1'), text # said by both
     assert step_in(tmp_path) == 3
-    if 'gone' in reason and '60' in reason:
-        assert codes[1] == -signal.SIGKILL
+    if codes[1] == -signal.SIGKILL:
         resume(tmp_path, tiny_data, ranks=2)
         assert_same_run(pair, tmp_path)
 
 @pytest.mark.slow
 def test_killed_before_the_first_step(tiny_data, tmp_path):
-    """A rank that is gone before all have met: the other one leaves after rank_timeout."""
+    """Before all have met: the other one leaves after rank_timeout."""
     gone = partial(at_call, 'torch.distributed.init_process_group', 1, kill, rank=1)
     codes, text = train(tmp_path, tiny_data, gone, ranks=2, rank_timeout=2)
     assert codes == [1, -signal.SIGKILL] and 'Traceback' not in text, text

@@ -1,11 +1,8 @@
 """
 Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches the
-user.
+user. Seeded: a failure names its case and comes again.
 
-    python -m pytest tests/test_fuzz.py             370 cases; more in test_configurator.py
-    python -m pytest tests/test_fuzz.py --slow      also damaged files, and more of each
-
-Seeded: a failure names its case and comes again. All in this process.
+    python -m pytest tests/test_fuzz.py             --slow: also damaged files, and more of each
 """
 import random
 import shutil
@@ -48,8 +45,7 @@ def refusals(n, seed, attempt):
 
 @times(150)
 def test_damaged_data(n, tiny_data, tmp_path):
-    """Every file of a data set damaged or missing: refused in one sentence, or the tokens and their
-    tokenizer are whole (a space in JSON, a letter of its source)."""
+    """Every file of a data set damaged or missing: refused, or all of it is whole."""
     good = load_dataset(tiny_data)
     def attempt(rng, case):
         shutil.copytree(tiny_data, tmp_path, dirs_exist_ok=True)
@@ -66,7 +62,7 @@ def test_damaged_data(n, tiny_data, tmp_path):
 @times(100)
 def test_strange_checkpoints(n, tmp_path, capsys):
     """Files that are whole, of another version or program, with any value anywhere: a model, or
-    ValueError in one sentence. (Damaged ones: test_model.py, fuzzed_checkpoints.)"""
+    ValueError in one sentence."""
     config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, sae_layers=(0,),
                        sae_ratio=2, sae_k=2, sae_cap=0)
     good = dict(model=GPT(config).state_dict(), model_args=asdict(config), step=1)

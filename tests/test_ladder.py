@@ -1,9 +1,4 @@
-"""
-results/ladder.py: runs what it says, keeps what the table needs, and does not run again what is
-there. Its options' errors are in test_configurator.py.
-
-    python -m pytest tests/test_ladder.py
-"""
+"""results/ladder.py, but for its options' errors, which are in test_configurator.py."""
 import json
 import sys
 
@@ -67,8 +62,8 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
 def test_log_of_a_resumed_run(tmp_path):
     """The last line of a step counts; torn lines are skipped."""
     versions = dict(torch='2', gpu=None, commit='abc')
-    start = dict(event='start', config=dict(seed=7), versions=versions, params=3,
-                 params_non_embedding=2, flops_per_token=1)
+    start = dict(event='start', config=dict(seed=7), params=3, params_non_embedding=2,
+                 flops_per_token=1, versions=dict(torch='2', gpu=None, commit='abc'))
     evals = [dict(event='eval', step=step, tokens=10 * step, val_loss=loss)
              for step, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (1, 6.0), (2, 5.0))]
     log = [dict(event='log', step=step, loss=5.5, tok_s=100 * step) for step in (1, 2)]
