@@ -271,8 +271,7 @@ class GPT(nn.Module):
                 groups[kind]['params'].append(p)
         return [group for group in groups if group['params']]
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 

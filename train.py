@@ -45,8 +45,8 @@ from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
 from sae import SITES, blend_alpha
 
-# --------------------------------------------------------------------------------------------------
-# defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
+# ----------------------------------------------------------------------------------------- defaults
+# a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
 # I/O
 out_dir = 'out'
 init_from = 'scratch'     # 'scratch', 'resume' (go on in out_dir), or another run's out_dir to
@@ -142,8 +142,7 @@ given = set() # the keys that files and the command line name
 config = configure(defaults, sys.argv[1:], problems, given)
 globals().update(config)
 
-# --------------------------------------------------------------------------------------------------
-# ranks and devices
+# -------------------------------------------------------------------------------- ranks and devices
 device = resolve_device(device, local_rank)
 device_type = device.partition(':')[0]
 cuda = device_type == 'cuda'
@@ -216,8 +215,7 @@ def say(text):
         with suppress(OSError): # nobody reads any more: no reason to end a run
             print(text, flush=True)
 
-# --------------------------------------------------------------------------------------------------
-# data, and the checkpoint to begin with
+# ----------------------------------------------------------- data, and the checkpoint to begin with
 if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
     say("preparing data/stdlib, once: Python's own library as a corpus") # needs nothing but Python
     from data.stdlib.prepare import prepare
@@ -258,8 +256,7 @@ if resuming:
     if changed:
         stop_if(changed + [f"cannot resume {out_dir} so: use the old values, or {anew}"])
 
-# --------------------------------------------------------------------------------------------------
-# model
+# -------------------------------------------------------------------------------------------- model
 torch.manual_seed(seed)
 model_args = {key: config[key] for key in model_keys}
 model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
@@ -323,8 +320,7 @@ if ddp:
     for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
         dist.broadcast(value, 0)
 
-# --------------------------------------------------------------------------------------------------
-# schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 def learning_rate_at(step, max_iters):
     # 1) linear warm-up
@@ -347,8 +343,7 @@ def set_schedules(step):
     for sae in saes.values():
         sae.alpha.clamp_(min=alpha)
 
-# --------------------------------------------------------------------------------------------------
-# evaluating, logging and saving
+# ------------------------------------------------------------------- evaluating, logging and saving
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers."""
@@ -409,8 +404,7 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
     if signal.getsignal(signum) != signal.SIG_IGN:
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
-# --------------------------------------------------------------------------------------------------
-# training loop
+# ------------------------------------------------------------------------------------ training loop
 
 def next_batch(step, i):
     """x and y of this rank's micro-batch i; i = local_micros is the first one of the next step."""

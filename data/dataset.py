@@ -38,8 +38,7 @@ def data_dir(name_or_path):
 def token_dtype(vocab_size):
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
-# --------------------------------------------------------------------------------------------------
-# reading
+# ------------------------------------------------------------------------------------------ reading
 
 def load_meta(name_or_path, sha256=None):
     """
@@ -93,8 +92,7 @@ def load_dataset(name_or_path, check_hash=False):
         splits.append(tokens)
     return Dataset(*splits, meta, path)
 
-# --------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 def get_batch(tokens, block_size, batch_size, seed, step, micro, micros_per_step):
     """
@@ -147,8 +145,7 @@ def gather(tokens, starts, block_size):
     rows = torch.from_numpy(rows.astype(np.int64)) # (B, T+1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-# --------------------------------------------------------------------------------------------------
-# tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
+# ------------- tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
 
 def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError."""
@@ -190,8 +187,7 @@ def token_bytes(enc, vocab_size):
     pieces |= {i: name.encode() for name, i in enc._special_tokens.items()}
     return [pieces.get(i, b'') for i in range(vocab_size)]
 
-# --------------------------------------------------------------------------------------------------
-# writing
+# ------------------------------------------------------------------------------------------ writing
 
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
     """

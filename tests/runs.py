@@ -120,8 +120,7 @@ def child(script, argv, path, env, accident):
     finally:
         sys.stdout.flush()
 
-# --------------------------------------------------------------------------------------------------
-# accidents: when
+# ---------------------------------------------------------------------------------- accidents: when
 
 def at_call(target, n, action, rank=None, counts=lambda: True, put=setattr):
     """The n-th call of target, e.g. 'os.replace', becomes action(function, *arguments). rank: on
@@ -142,8 +141,7 @@ def at_loss(n, action, rank=None):
     """The n-th training loss (from 1): there are four a step, on two ranks two each."""
     at_call('kernels.linear_cross_entropy', n, action, rank, torch.is_grad_enabled)
 
-# --------------------------------------------------------------------------------------------------
-# accidents: what
+# ---------------------------------------------------------------------------------- accidents: what
 
 def send(signum, function, *args, **kwargs):
     os.kill(os.getpid(), signum)
@@ -180,17 +178,15 @@ def oversleep(function, *args, **kwargs):
     time.sleep(3)
     return function(*args, **kwargs)
 
-def half_saved_then_killed(save, checkpoint, f):
+def half_saved(then, save, checkpoint, f):
     f.write(b'PK' + os.urandom(1000))
     f.flush()
-    kill(None)
+    then(None)
 
-def disk_full(save, checkpoint, f):
-    f.write(os.urandom(1000))
-    raise RuntimeError("unexpected pos 320 vs 214\nof torch")
+half_saved_then_killed = partial(half_saved, kill)
+disk_full = partial(half_saved, partial(raising, RuntimeError("unexpected pos 320\nof torch")))
 
-# --------------------------------------------------------------------------------------------------
-# comparing runs
+# ----------------------------------------------------------------------------------- comparing runs
 
 def step_in(out):
     return load_checkpoint(out)['step']

@@ -34,13 +34,11 @@ def byte_encoding(*words, start=256):
     return tiktoken.Encoding("test", pat_str=stdlib.PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": start + len(words)})
 
-def documents(data, enc):
-    """The documents of train and of val, as text."""
+def documents(data, enc): # of train and of val
     splits = [enc.decode_bytes(tokens.tolist()).decode() for tokens in (data.train, data.val)]
     return [split.split("<|endoftext|>")[1:] for split in splits]
 
-# --------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 def test_batch_is_a_pure_function():
     """The same arguments give the same batch in any order, and y is x one token later. `micro` is
@@ -92,8 +90,7 @@ def test_too_short_is_said(batches):
     with pytest.raises(ValueError, match="16 tokens are too few for block_size=16, .* 17"):
         batches(np.arange(16))
 
-# --------------------------------------------------------------------------------------------------
-# reading and writing
+# ------------------------------------------------------------------------------ reading and writing
 
 @pytest.mark.parametrize("vocab_size,dtype", [(65536, "uint16"), (65537, "uint32")])
 def test_round_trip(tmp_path, vocab_size, dtype):
@@ -170,8 +167,7 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
         load_dataset(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
-# --------------------------------------------------------------------------------------------------
-# tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 def test_tokenizer_file(tmp_path):
     """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes give b""."""
@@ -190,7 +186,6 @@ def test_tokenizer_file(tmp_path):
         load_tokenizer(tmp_path, meta)
 
 def test_unknown_encoding():
-    """A name that is unknown, or out of reach, is one sentence that says what there is to do."""
     with pytest.raises(ValueError, match="no encoding 'gpt5' here .ValueErr.*gpt2.*CACHE"):
         named_encoding("gpt5")
 
@@ -241,12 +236,10 @@ def test_stdlib(tmp_path, monkeypatch):
     assert sorted(train + val) == sorted(first.values())
     assert sum(len(doc.encode()) for doc in train) > 2 * len(data.train)
 
-# --------------------------------------------------------------------------------------------------
-# data/text
+# ---------------------------------------------------------------------------------------- data/text
 
 @pytest.fixture
-def big_encoding(monkeypatch):
-    """The encoding "gpt2" is replaced by one with ids above 65535."""
+def big_encoding(monkeypatch): # ids above 65535
     enc = byte_encoding("hello", " world", start=70_000)
     monkeypatch.setattr(text, "named_encoding", lambda name: enc)
     return enc
@@ -331,8 +324,7 @@ def test_command_line_errors_are_one_sentence(tmp_path, command, message):
     assert run.returncode in (1, 2) and run.stderr.startswith(message)
     assert run.stderr.count("\n") == 1
 
-# --------------------------------------------------------------------------------------------------
-# data/fineweb
+# ------------------------------------------------------------------------------------- data/fineweb
 
 def shard(ids, magic=20240520):
     header = np.zeros(256, "<i4")

@@ -21,8 +21,7 @@ JUNK = [None, True, 0, -1, 7, 1.5, float('nan'), '', 'x', 'é\x00\n', [], [1], {
         torch.ones(3), torch.ones(0), torch.ones(8, 4).long()]
 FILES = ['meta.json', 'meta.json', 'train.bin', 'val.bin', 'tokenizer.json']
 
-def times(few, many=10_000):
-    """Marks a test that runs so many cases, many more with --slow."""
+def times(few, many=10_000): # cases, without and with --slow
     return pytest.mark.parametrize('n', [few, pytest.param(many, marks=pytest.mark.slow)])
 
 def damage(raw, rng):
@@ -121,9 +120,9 @@ def test_strange_command_lines(module, n, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('module, views', (
-    (inspect_features, ([], ['--feature=L1.F3'], ['--timeline=true'], ['--find=a'],
-                        ['--prompt=ab'], ['--feature=3', '--effect=8'])),
-    (sample, (['--max_new_tokens=2'], ['--max_new_tokens=2', '--steer=L1.F3=8']))))
+    (inspect_features, ('', '--feature=L1.F3', '--timeline', '--find=a', '--prompt=ab',
+                        '--feature=3 --effect=8')),
+    (sample, ('--max_new_tokens=2', '--max_new_tokens=2 --steer=L1.F3=8'))))
 def test_views_of_damaged_files(module, views, tmp_path, capsys):
     """Every file of a run and of the viewer's cache damaged in turn: seen through, mended, or named
     in one sentence. Four minutes."""
@@ -137,5 +136,5 @@ def test_views_of_damaged_files(module, views, tmp_path, capsys):
         file = rng.choice(sorted(f for f in out.rglob('*') if f.is_file()))
         file.write_bytes(damage(file.read_bytes(), rng))
         for view in views:
-            run_main(module, [f'--out_dir={out}', *view], capsys)
+            run_main(module, [f'--out_dir={out}', *view.split()], capsys)
         shutil.rmtree(out)

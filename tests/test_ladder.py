@@ -21,34 +21,30 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     labels.mkdir()
     for name in 'ab':
         (labels / f'{name}.tsv').write_text('x\tone two\n' * 9 + 'y\tthree, four\n' * 9)
-    argv = ['--size=tiny', '--rows=posthoc,dense', '--seeds=3', '--steps=4',
-            f'--dataset={tiny_data}', f'--results={results}', f'--out={out}',
-            f'--labels={labels}']
+    argv = ['--size=tiny', '--rows=posthoc,dense', '--seeds=3', '--steps=4', f'--labels={labels}',
+            f'--dataset={tiny_data}', f'--results={results}', f'--out={out}']
     ladder.main(argv)
     text = capsys.readouterr().out
-    dense = json.loads((results / 'tiny-4-dense-s3.json').read_text())
-    posthoc = json.loads((results / 'tiny-4-posthoc-s3.json').read_text())
+    dense, posthoc = (json.loads((results / f'tiny-4-{row}-s3.json').read_text())
+                      for row in ('dense', 'posthoc'))
     for r, key in ((dense, 'probe_random'), (dense, 'probe_channels'), (posthoc, 'probe')):
         assert ladder.NEEDED <= set(r) and r['config']['seed'] == r['seed'] == 3
         assert r['curve'][-1] == [4 * 256, r['val_loss']] and len(r['curve']) == 5
-        assert r[key].keys() == {'a', 'b'} and r[f'{key}_mean'].keys() == {'k1', 'k5', 'k20'}
-        assert r[f'{key}_mean']['k20'] == 1
+        assert r[key].keys() == {'a', 'b'} and r[f'{key}_mean']['k20'] == 1
     assert {'coherence', 'coherent', 'causal_share', 'duplicates'} <= posthoc.keys()
     assert posthoc['val_loss_zeroed'] > 0 and posthoc['l0'] == pytest.approx(8)
     more = posthoc['params_non_embedding'] - dense['params_non_embedding']
     assert more == 2 * 512 * 32 + 512 + 32 and dense['val_loss_zeroed'] is None
     found = {line.split()[0]: line.split()[1:4] for line in text.splitlines()[-4:]}
-    difference = posthoc['val_loss'] - dense['val_loss']
-    assert found['posthoc'] == ['1', f'{difference:+.3f}', f"{posthoc['val_loss']:.3f}"]
-    k = dense['probe_random_mean']
+    loss, k = posthoc['val_loss'], dense['probe_random_mean']
+    assert found['posthoc'] == ['1', f"{loss - dense['val_loss']:+.3f}", f'{loss:.3f}']
     assert found['random'] == ['1', f"{k['k1']:.3f}", f"{k['k5']:.3f}"]
 
     ladder.main(argv)
     again = capsys.readouterr().out
     assert 'done' not in again and again.strip() in text
 
-    # Its checkpoint is there: it is resumed. A run that fails is named, with the file that says
-    # why, and leaves no JSON.
+    # its checkpoint is there: it is resumed; one that fails is named, and leaves no JSON
     (results / 'tiny-4-dense-s3.json').unlink()
     def fails(command, stdout, **other):
         stdout.write(' '.join(map(str, command)))
@@ -74,9 +70,8 @@ def test_log_of_a_resumed_run(tmp_path):
     assert r['curve'] == [[0, 9.0], [10, 6.0], [20, 5.0]]
     assert r['val_loss'] == 5.0 and r['tok_s'] == 150
 
-@pytest.mark.parametrize('size', list(ladder.SIZES))
+@pytest.mark.parametrize('size', ladder.SIZES)
 def test_every_row_is_a_config(size):
-    """Every row of every size is a model that can be built."""
     for name, changes in ladder.rows(size).items():
         options = ladder.SIZES[size] | changes
         config = {k: v for k, v in options.items() if k in GPTConfig.__dataclass_fields__}

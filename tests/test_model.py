@@ -33,8 +33,7 @@ def make(config=TINY, seed=0, **changes):
 def tokens(B=2, T=16, seed=1):
     return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(seed))
 
-# --------------------------------------------------------------------------------------------------
-# the equations, once more and plainly
+# ------------------------------------------------------------- the equations, once more and plainly
 
 def unit(x):
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -148,8 +147,7 @@ def test_sae_out_and_writes(site):
     assert model.writes(1).shape == (F, 16)
     torch.testing.assert_close(model.writes(1)[3], sae.scale * wrote)
 
-# --------------------------------------------------------------------------------------------------
-# init, parameter groups, config
+# ------------------------------------------------------------------- init, parameter groups, config
 
 def test_init():
     """Every block is the identity, and nothing is known yet. Padding never counts."""
@@ -190,11 +188,10 @@ def test_flops_by_hand():
 
 def test_all_problems_of_a_config_at_once():
     """Every contradiction is named in one go, with its value; a sound config has none."""
-    keys = lambda config: sorted(problem.split('=')[0] for problem in config.problems())
-    for sound in (TINY, GPTConfig()):
-        assert sound.problems() == []
-    bad = replace(TINY, dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1)
-    assert keys(bad) == ['dropout', 'n_head', 'sae_ratio', 'sae_site']
+    keys = lambda **bad: sorted(p.split('=')[0] for p in replace(TINY, **bad).problems())
+    assert keys() == [] == GPTConfig().problems()
+    assert keys(dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1) == [
+        'dropout', 'n_head', 'sae_ratio', 'sae_site']
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
         GPT(replace(TINY, n_embd=15, sae_layers=(1, 3)))
     cases = dict(sae_k=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
@@ -203,11 +200,9 @@ def test_all_problems_of_a_config_at_once():
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
-    assert keys(replace(TINY, sae_site='hidden', sae_k=33)) == ['sae_k']
-    assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
+    assert keys(sae_site='hidden', sae_k=33) == keys(sae_site='stream', sae_k=17) == ['sae_k']
 
-# --------------------------------------------------------------------------------------------------
-# compile
+# ------------------------------------------------------------------------------------------ compile
 
 @pytest.mark.parametrize('backend, rtol', [
     ('eager', 1e-5), pytest.param('inductor', 1e-3, marks=pytest.mark.slow)])
@@ -232,8 +227,7 @@ def test_compiled_equals_eager_and_compiles_once(backend, rtol):
             torch.testing.assert_close(*results, rtol=rtol, atol=1e-5)
         assert counter.frame_count == 1, site
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def checkpoint(step, model=None):
     model = model or make(seed=step)

@@ -36,8 +36,7 @@ from runs import (ROOT, TINY, arguments, assert_same_run, at_call, at_loss, cras
 def contents(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
 
-# --------------------------------------------------------------------------------------------------
-# resume equals the uninterrupted run
+# -------------------------------------------------------------- resume equals the uninterrupted run
 
 def test_the_undisturbed_run(whole):
     """What all others are compared with has everything in it that could go astray on resume. Its
@@ -192,8 +191,7 @@ def test_fp16(whole, tiny_data, tmp_path):
            sae_posthoc=True, init_from=whole) # whose scaler knows the SAE's gradients alone
     assert scale == [r['loss_scale'] for r in records(tmp_path / 'post hoc', 'log')]
 
-# --------------------------------------------------------------------------------------------------
-# refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 RANGES = dict(dropout=2, sae_site='middle', batch_size=0, learning_rate=-1, warmup_iters=-1,
               min_lr_ratio=2, optimizer='sgd', lr_schedule='linear', dtype='int8', device='abacus',
@@ -253,13 +251,12 @@ def test_resume_with_another_config(whole, tiny_data, tmp_path):
     code, text = train(tmp_path / 'out', other, init_from='resume', **changed)
     assert code == 2 and contents(tmp_path / 'out') == contents(whole)
     *lines, data, steps, last = text.splitlines()
-    assert f'dataset={other} has another train.bin' in data and 'max_iters=7' in steps
-    assert 'step 8' in steps and 'cannot resume' in last
-    named = {line.removeprefix('error: ').partition('=')[0] for line in lines}
+    assert f'dataset={other} has another train.bin' in data and 'cannot resume' in last
+    assert 'max_iters=7, but the run is at step 8' in steps
+    named = sorted(line.removeprefix('error: ').partition('=')[0] for line in lines)
     readme = (ROOT / 'tests/README.md').read_text('utf-8')
     may_change = re.search('keys may change: `(.*?)`', readme, re.S)[1]
-    assert named == set(config) - set(may_change.split()) - {'sae_posthoc'}
-    assert len(named) == len(lines)
+    assert named == sorted(set(config) - set(may_change.split()) - {'sae_posthoc'})
     assert 'error: n_layer=6, but n_layer=2 in the checkpoint' in lines
 
 def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_data, tmp_path):
@@ -285,18 +282,16 @@ def test_a_longer_run_and_a_fine_tune_begin_where_the_old_one_ended(whole, tiny_
 def set_beside_the_code(folder):
     dataset.ROOT = folder
 
-def test_the_checkpoint_knows_its_data(tiny_data, tmp_path):
+def test_the_checkpoint_knows_its_data(whole, tiny_data, tmp_path):
     """It keeps the tokenizer, and the data's absolute path, or the name of a folder of data/."""
     folder = Path(tiny_data)
-    beside = partial(set_beside_the_code, folder.parent)
+    assert load_checkpoint(whole)['tokenizer'] == dict(
+        meta=dict(tokenizer='tokenizer.json', eot=256, vocab_size=257),
+        json=(folder / 'tokenizer.json').read_text())
     for data, accident, kept in ((os.path.relpath(folder), None, tiny_data),
-                                 (folder.name, beside, folder.name)):
-        finish(tmp_path / str(accident), data, accident, max_iters=1)
-        checkpoint = load_checkpoint(tmp_path / str(accident))
-        assert checkpoint['dataset'] == kept
-        assert checkpoint['tokenizer'] == dict(
-            meta=dict(tokenizer='tokenizer.json', eot=256, vocab_size=257),
-            json=(folder / 'tokenizer.json').read_text())
+                                 (folder.name, partial(set_beside_the_code, folder.parent), 'tiny')):
+        finish(tmp_path / str(len(kept)), data, accident, max_iters=1)
+        assert load_checkpoint(tmp_path / str(len(kept)))['dataset'] == kept
 
 def ascii_only():
     sys.stdout.reconfigure(encoding='ascii', errors='strict')
@@ -320,29 +315,23 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     finish(out, tiny_data, init_from=dense, max_iters=0)
     # alpha is 0 at step 0: still the dense model
     assert records(dense, 'eval')[-1]['val_loss'] == records(out, 'eval')[0]['val_loss']
-    other = runs.write_tiny_data(tmp_path / 'other', vocab_size=300) # padded to 320 like 257
     named = runs.write_tiny_data(tmp_path / 'named', name='another')
     for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch for'),
-                                  (named, {}, 'their tokenizer is another than that of'),
-                                  (other, {}, 'their tokenizer is another than that of')):
+                                  (named, {}, 'their tokenizer is another than that of')):
         refused(tmp_path / 'new', data, f'{dense} do not fit this model ({reason}', init_from=dense,
                 **changes)
-        assert not (tmp_path / 'new').exists()
-    weights = {k: v for k, v in load_checkpoint(dense).items() if k != 'optimizers'}
-    save_checkpoint(out, weights)
+    assert not (tmp_path / 'new').exists()
+    save_checkpoint(out, {k: v for k, v in load_checkpoint(dense).items() if k != 'optimizers'})
     refused(out, tiny_data, 'holds weights alone', init_from='resume', sae_layers='')
 
-@pytest.mark.parametrize('key, value', [
-    ('optimizers', []), ('optimizers', [{}, {}]), ('model', None)])
+@pytest.mark.parametrize('key, value', [('optimizers', [{}, {}]), ('model', None)])
 def test_resume_of_another_version(key, value, whole, tiny_data, tmp_path):
     """One sentence, and it stays."""
     save_checkpoint(tmp_path, load_checkpoint(whole) | {key: value})
-    before = contents(tmp_path)
     refused(tmp_path, tiny_data, ' fit this ', init_from='resume')
-    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path) == ['ckpt.pt']
 
-# --------------------------------------------------------------------------------------------------
-# what is computed
+# --------------------------------------------------------------------------------- what is computed
 
 def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
     """The frozen model's weights stay, the SAE learns to reconstruct, from the hand-over on by the
@@ -385,8 +374,7 @@ def test_learning_rate_by_hand(schedule, tiny_data, tmp_path):
         assert lr[4:] == pytest.approx([1] * 17 + [0.775, 0.55, 0.325])
     else:
         assert [lr[9], lr[14]] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi / 4)), 0.55])
-    optimizer = load_checkpoint(tmp_path)['optimizers'][0]
-    assert optimizer['param_groups'][0]['lr'] < 0.01
+    assert load_checkpoint(tmp_path)['optimizers'][0]['param_groups'][0]['lr'] < 0.01
 
 def test_sae_lr_and_clipping(tiny_data, tmp_path):
     """sae_lr_factor=0.25: one step moves b_dec a quarter as far, and the rest alike. AdamW's first
@@ -433,9 +421,8 @@ def test_train_loss_by_brute_force(tiny_data, tmp_path):
     each, (mean,) = records(tmp_path / 'each', 'log'), records(tmp_path / 'mean', 'log')
     for key in ('loss', 'l0', 'fvu'):
         assert mean[key] == pytest.approx(sum(r[key] for r in each) / 4, rel=1e-6)
-    checkpoint = load_checkpoint(tmp_path / 'each')
     torch.manual_seed(TINY['seed'])
-    model = GPT(GPTConfig(**checkpoint['model_args']))
+    model = GPT(GPTConfig(**load_checkpoint(tmp_path / 'each')['model_args']))
     model.saes()[1].alpha.zero_()
     tokens, losses = load_dataset(tiny_data).train, []
     for micro in range(4):
@@ -506,8 +493,7 @@ def test_tokens_a_second_by_a_slow_clock(tiny_data, tmp_path):
     assert ' 0:00:20 left\n' in text # 5 steps of 4 s
     assert 'done in 10:00:32: ' in text # 8 steps, and 9 evals of 4 passes
 
-# --------------------------------------------------------------------------------------------------
-# slow
+# --------------------------------------------------------------------------------------------- slow
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [1, 2])
