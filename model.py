@@ -259,7 +259,7 @@ class GPT(nn.Module):
 
     def optimizer_groups(self, weight_decay, sae_lr_factor):
         """
-        What is not frozen, in three groups. An SAE does not decay: that would silence rare features.
+        What is not frozen, in three groups. An SAE does not decay: rare features would fall silent.
         The learning rate of a group is lr_factor times the model's.
         """
         groups = [dict(name='matrices', params=[], weight_decay=weight_decay, lr_factor=1.0),

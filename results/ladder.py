@@ -126,8 +126,8 @@ def make(c, row, seed):
 
 def summary(row, size, log):
     """
-    The JSON of a finished run, from its log.jsonl: losses in nats, means over SAE layers. Of several
-    lines of one step the last counts; a torn line is skipped.
+    The JSON of a finished run, from its log.jsonl: losses in nats, means over SAE layers. Of
+    several lines of one step the last counts; a torn line is skipped.
     """
     steps = dict(start={}, log={}, eval={})
     for line in log.read_text(encoding='utf-8', errors='replace').splitlines():

@@ -52,8 +52,7 @@ def test_home_folder(monkeypatch, tmp_path):
     ('learning_rate=' + '9' * 400, 'a finite number'),
     ('sae_layers=1,x', 'whole numbers separated by commas'),
     ('sae_layers=1.5', 'whole numbers separated by commas'),
-    ('n_layer=(', 'a whole number'), ('n_layer=\0', 'a whole number'),
-    ('n_layer={[]}', 'a whole number'), ('n_layer=' + '9' * 5000, 'a whole number'),
+    ('n_layer=\0', 'a whole number'), ('n_layer=' + '9' * 5000, 'a whole number'),
     ('sae_layers=' + '(' * 9999, 'whole numbers'), ('compile=' + '-' * 9999, 'true or false'),
 ])
 def test_wrong_types(arg, expected, capsys):
@@ -65,11 +64,10 @@ def test_wrong_types(arg, expected, capsys):
 def test_typos_name_the_nearest_key(tmp_path, capsys):
     """An unknown key is refused in a file (nanoGPT takes it silently) as on the command line."""
     path = write(tmp_path / 'c.py', "n_layre = 3\n")
-    in_file, on_line, no_value, far, no_dashes = errors(
-        [path, '--leraning_rate=1', '--compil', '--zzzz=none', 'n_layer=3'], capsys)
+    in_file, on_line, far, no_dashes = errors(
+        [path, '--leraning_rate=1', '--zzzz=none', 'n_layer=3'], capsys)
     assert f"unknown key 'n_layre' in {path}: did you mean 'n_layer'?" in in_file
     assert "'leraning_rate' on the command line: did you mean 'learning_rate'?" in on_line
-    assert "unknown key 'compil' on the command line: did you mean 'compile'?" in no_value
     assert 'unknown key' in far and '--help' in far
     assert 'not a readable config file' in no_dashes and '--key=value' in no_dashes
 
@@ -111,10 +109,9 @@ def test_every_key_of_every_script(script):
 
 def test_ladder_options():
     """The ladder's own checks: each value named, in one list."""
-    code, text = run_script('results/ladder.py', ['--size=huge', '--rows=dense,none', '--steps=0',
-                                                  '--seeds=-1', f'--out={__file__}', '--labels=/none'])
-    assert code == 2 and [line.split('=')[0] for line in text.splitlines()] == [
-        f'error: {key}' for key in ('size', 'rows', 'out', 'labels', 'steps', 'seeds')], text
+    bad = dict(size='huge', rows='dense,none', out=__file__, labels='/none', steps=0, seeds=-1)
+    code, text = run_script('results/ladder.py', [f'--{key}={x}' for key, x in bad.items()])
+    assert code == 2 and re.findall(r'^error: (\w+)=', text, re.M) == list(bad), text
 
 def test_ladder_results(tmp_path):
     """The table without results, or with a torn one: a sentence."""

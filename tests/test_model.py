@@ -1,6 +1,5 @@
 """
-The GPT with its SAE layers: its equations, no future leaks, the dense twin, compile, checkpoints.
-The KV cache is tested in test_sample.py. CPU, seconds.
+The GPT with its SAE layers. The KV cache is tested in test_sample.py.
 
     python -m pytest tests/test_model.py            --slow: also compiles with inductor (a minute)
 """
@@ -133,8 +132,7 @@ def test_sae_out_and_writes(site):
     """One row of every field for each SAE layer, in the order of the blocks; and writes() is what
     a feature adds to the place where its SAE sits."""
     model = make(sae_site=site, sae_layers=(2, 1))
-    out, F = model(tokens())[2], model.config.n_features
-    assert F == {'hidden': 32, 'stream': 16}.get(site, 64) == model.saes()[1].n_features
+    out, F = model(tokens())[2], {'hidden': 32, 'stream': 16}.get(site, 64)
     assert out.values.shape == out.indices.shape == (2, 2, 16, 4) and out.fired.shape == (2, F)
     assert out.l0.shape == out.fvu.shape == out.loss.shape == out.length.shape == (2,)
     assert list(model.saes()) == [1, 2]

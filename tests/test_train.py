@@ -1,11 +1,9 @@
 """
-train.py from end to end on one rank: exact resume, kills, signals, torn files, NaN, refusals,
-honest numbers.
+train.py from end to end on one rank. Each run is a process of its own (runs.py) of 8 steps. The one
+that nobody disturbed is the fixture `whole`; all that goes wrong must end in the same weights,
+optimizer, SAE state and logged numbers.
 
     python -m pytest tests/test_train.py            --slow: also 2 x 20 kills at random moments
-
-Each run is a process of its own (runs.py) of 8 steps. The one that nobody disturbed is the fixture
-`whole`; all that goes wrong must end in the same weights, optimizer, SAE state and logged numbers.
 """
 import json
 import math
@@ -72,7 +70,7 @@ def under_nohup():
 
 # What happens; exit code; step of the checkpoint that is left; what is said. Four losses a step;
 # saves before the evals at steps 3, 6 and 8. Renamings: the snapshot of step 0; one of the save and
-# the snapshot of step 3; two of the save and the snapshot of step 6. More: test_model.py, test_ddp.py
+# the snapshot of step 3; two of the save and the snapshot of step 6. More: test_ddp.py
 BROKEN = 'at step 4 the loss or a gradient was not finite: stopped; the last checkpoint in'
 STOPPED = 'after step 5; saved. Go on with --init_from=resume'
 ACCIDENTS = {
@@ -135,7 +133,7 @@ def test_never_saved(whole, tiny_data, tmp_path):
     assert not [name for name, raw in contents(tmp_path).items() if b'old run' in raw]
 
 def test_new_run_in_a_used_folder(whole, tiny_data, tmp_path):
-    """Refused, and nothing is touched; also where the checkpoint before the last is all there is."""
+    """Refused, and nothing is touched; also where the older checkpoint is all there is."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'ckpt.pt').unlink()
     before = contents(tmp_path)
@@ -288,10 +286,11 @@ def test_the_checkpoint_knows_its_data(whole, tiny_data, tmp_path):
     assert load_checkpoint(whole)['tokenizer'] == dict(
         meta=dict(tokenizer='tokenizer.json', eot=256, vocab_size=257),
         json=(folder / 'tokenizer.json').read_text())
+    beside = partial(set_beside_the_code, folder.parent)
     for data, accident, kept in ((os.path.relpath(folder), None, tiny_data),
-                                 (folder.name, partial(set_beside_the_code, folder.parent), 'tiny')):
-        finish(tmp_path / str(len(kept)), data, accident, max_iters=1)
-        assert load_checkpoint(tmp_path / str(len(kept)))['dataset'] == kept
+                                 ('tiny', beside, 'tiny')):
+        finish(tmp_path / str(accident is None), data, accident, max_iters=1)
+        assert load_checkpoint(tmp_path / str(accident is None))['dataset'] == kept
 
 def ascii_only():
     sys.stdout.reconfigure(encoding='ascii', errors='strict')
@@ -352,12 +351,10 @@ def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
     refused(tmp_path / 'hidden', tiny_data, 'a sae_site of resid, mlp, attn', 2, init_from=dense,
             sae_posthoc='true', sae_site='hidden') # it has nothing to train
 
-VARIANTS = [
+@pytest.mark.parametrize('changes', [
     dict(sae_site='mlp', sae_layers='0,1'), dict(sae_site='attn', optimizer='adamw'),
     dict(sae_site='hidden', dtype='bfloat16', seed=2 ** 40),
-    dict(sae_site='stream', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)]
-
-@pytest.mark.parametrize('changes', VARIANTS, ids=str)
+    dict(sae_site='stream', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)], ids=str)
 def test_every_variant_runs(changes, tiny_data, tmp_path):
     """Each site, optimiser and dtype from start to end, and its checkpoint makes a model."""
     finish(tmp_path, tiny_data, eval_interval=8, **changes)
@@ -365,7 +362,7 @@ def test_every_variant_runs(changes, tiny_data, tmp_path):
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 def test_learning_rate_by_hand(schedule, tiny_data, tmp_path):
-    """Warm-up over 4 steps; then of 20 a cosine down to a tenth, or a linear end over the last 4."""
+    """Warm-up over 4 steps; then of 20 a cosine to a tenth, or a linear end over the last 4."""
     finish(tmp_path, tiny_data, lr_schedule=schedule, log_interval=1, warmup_iters=4,
            max_iters=24, learning_rate=0.01, eval_interval=100, sae_layers='')
     lr = [r['lr'] / 0.01 for r in records(tmp_path, 'log')]
@@ -397,8 +394,8 @@ def test_sae_lr_and_clipping(tiny_data, tmp_path):
         assert optimizers[0]['param_groups'][0]['betas'] == (0.9, 0.95)
 
 def test_steps_of_the_sae(tiny_data, tmp_path):
-    """Beside a frozen model four steps of the SAE, one after each micro-batch of a single step,
-    are four steps of one micro-batch each; one step after all four is another thing."""
+    """Beside a frozen model four steps of the SAE in a single step are four steps of one
+    micro-batch each; one step after all four is another thing."""
     finish(tmp_path / 'dense', tiny_data, sae_layers='', max_iters=2)
     rows, norms = {}, {}
     for name, numbers in (('in one', (1, 4, 4)), ('alone', (4, 1, 1)), ('once', (1, 4, 1))):
@@ -472,8 +469,7 @@ def test_snapshot_of_training(whole, tiny_data):
         np.testing.assert_array_equal(saved[name], want[name], err_msg=name)
 
 def slow_clock():
-    """time.time() goes on by 1 s with each micro-batch of training and by 1,000 s with each pass of
-    an eval, and stands else."""
+    """time.time() goes on by 1 s with each micro-batch, by 1,000 s with each pass of an eval."""
     now = [0.0]
     def takes(seconds, function, *args, **kwargs):
         now[0] += seconds()
@@ -484,11 +480,9 @@ def slow_clock():
     time.time = lambda: now[0]
 
 def test_tokens_a_second_by_a_slow_clock(tiny_data, tmp_path):
-    """The tokens of all steps since the last log line over the time they took, saves and evals left
-    out; times are written h:mm:ss."""
+    """128 tokens in four micro-batches of 1 s, evals left out; times are written h:mm:ss."""
     text = finish(tmp_path, tiny_data, slow_clock, eval_interval=1, log_interval=3)
     log = map(json.loads, (tmp_path / 'log.jsonl').read_text().splitlines())
-    # 128 tokens in four micro-batches of 1 s, whatever comes between
     assert [r['tok_s'] for r in log if r['event'] == 'log'] == pytest.approx([32] * 3)
     assert ' 0:00:20 left\n' in text # 5 steps of 4 s
     assert 'done in 10:00:32: ' in text # 8 steps, and 9 evals of 4 passes
@@ -498,9 +492,8 @@ def test_tokens_a_second_by_a_slow_clock(tiny_data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
-    """SIGKILL of a random rank at 20 random moments of a run that saves at every step, every fourth
-    in mid-save. From the first save on there is always a loadable checkpoint, a second rank leaves
-    by itself, and the end is that of the undisturbed run. Two minutes."""
+    """SIGKILL of a random rank, every fourth time in mid-save: there is always a checkpoint, a
+    second rank leaves by itself, and the end is that of the undisturbed run. Two minutes."""
     changes = dict(max_iters=900, warmup_iters=500, save_interval=1, eval_interval=20,
                    log_interval=3, rank_timeout=20)
     finish(tmp_path / 'whole', tiny_data, ranks=ranks, **changes)
@@ -526,10 +519,9 @@ def test_killed_at_random_moments(ranks, tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_long_run_leaks_nothing(tiny_data, tmp_path):
-    """A save, an eval and a snapshot every third step: memory and open files stay flat, and the
-    disk holds two checkpoints, one snapshot an eval, one line a log or eval, and nothing else.
-
-    LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s"""
+    """Memory and open files stay flat, and the disk holds two checkpoints, a snapshot an eval, a
+    line a log or eval: LONG_RUN_MINUTES=30 python -m pytest tests/test_train.py --slow -k leaks -s
+    """
     seconds, out, seen = 60 * float(os.environ.get('LONG_RUN_MINUTES', 0.5)), tmp_path / 'out', []
     argv = arguments(out, tiny_data, max_iters=10 ** 7, sae_blend_start=0, sae_blend_end=0)
     p, = start('train.py', argv, tmp_path / 'text')
