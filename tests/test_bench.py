@@ -14,6 +14,5 @@ def test_every_number(capsys):
     timed = ['plain', 'plain_compiled', 'encoder']
     if kernels.available('cpu'):
         timed += ['fast', 'fast_skewed']
-    for name in timed:
-        assert layer[name] > 0, name
+    assert min(layer[name] for name in timed) > 0
     assert step['dense_tok_s'] > 0 and step['sae_tok_s'] > 0 and step['sae_share'] < 1

@@ -41,8 +41,7 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     assert found['random'] == ['1', f"{k['k1']:.3f}", f"{k['k5']:.3f}"]
 
     ladder.main(argv)
-    again = capsys.readouterr().out
-    assert 'done' not in again and again.strip() in text
+    assert 'done' not in capsys.readouterr().out
 
     # its checkpoint is there: it is resumed; one that fails is named, and leaves no JSON
     (results / 'tiny-4-dense-s3.json').unlink()

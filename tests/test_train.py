@@ -55,7 +55,7 @@ def test_the_undisturbed_run(whole):
     assert first['versions']['torch'] == torch.__version__
     assert first['params'] == sum(p.numel() for p in load_model(checkpoint).parameters())
 
-STEP_4 = 4 * 4 + 1 # its first loss: neither logged nor saved when it is done
+STEP_4 = 4 * 4 + 1 # its first loss
 
 def close_terminal(function, *args, **kwargs):
     read, write = os.pipe()
@@ -144,8 +144,7 @@ def test_new_run_in_a_used_folder(whole, tiny_data, tmp_path):
 def test_two_runs_in_one_folder(tiny_data, tmp_path):
     """The second is refused before it touches anything. A killed run leaves no lock."""
     out = tmp_path / 'out'
-    never = dict.fromkeys(('max_iters', 'save_interval', 'eval_interval'), 10 ** 6)
-    argv = arguments(out, tiny_data, **never)
+    argv = arguments(out, tiny_data, max_iters=10 ** 6, save_interval=10 ** 6)
     first, = start('train.py', argv, tmp_path / 'first.txt')
     while not (out / 'log.jsonl').exists():
         assert first.exitcode is None
@@ -296,7 +295,7 @@ def ascii_only():
     sys.stdout.reconfigure(encoding='ascii', errors='strict')
 
 def test_ascii_terminal(tiny_data, tmp_path):
-    """What a terminal cannot show is a question mark there, and a hint can be pasted."""
+    """What cannot be shown is a question mark, and a hint can be pasted."""
     text = finish(tmp_path / 'mes données', tiny_data, ascii_only, max_iters=0)
     assert f"inspect_features.py --out_dir='{tmp_path}/mes donn?es'\n" in text
 
