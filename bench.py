@@ -1,12 +1,10 @@
 """
-How fast it is: every number beside its alternatives, all of them measured in one run.
+How fast it is, beside the alternatives: minutes on one GPU, a tiny version on a CPU.
 
-    python bench.py --out=bench.json     minutes on one GPU, a tiny version on a CPU
-    python bench.py --step=false         one part only
+    python bench.py > bench.jsonl        --step=false, --layer=false: one part only
 
-layer   one SAE layer, forward and backward: kernels.py (fast; fast_skewed: some features fire
-        often), sae.py's plain path, the textbook in bf16 (scatter), a dense autoencoder (dense_ae);
-        alone, the encoder's matmul, which is the floor, the selection, torch.topk
+layer   one SAE layer, forward and backward, in ms: kernels.py (fast; fast_skewed: some features
+        fire often), sae.py's plain path; and the encoder's matmul alone
 step    train.py with config/dense_gpt.py and config/sae_gpt.py in turns, on made-up tokens
 """
 import json
@@ -41,8 +39,8 @@ if GPU:
 
 def median_ms(fn):
     """
-    Median time of fn() after warm-up, on a GPU with a cold L2 cache. It is the GPU's time: a sleep
-    lets the host queue four calls ahead, as in training; else small shapes show Python's speed.
+    Median time of fn() after warm-up, on a GPU with a cold L2 cache. A sleep lets the host queue
+    four calls ahead, as in training; else small shapes show Python's speed.
     """
     for _ in range(3):
         fn()
@@ -62,25 +60,8 @@ def median_ms(fn):
         times += [a.elapsed_time(b) for a, b in events]
     return median(times)
 
-def measure(row, name, forward, inputs, gy):
-    """
-    Adds to row, of forward and backward: name_ms (None if it does not fit the card); on a GPU
-    name_gb at the peak, gradients included.
-    """
-    row[f'{name}_ms'] = None
-    torch.cuda.empty_cache() # of what the one before has left
-    with suppress(torch.OutOfMemoryError):
-        row[f'{name}_ms'] = median_ms(lambda: torch.autograd.grad(forward(), inputs, gy))
-        if GPU:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            torch.autograd.grad(forward(), inputs, gy)
-            row[f'{name}_gb'] = (torch.cuda.max_memory_allocated() - before) / 1e9
-    print(f"{name}: {row[f'{name}_ms']} ms", flush=True)
-
 def bench_layer(C, F, K):
-    """A row: what `measure` finds of each variant, all with the same bf16 h and dy."""
-    print(f"layer C={C} F={F} K={K}", flush=True)
+    """The times of each variant, all with the same bf16 h and dy; None if it does not fit."""
     torch.manual_seed(0)
     row = dict(C=C, F=F, K=K, N=N)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=C, sae_layers=(0,), sae_ratio=F // C, sae_k=K)
@@ -89,44 +70,32 @@ def bench_layer(C, F, K):
     h = torch.randn(N, C, device=DEVICE).bfloat16().requires_grad_()
     gy = torch.randn(N, C, device=DEVICE).bfloat16()
 
+    def measure(name, forward, *inputs):
+        torch.cuda.empty_cache() # of what the one before has left
+        row[name] = None
+        with suppress(torch.OutOfMemoryError):
+            row[name] = median_ms(lambda: torch.autograd.grad(forward(), [h, *inputs], gy))
+
     def plain():
         with torch.autocast(DEVICE, torch.bfloat16):
             values, indices = layer.encode(h)
             z = torch.zeros(N, F, device=DEVICE).scatter(-1, indices, values)
             return (z @ layer.W_dec + layer.b_dec).type_as(h)
 
-    def dense_ae(textbook=False):
-        W_enc, b_enc, W_dec, b_dec = (p.bfloat16() for p in P)
-        a = torch.nn.functional.linear(h - b_dec, W_enc, b_enc).relu()
-        if textbook:
-            values, indices = a.topk(K, dim=-1)
-            a = torch.zeros_like(a).scatter(-1, indices, values)
-        return a @ W_dec + b_dec
-
-    # a CPU may come without a C++ compiler
-    compiled = torch.compile(plain, dynamic=False, backend='inductor' if GPU else 'eager')
-    x, W = h.detach(), P[0].detach().bfloat16()
-    pre = x @ W.t()
     if kernels.fits(N, F, C, K, h.dtype, h.device):
-        measure(row, 'fast', lambda: kernels.topk_autoencode(h, *P, K)[0], [h, *P], gy)
+        measure('fast', lambda: kernels.topk_autoencode(h, *P, K)[0], *P)
         # trained layers are skewed: here 24 features fire on up to half of all tokens
         bias = 0.3 * torch.randn(F, device=DEVICE)
         bias[:24] += torch.linspace(3, 2, 24, device=DEVICE)
         skewed = [P[0], bias.requires_grad_(), *P[2:]]
-        measure(row, 'fast_skewed', lambda: kernels.topk_autoencode(h, *skewed, K)[0],
-                [h, *skewed], gy)
-        values, indices = kernels.topk_autoencode(x, *P, K)[1:3] # to be filled again
-        row['select_ms'] = median_ms(lambda: kernels.select(pre, P[1].detach(), values, indices))
-    measure(row, 'plain', plain, [h, *P], gy)
-    measure(row, 'plain_compiled', compiled, [h, *P], gy)
-    measure(row, 'scatter', lambda: dense_ae(textbook=True), [h, *P], gy)
-    measure(row, 'dense_ae', dense_ae, [h, *P], gy)
-    row['encoder_ms'] = median_ms(lambda: torch.mm(x, W.t(), out=pre))
-    row['topk_ms'] = median_ms(lambda: pre.topk(K, dim=-1))
+        measure('fast_skewed', lambda: kernels.topk_autoencode(h, *skewed, K)[0], *skewed)
+    measure('plain', plain, *P)
+    # a CPU may come without a C++ compiler
+    compiled = torch.compile(plain, dynamic=False, backend='inductor' if GPU else 'eager')
+    measure('plain_compiled', compiled, *P)
+    x, W = h.detach(), P[0].detach().bfloat16()
+    row['encoder'] = median_ms(lambda: x @ W.t())
     return row
-
-def bench_layers():
-    return [bench_layer(*shape) for shape in SHAPES]
 
 def train(folder, kind, out):
     """Runs train.py on the tokens in folder -> tokens/s of each steady line of its log."""
@@ -152,15 +121,14 @@ def bench_step():
     return dict(dense_tok_s=dense, sae_tok_s=sae, sae_share=1 - sae / dense)
 
 def main(argv):
-    options = configure(dict(layer=True, step=True, out=''), argv)
+    options = configure(dict(layer=True, step=True), argv)
     torch.set_float32_matmul_precision('high') # as train.py
-    result = dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU', torch=str(torch.__version__))
-    for part, bench in ('layer', bench_layers), ('step', bench_step):
-        if options[part]:
-            result[part] = bench()
-            if options['out']: # after each part: the next one may fail
-                Path(options['out']).write_text(json.dumps(result, indent=1), encoding='utf-8')
-    print(json.dumps(result, indent=1))
+    print(json.dumps(dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU',
+                          torch=torch.__version__)))
+    for shape in SHAPES if options['layer'] else ():
+        print(json.dumps(bench_layer(*shape)), flush=True)
+    if options['step']:
+        print(json.dumps(bench_step()))
 
 if __name__ == '__main__':
     run(main, sys.argv[1:])

@@ -1,11 +1,10 @@
 """
-Poor man's configurator, after nanoGPT's: a config file is Python that assigns to names, and
---key=value on the command line comes after it. Every script here is configured this way:
+Poor man's configurator, after nanoGPT's, of every script: a config file is Python that assigns to
+names, and --key=value on the command line comes after it.
 
     python train.py config/sae_cpu.py --max_iters=100 --sae_layers=1,2
 
-The keys and their types are those of the script's defaults; any other name is an error, in a file
-as on the command line (but names that begin with _ are a file's own business).
+Keys and types are those of the script's defaults; in a file names with _ are its own business.
 """
 import ast
 import difflib
@@ -22,11 +21,10 @@ EXPECTED = {
 
 def configure(defaults, argv, check=lambda config: [], given=None):
     """
-    defaults: {key: value}; argv: config files and --key=value, in order -> a new dict with the same
-    keys. int is accepted for float; true/false for bool, and --key alone is true; "1,2", "[1, 2]"
-    or "3" for a tuple of ints; a key whose default is a list may be given several times. check:
-    (config) -> what else is wrong with it, sentences with key=value in them. given: a set, to which
-    the keys that argv names are added. All problems come at once, exit code 2.
+    defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
+    same keys. --key alone is true; "1,2", "[1, 2]" or "3" are a tuple; a key whose default is a
+    list may come several times. check: config -> what else is wrong, in sentences with key=value.
+    given: a set, to which the keys that argv names are added. All problems at once, exit code 2.
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
@@ -64,20 +62,15 @@ def configure(defaults, argv, check=lambda config: [], given=None):
     return config
 
 def stop_if(problems):
-    """If there are problems: each a line on stderr (of ranks but the first one), exit code 2."""
-    rank = os.environ.get('RANK', '0')
-    if rank != '0':
+    """If there are problems: each a line on stderr (of other ranks the first), exit code 2."""
+    if (rank := os.environ.get('RANK', '0')) != '0':
         problems = [f"rank {rank}: {problem}" for problem in problems[:1]]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
     if problems:
+        print(*(f"error: {problem}" for problem in problems), sep='\n', file=sys.stderr)
         sys.exit(2)
 
 def run(main, *args):
-    """
-    A script as a program: ValueError and OSError, which say what the user can mend, are a sentence
-    and exit code 1; Ctrl-C is 130; `| head` is no error.
-    """
+    """A script as a program: ValueError and OSError become a sentence and exit code 1."""
     try:
         main(*args)
         sys.stdout.flush()
@@ -127,7 +120,4 @@ def convert(value, kind):
     return kind(value) if ok else None
 
 def show(value):
-    try:
-        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    except ValueError: # Python will not print more than 4,300 digits
-        return "a very long number"
+    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -1,9 +1,8 @@
 """
-A GPT with SAE layers inside, in the style of nanoGPT's model.py: the whole model in this one file,
-the sparse layer in sae.py. What differs from GPT-2:
+A GPT in the style of nanoGPT's model.py, with the sparse layers of sae.py. Unlike GPT-2 it has
 - RoPE instead of learned positions, QK-norm, RMSNorm without parameters, ReLU^2 MLP, no biases
-- the token embedding is normalised, and tied to the output head
-- blocks named in `sae_layers` pass what `sae_site` says through K of F features (see sae.py)
+- a token embedding that is normalised, and tied to the output head
+- in the blocks of `sae_layers` K of F features, through which what `sae_site` says must pass
 With sae_layers = () it is a plain dense GPT, the twin that every SAE model is compared with.
 
 Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers,
@@ -62,14 +61,14 @@ class GPTConfig:
             found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head "
                          "size (RoPE turns pairs)")
         layers, K, F_ = list(self.sae_layers), self.sae_k, self.n_features
-        if len({i for i in layers if i in range(self.n_layer)}) < len(layers):
+        if len(set(layers) & set(range(self.n_layer))) < len(layers):
             found.append(f"sae_layers={layers} must be different block indices in "
                          f"0..{self.n_layer - 1}")
         if layers and K > F_:
             found.append(f"sae_k={K} must not exceed the {F_} features of site {self.sae_site}")
         elif layers and 0 < self.sae_cap <= K / F_:
-            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {K} / {F_}, the "
-                         "share of tokens on which a feature fires on average")
+            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {K} / {F_}, how "
+                         "often a feature fires on average")
         return found
 
 def rotate(x, cos, sin):
@@ -158,20 +157,13 @@ class GPT(nn.Module):
         self.register_buffer('sin', torch.cat((sin, -sin), -1), persistent=False)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self):
-        """
-        wte             normal, std 0.02 (as the input it is normalised)
-        c_attn, c_fc    normal, std 1/sqrt(C)
-        c_proj          zeros: every block starts as the identity
-        SAE             see SAE.reset_parameters
-        """
-        nn.init.normal_(self.transformer.wte.weight, std=0.02)
+        nn.init.normal_(self.transformer.wte.weight, std=0.02) # as the input it is normalised
         for name, p in self.named_parameters():
             if name.endswith(('c_attn.weight', 'c_fc.weight')):
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
             elif name.endswith('c_proj.weight'):
-                nn.init.zeros_(p)
+                nn.init.zeros_(p) # every block starts as the identity
 
     def forward(self, idx, targets=None, cache=None):
         """
@@ -179,8 +171,7 @@ class GPT(nn.Module):
 
         loss     mean cross-entropy in nats, without the SAEs' reconstruction loss (SAEOut.loss);
                  with targets logits is None, without them loss is
-        SAEOut   its fields stacked over SAE layers along a new first axis, in the order of
-                 sae_layers; None if dense
+        SAEOut   its fields stacked along a new first axis, by block; None if dense
         cache    {} at first: keeps k and v (B, H, T, D) of each block; then one token at a time
                  continues it. Logits are the last position's only
 
@@ -195,8 +186,8 @@ class GPT(nn.Module):
 
     def blocks(self, idx, upto=None, cache=None):
         """
-        The stream (B, T, C) after the first `upto` blocks, of the last position alone with a cache,
-        and the SAEOut of their SAEs; None if they have none. All else as in forward.
+        The stream (B, T, C) after the first `upto` blocks, with a cache the last position's alone,
+        and their SAEOut. All else as in forward.
         """
         B, T = idx.size()
         pos = cache[0][0].size(2) if cache else 0
@@ -231,9 +222,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
         """
-        Continue idx (B, T) by max_new_tokens; yields each new token (B, 1). temperature 0 takes the
-        likeliest token; top_k keeps the k likeliest, 0 all. A full cache restarts from the last
-        half of the context.
+        Yields tokens (B, 1) that continue idx (B, T). temperature 0 takes the likeliest one; top_k
+        keeps the k likeliest, 0 all. A full cache restarts from the last half of the context.
         """
         size, cache = self.config.block_size, {}
         new = idx[:, -size:]
@@ -262,10 +252,9 @@ class GPT(nn.Module):
         gradients touch K rows (10 K C).
         """
         c = self.config
-        matmul = self.transformer.wte.weight.numel()
-        matmul += sum(p.numel() for n, p in self.named_parameters() if '.c_' in n)
-        own = [s for s in self.saes().values() if s.site.own]
-        sae = sum(2 * s.W_enc.numel() + 10 * c.sae_k * c.n_embd for s in own)
+        matmul = sum(p.numel() for n, p in self.named_parameters() if '.c_' in n or 'wte' in n)
+        own = sum(sae.site.own for sae in self.saes().values())
+        sae = own * (2 * c.n_features + 10 * c.sae_k) * c.n_embd
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
     def optimizer_groups(self, weight_decay, sae_lr_factor):
@@ -283,8 +272,7 @@ class GPT(nn.Module):
                      lr_factor=sae_lr_factor if kind == 'sae' else 1.0)
                 for kind, params in groups.items() if params]
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 
@@ -313,8 +301,8 @@ def save_checkpoint(out_dir, checkpoint):
 
 def load_checkpoint(out_dir):
     """
-    The newest checkpoint in out_dir that is whole, as a dict on the CPU; that it is not the last
-    one is said. Raises ValueError if there is none. Only tensors and plain values are unpickled.
+    The newest whole checkpoint in out_dir, a dict on the CPU; if it is not the last one, that is
+    said. Raises ValueError if there is none. Only tensors and plain values are unpickled.
     """
     problems = []
     for name in CHECKPOINTS:
@@ -339,10 +327,7 @@ def load_checkpoint(out_dir):
                      "--out_dir.")
 
 def load_model(checkpoint, device='cpu'):
-    """
-    The GPT that a checkpoint holds, in eval mode; SAEs that were trained post hoc are spliced in.
-    Raises ValueError for a checkpoint of another version, an unusable device.
-    """
+    """The GPT of a checkpoint, in eval mode. Raises ValueError for one of another version."""
     device = resolve_device(device)
     try:
         model = GPT(GPTConfig(**checkpoint['model_args']))

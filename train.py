@@ -27,7 +27,6 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -49,8 +48,8 @@ from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
 from sae import SITES, blend_alpha
 
-# --------------------------------------------------------------------------------------------------
-# defaults: a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
+# ----------------------------------------------------------------------------------------- defaults
+# a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
 # I/O
 out_dir = 'out'
 init_from = 'scratch'     # 'scratch', 'resume' (go on in out_dir), or another run's out_dir to
@@ -114,9 +113,8 @@ def problems(c):
             low = int(type(value) is int and key not in may_be_0)
             if not low <= value <= high.get(key, math.inf):
                 found.append(f"{key}={value} must lie in {low}..{high.get(key, math.inf)}")
-    one_of = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
-                  dtype=('auto', 'float32', 'bfloat16', 'float16'))
-    for key, known in one_of.items():
+    for key, known in dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
+                           dtype=('auto', 'float32', 'bfloat16', 'float16')).items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
     own = [name for name, site in SITES.items() if site.own]
@@ -147,8 +145,7 @@ given = set() # the keys that files and the command line name
 config = configure(defaults, sys.argv[1:], problems, given)
 globals().update(config)
 
-# --------------------------------------------------------------------------------------------------
-# ranks and devices
+# -------------------------------------------------------------------------------- ranks and devices
 device = resolve_device(device, local_rank)
 device_type = device.partition(':')[0]
 cuda = device_type == 'cuda'
@@ -161,8 +158,7 @@ if deterministic:
 if dtype == 'auto' and cuda:
     dtype = 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
 elif dtype == 'auto': # CPUs without instructions for bf16 emulate it, slowly
-    known = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-    fast = any(getattr(torch.cpu, name, bool)() for name in known)
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = 'bfloat16' if fast and device_type == 'cpu' else 'float32'
 autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != 'float32')
 local_micros = gradient_accumulation_steps // world_size
@@ -201,7 +197,6 @@ def on_error(kind, e, trace):
     fail(message)
 
 sys.excepthook = on_error
-
 if ddp:
     dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=rank_timeout))
     sys.excepthook = on_error # again: torch has wrapped it in one that loses what os._exit leaves
@@ -214,8 +209,7 @@ def all_reduce(t, op=dist.ReduceOp.SUM, group=None):
         dist.all_reduce(t, op, group)
     return t
 
-def wait_for_all():
-    """Where one rank works alone, maybe for longer than rank_timeout."""
+def wait_for_all(): # where one rank works alone, maybe for longer than rank_timeout
     if ddp:
         dist.barrier(hosts)
 
@@ -224,8 +218,7 @@ def say(text):
         with suppress(OSError): # nobody reads any more: no reason to end a run
             print(text, flush=True)
 
-# --------------------------------------------------------------------------------------------------
-# data, and the checkpoint to begin with
+# ----------------------------------------------------------- data, and the checkpoint to begin with
 if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
     say("preparing data/stdlib, once: Python's own library as a corpus") # needs nothing but Python
     from data.stdlib.prepare import prepare
@@ -248,12 +241,12 @@ if data.meta['tokenizer'].endswith('.json'):
     tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
 
 step = checkpoint['step'] if resuming else 0
-was = checkpoint.get('config', {}) if checkpoint else {}
+was = checkpoint.get('config', {}) if checkpoint else {} # with which it was trained
 anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
-    # all that decides a step must be as it was; these may change
+    # all else decides a step
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
@@ -266,8 +259,7 @@ if resuming:
     if changed:
         stop_if(changed + [f"cannot resume {out_dir} so: use the old values, or {anew}"])
 
-# --------------------------------------------------------------------------------------------------
-# model
+# -------------------------------------------------------------------------------------------- model
 torch.manual_seed(seed)
 model_args = {key: config[key] for key in model_keys}
 model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
@@ -282,25 +274,23 @@ def set_alpha(alpha):
     for sae in saes.values():
         sae.alpha.fill_(alpha)
 
-set_alpha(0.0) # a checkpoint may bring one that is further: see set_schedules
+set_alpha(0.0) # a checkpoint may bring one that is further
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less. The SAE learns best in smaller batches than the
 # model, since each of its features fires on few tokens: it has an optimizer of its own.
-groups = {g['name']: g for g in model.optimizer_groups(weight_decay, sae_lr_factor)}
-adamw = partial(torch.optim.AdamW, betas=(beta1, beta2), fused=True)
-sae_optimizers = [adamw([groups.pop('sae')])] if 'sae' in groups else []
-model_optimizers = []
-if optimizer == 'muon' and 'matrices' in groups:
-    muon = torch.optim.Muon([groups.pop('matrices')], adjust_lr_fn='match_rms_adamw')
-    model_optimizers.append(muon)
-if groups: # post hoc there are none
-    model_optimizers.append(adamw(list(groups.values())))
-optimizers = model_optimizers + sae_optimizers
+optimizers = {}
+for group in model.optimizer_groups(weight_decay, sae_lr_factor):
+    if optimizer == 'muon' and group['name'] == 'matrices':
+        optimizers['matrices'] = torch.optim.Muon([group], adjust_lr_fn='match_rms_adamw')
+    else:
+        optimizers[group['name']] = torch.optim.AdamW([group], betas=(beta1, beta2), fused=True)
+sae_optimizer = optimizers.get('sae')
+model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-# since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
-log_sums = torch.zeros(4, dtype=wide, device=device) # so that no order of sums is seen in the log
+log_sums = torch.zeros(4, dtype=wide, device=device) # since the last log line: loss, L0 and FVU
+                                                     # (means over SAEs), micro-batches
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
@@ -313,7 +303,7 @@ if checkpoint is not None:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
             misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
-            for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            for opt, state in zip(optimizers.values(), checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
             if master: # of all ranks together
@@ -341,8 +331,7 @@ if ddp and model_optimizers: # the SAEs' gradients are averaged for each of thei
     model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
                 gradient_as_bucket_view=True) # a copy of the gradients less
 
-# --------------------------------------------------------------------------------------------------
-# schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 def learning_rate_at(step, max_iters):
     # 1) linear warm-up
@@ -357,28 +346,18 @@ def learning_rate_at(step, max_iters):
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
 def set_schedules(step):
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
-    # alpha never falls: a checkpoint's SAE may be further than the schedule, since max_iters grew
-    # or a new run begins with it
+    for opt in optimizers.values():
+        group, = opt.param_groups
+        group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+    # never falls: a checkpoint's SAE may be further, since max_iters grew or a new run began
     alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
     for sae in saes.values():
         sae.alpha.clamp_(min=alpha)
 
-def alpha_now():
-    return min((sae.alpha.item() for sae in saes.values()), default=1.0)
-
-# --------------------------------------------------------------------------------------------------
-# evaluating, logging and saving
-
-def val_batches():
-    """This rank's share of the eval tokens, (x, y) each."""
-    return islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
-                  rank, None, world_size)
+# ------------------------------------------------------------------- evaluating, logging and saving
 
 def check_replicas():
-    """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
+    """Every rank must hold the same parameters and buffers."""
     sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
     low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
     high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
@@ -396,16 +375,6 @@ def write_log(record):
 
 def due(*intervals):
     return step == max_iters or any(step % interval == 0 for interval in intervals)
-
-def save():
-    sums = all_reduce(log_sums.clone())
-    if master:
-        save_checkpoint(out_dir, dict(
-            model=raw_model.state_dict(), model_args=asdict(raw_model.config),
-            optimizers=[opt.state_dict() for opt in optimizers], scaler=scaler.state_dict(),
-            step=step, log_sums=sums, config=config, data_sha256=data.meta['train_sha256'],
-            dataset=place, tokenizer=tokenizer))
-    wait_for_all()
 
 if master:
     os.makedirs(out_dir, exist_ok=True)
@@ -439,8 +408,8 @@ say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dens
     f"{world_size} x {device_type}, {dtype}")
 if resuming and was['max_iters'] != max_iters:
     before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
-    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, now "
-        f"{now:.3g}")
+    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, "
+        f"now {now:.3g}")
 
 signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
@@ -448,28 +417,23 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
     if signal.getsignal(signum) != signal.SIG_IGN:
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
-# --------------------------------------------------------------------------------------------------
-# training loop
+# ------------------------------------------------------------------------------------ training loop
 
 def next_batch(step, i):
     """x and y of this rank's micro-batch i; i = local_micros is the first one of the next step."""
-    micro = i * world_size + rank
-    batch = get_batch(data.train, block_size, batch_size, seed, step, micro,
+    batch = get_batch(data.train, block_size, batch_size, seed, step, i * world_size + rank,
                       gradient_accumulation_steps)
-    if cuda:
-        return [t.pin_memory().to(device, non_blocking=True) for t in batch]
-    return [t.to(device) for t in batch]
+    return [t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device) for t in batch]
 
 def step_saes():
     """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
-    (opt,) = sae_optimizers
-    params = opt.param_groups[0]['params']
+    params = sae_optimizer.param_groups[0]['params']
     for p in params:
         all_reduce(p.grad).div_(world_size * scaler.get_scale())
     norm = torch.nn.utils.clip_grad_norm_(params, (grad_clip or math.inf) / sae_steps) * sae_steps
     if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
-        opt.step()
-    opt.zero_grad(set_to_none=True)
+        sae_optimizer.step()
+    sae_optimizer.zero_grad(set_to_none=True)
     for sae in saes.values():
         sae.normalize_rows()
     return norm
@@ -489,17 +453,18 @@ while True:
              f"{last if saved_step else 'no checkpoint was saved yet'}. Try a lower learning rate "
              f"than {learning_rate}", code=3)
     if step > last_step and due(log_interval):
-        loss_sum, l0_sum, fvu_sum, n = all_reduce(log_sums).tolist()
+        *sums, n = all_reduce(log_sums).tolist()
+        mean_loss, l0, fvu = (total / n for total in sums)
         now = time.time()
         tok_s = (step - last_step) * tokens_per_step / max(1e-9, now - last_log)
-        record = dict(event='log', step=step, tokens=tokens, loss=loss_sum / n, tok_s=tok_s,
+        record = dict(event='log', step=step, tokens=tokens, loss=mean_loss, tok_s=tok_s,
                       lr=learning_rate_at(step - 1, max_iters), grad_norm=float(grad_norm))
-        line = f"step {step}/{max_iters} | loss {loss_sum / n:.4f}"
+        line = f"step {step}/{max_iters} | loss {mean_loss:.4f}"
         if saes:
             silent = torch.stack([sae.is_silent().float().mean() for sae in saes.values()])
-            live, alpha = 1 - silent.mean().item(), alpha_now()
-            record |= dict(l0=l0_sum / n, fvu=fvu_sum / n, live=live, alpha=alpha)
-            line += f" | FVU {fvu_sum / n:.3f} | live {100 * live:.1f} %"
+            live, alpha = 1 - silent.mean().item(), min(sae.alpha.item() for sae in saes.values())
+            record |= dict(l0=l0, fvu=fvu, live=live, alpha=alpha)
+            line += f" | FVU {fvu:.3f} | live {100 * live:.1f} %"
             if 0 < alpha < 1:
                 line += f" | alpha {alpha:.2f}"
         if scaler.is_enabled():
@@ -514,7 +479,15 @@ while True:
     # 2) save, then evaluate (in that order: a crash in the eval loses nothing)
     pause = time.time()
     if step > saved_step and (stop or due(save_interval)):
-        save()
+        sums = all_reduce(log_sums.clone())
+        if master:
+            states = [opt.state_dict() for opt in optimizers.values()]
+            save_checkpoint(out_dir, dict(
+                model=raw_model.state_dict(), model_args=asdict(raw_model.config),
+                optimizers=states, scaler=scaler.state_dict(), step=step, log_sums=sums,
+                config=config, data_sha256=data.meta['train_sha256'], dataset=place,
+                tokenizer=tokenizer))
+        wait_for_all()
         saved_step = step
     if stop:
         say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
@@ -525,11 +498,13 @@ while True:
         model.eval()
         if sae_posthoc: # until the hand-over they only watch
             set_alpha(1.0)
-        record = evaluate(eval_model, saes, val_batches, autocast, all_reduce)
+        batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
+                                 rank, None, world_size) # this rank's share
+        record = evaluate(eval_model, saes, batches, autocast, all_reduce)
         if sae_posthoc:
             set_alpha(0.0)
             set_schedules(step)
-        write_log(dict(event='eval', step=step, tokens=tokens, alpha=alpha_now(), **record))
+        write_log(dict(event='eval', step=step, tokens=tokens, **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
             live = min(sae['live'] for sae in record['sae'].values())
@@ -567,7 +542,7 @@ while True:
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
-        if sae_optimizers and (i + 1) % (local_micros // sae_steps) == 0:
+        if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
             sae_norm = torch.hypot(sae_norm, step_saes()) # of all: none that broke is lost
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)

@@ -1,7 +1,5 @@
 """
-The one loader, used by every script, and the one writer, used by every prepare.py.
-
-A data set is a folder data/<name>/ with
+The loader of every script, and the writer of every prepare.py. A data set is a folder data/<name>/:
     train.bin, val.bin   token ids, little-endian uint16 (uint32 where vocab_size > 65536)
     meta.json            vocab_size, tokenizer, dtype, source, eot; token counts and sha256 of files
     tokenizer.json       a tiktoken Encoding, where meta's "tokenizer" names it (else: "gpt2", ...)
@@ -23,14 +21,13 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent # the folder data/
-SPLITS = ('train', 'val')
 META = dict(vocab_size=int, tokenizer=str, train_tokens=int, val_tokens=int, train_sha256=str,
-            val_sha256=str) # of meta.json; besides dtype, source, eot and perhaps tokenizer_sha256
+            val_sha256=str) # without which a meta.json is none
 
 class Dataset(NamedTuple):
     train: np.ndarray # (train_tokens,) memory map
-    val: np.ndarray   # (val_tokens,) memory map
-    meta: dict        # meta.json
+    val: np.ndarray   # (val_tokens,)
+    meta: dict
     dir: Path
 
 def data_dir(name_or_path):
@@ -41,14 +38,12 @@ def data_dir(name_or_path):
 def token_dtype(vocab_size):
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
-# --------------------------------------------------------------------------------------------------
-# reading
+# ------------------------------------------------------------------------------------------ reading
 
 def load_meta(name_or_path, sha256=None):
     """
-    (folder, its meta.json, how to prepare it). Raises ValueError. A data set that is not there may
-    lie beside the code: data/mine, seen from another folder; or, under the name that it had, one
-    whose train.bin has this sha256.
+    (folder, its meta.json, how to prepare it), or ValueError. What is not there may lie beside the
+    code: data/mine, seen from another folder; or, by its last name, what has that train_sha256.
     """
     path = data_dir(name_or_path)
     file = path / 'meta.json'
@@ -81,7 +76,7 @@ def load_dataset(name_or_path, check_hash=False):
     if check_hash and meta['tokenizer'].endswith('.json'):
         load_tokenizer(path, meta) # or a run would end with features that nobody can read
     dtype, splits = token_dtype(meta['vocab_size']), []
-    for split in SPLITS:
+    for split in 'train', 'val':
         file, n = path / f'{split}.bin', meta[f'{split}_tokens']
         size = file.stat().st_size if file.exists() else 0
         if n < 1 or size != n * dtype.itemsize:
@@ -97,23 +92,19 @@ def load_dataset(name_or_path, check_hash=False):
         splits.append(tokens)
     return Dataset(*splits, meta, path)
 
-# --------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 def get_batch(tokens, block_size, batch_size, seed, step, micro, micros_per_step):
     """
     One micro-batch: x and y, both (B, T) int64 on the CPU; y is x one token later. `micro` counts
-    over all ranks and accumulation steps of an optimizer step, micros_per_step is how many there
-    are. Raises ValueError where `tokens` is too short for one window.
+    over all ranks and accumulation steps of a step. Raises ValueError for too few tokens.
     """
     n = windows_per_epoch(len(tokens), block_size)
-    phases = min(block_size, len(tokens) - n * block_size)
     first = (step * micros_per_step + micro) * batch_size
     starts = []
     for index in range(first, first + batch_size):
         epoch, i = divmod(index, n)
-        order, phase = epoch_order(seed, epoch, n, phases)
-        starts.append(phase + int(order[i]) * block_size)
+        starts.append(epoch_starts(seed, epoch, len(tokens), block_size)[i])
     return gather(tokens, starts, block_size)
 
 def windows_per_epoch(n_tokens, block_size):
@@ -124,19 +115,20 @@ def windows_per_epoch(n_tokens, block_size):
     return max(1, (n_tokens - block_size) // block_size)
 
 @functools.lru_cache(maxsize=2) # two, because a batch can straddle two epochs
-def epoch_order(seed, epoch, n, phases):
+def epoch_starts(seed, epoch, n_tokens, block_size):
     """
-    The order of an epoch's n windows, and where the first begins: with the same borders in every
-    epoch, tokens at the start of a window would never be predicted from what stands before them.
+    Where the windows of an epoch begin, in their order. The first one's place varies, or tokens at
+    the start of a window would never be predicted from what stands before them.
     """
+    n = windows_per_epoch(n_tokens, block_size)
     rng = np.random.default_rng((seed, epoch))
-    phase = int(rng.integers(phases))
-    return rng.permutation(n), phase
+    phase = rng.integers(min(block_size, n_tokens - n * block_size))
+    return phase + block_size * rng.permutation(n)
 
 def eval_batches(tokens, block_size, batch_size, n_tokens):
     """
     Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
-    batches have batch_size rows, for a compiled model; of a smaller one there is one alone.
+    batches have batch_size rows, but for one that is alone.
     """
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin
@@ -149,12 +141,11 @@ def eval_batches(tokens, block_size, batch_size, n_tokens):
 
 def gather(tokens, starts, block_size):
     import torch # here: all else in this file works, and starts faster, without
-    rows = np.stack([tokens[s:s + block_size + 1] for s in starts]).astype(np.int64)
-    rows = torch.from_numpy(rows) # (B, T+1)
+    rows = np.stack([tokens[s:s + block_size + 1] for s in starts])
+    rows = torch.from_numpy(rows.astype(np.int64)) # (B, T+1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-# --------------------------------------------------------------------------------------------------
-# tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
+# ------------- tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
 
 def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError."""
@@ -171,8 +162,8 @@ def decode_encoding(raw):
     """The tiktoken.Encoding in the bytes or text of a tokenizer.json."""
     import tiktoken
     parts = json.loads(raw)
-    ranks = {base64.b64decode(token): i for token, i in parts.pop('mergeable_ranks').items()}
-    return tiktoken.Encoding(mergeable_ranks=ranks, **parts)
+    ranks = {base64.b64decode(token): i for token, i in parts['mergeable_ranks'].items()}
+    return tiktoken.Encoding(**parts | dict(mergeable_ranks=ranks))
 
 def encode_encoding(enc):
     """A tiktoken Encoding as the bytes of a tokenizer.json."""
@@ -181,7 +172,7 @@ def encode_encoding(enc):
                            special_tokens=enc._special_tokens), indent=0).encode()
 
 def named_encoding(name):
-    """tiktoken.get_encoding, with its many ways to fail made one sentence."""
+    """tiktoken.get_encoding, with its many ways to fail made one ValueError."""
     import tiktoken
     try:
         return tiktoken.get_encoding(name)
@@ -191,25 +182,18 @@ def named_encoding(name):
                          f"{known}; each needs network once, or TIKTOKEN_CACHE_DIR") from None
 
 def token_bytes(enc, vocab_size):
-    """
-    A list of vocab_size bytes: what each id stands for, b'' for ids without (padding, gaps).
-    Special tokens give their names. A token may be half of a UTF-8 character.
-    """
+    """[bytes] that each id stands for, maybe half a character; b'' for padding and gaps."""
     pieces = {i: token for token, i in enc._mergeable_ranks.items()}
     pieces |= {i: name.encode() for name, i in enc._special_tokens.items()}
     return [pieces.get(i, b'') for i in range(vocab_size)]
 
-# --------------------------------------------------------------------------------------------------
-# writing
+# ------------------------------------------------------------------------------------------ writing
 
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
     """
-    Writes a data set, whole or not at all, and returns its meta.
-    train_iter, val_iter: yield arrays or lists of token ids; memory stays at one of them.
-    tokenizer: a tiktoken Encoding, which is kept in the data set; or the name of one.
-    Raises ValueError for ids outside the vocabulary and for a split without tokens. An older data
-    set stays as it was until all is written. Then its meta.json goes first, and the new one comes
-    last: a kill in between leaves a folder that counts as not prepared.
+    Writes a data set, whole or not at all, and returns its meta. train_iter, val_iter yield arrays
+    or lists of token ids; tokenizer is a tiktoken Encoding, or the name of one. Raises ValueError
+    for ids outside the vocabulary and for a split without tokens.
     """
     out, dtype = data_dir(name_or_path), token_dtype(vocab_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -217,7 +201,7 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
                 eot=eot)
     with tempfile.TemporaryDirectory(suffix='.tmp', dir=out) as temp:
         temp = Path(temp)
-        for split, pieces in zip(SPLITS, (train_iter, val_iter)):
+        for split, pieces in dict(train=train_iter, val=val_iter).items():
             file = temp / f'{split}.bin'
             with open(file, 'wb') as f:
                 for ids in pieces:
@@ -233,7 +217,7 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
             digest = hashlib.sha256(raw).hexdigest()
             meta |= dict(tokenizer='tokenizer.json', tokenizer_sha256=digest)
         (temp / 'meta.json').write_text(json.dumps(meta, indent=1))
-        (out / 'meta.json').unlink(missing_ok=True)
+        (out / 'meta.json').unlink(missing_ok=True) # a kill from here on: "not prepared"
         for file in sorted(temp.iterdir(), key=lambda file: file.name == 'meta.json'):
             os.replace(file, out / file.name)
     return meta

@@ -2,39 +2,33 @@
 The ladder: dense, naive, the default and its variants, at equal tokens and over seeds. Each run is
 one call of train.py and leaves one JSON in results/ladder/, of which table and plot are made.
 
-    python results/ladder.py --rows=dense,naive,default --seeds=1,2,3     65 M tokens, a run a GPU
+    python results/ladder.py --rows=dense,naive,default --seeds=1,2,3     65 M tokens a run
     python results/ladder.py --size=large --steps=3000                    196 M tokens, 124 M model
     python results/ladder.py --size=cpu --steps=480 --dataset=stdlib      1 M tokens, on a CPU
     python results/ladder.py --table=true --plot=assets/ladder.png        no training
     ... --labels=folder     of files *.tsv: what features tell of these is measured too
 
-A run whose JSON is there is not made again; one that was interrupted is resumed.
+A run whose JSON is there is not made again; one that was interrupted is resumed. One GPU is used:
+on several start a seed each, with CUDA_VISIBLE_DEVICES.
 """
 import json
 import os
-import queue
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configurator import configure, run, writable  # noqa: E402
-from data.dataset import load_meta                 # noqa: E402
-from features import open_run                      # noqa: E402
-from measures import measure                       # noqa: E402
-from model import GPTConfig                        # noqa: E402
+from configurator import configure, run, writable # noqa: E402
+from data.dataset import load_meta # noqa: E402
+from features import open_run # noqa: E402
+from measures import measure # noqa: E402
+from model import GPTConfig # noqa: E402
 
 SIZES = {
-    'tiny': dict(n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=2, sae_layers=(0,),
-                 sae_k=8, gradient_accumulation_steps=4, eval_tokens=1024, log_interval=2,
-                 compile=False, device='cpu'),
     'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
                 sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
                 sae_steps=2, sae_lr_factor=0.5, warmup_iters=20, eval_tokens=32_768,
@@ -49,10 +43,9 @@ def rows(size):
     """{row: what it changes in train.py's defaults and in its size}, in the order of the table."""
     L, C = SIZES[size]['n_layer'], SIZES[size]['n_embd']
     every = tuple(range(L))
-    at_once = dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0)
-    slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0)
     one_step = dict(sae_steps=1, sae_lr_factor=0.5)
-    naive = at_once | one_step | dict(sae_nudge=0.0)
+    naive = one_step | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_nudge=0.0)
+    slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0, sae_k=C // 4, sae_cap=0.0)
     # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
     # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
@@ -88,10 +81,8 @@ def rows(size):
         'all blocks': dict(sae_layers=every),
         'mlp': dict(sae_site='mlp'),
         'attn': dict(sae_site='attn'),
-        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every, sae_k=C // 4,
-                                      sae_cap=0.0),
-        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,), sae_k=C // 4,
-                                sae_cap=0.0),
+        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every),
+        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,)),
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),
@@ -99,14 +90,10 @@ def rows(size):
 
 # ------------------------------------------------------------------------------------------------
 
-def make(c, slots, row, seed):
-    """
-    One run and its JSON, on one of the free slots, (device, its number for CUDA_VISIBLE_DEVICES).
-    Its features are measured while the next run trains there. Returns None, or where the run
-    failed the file with what it printed.
-    """
+def make(c, row, seed):
+    """One run and its JSON. Returns None, or where it failed the file with what it printed."""
     size, steps = c['size'], c['steps']
-    name = f"{size}-{steps}-{row.replace(' ', '-').replace('/', '')}-s{seed}"
+    name = f"{size}-{steps}-{row.replace(' ', '-')}-s{seed}"
     target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
     if target.exists():
         return None
@@ -121,22 +108,17 @@ def make(c, slots, row, seed):
         options['init_from'] = 'resume'
     command = [sys.executable, ROOT / 'train.py']
     command += [f'--{key}={value}' for key, value in options.items()]
-
-    device, number = slots.get()
-    gpu = dict(CUDA_VISIBLE_DEVICES=number) if number else {}
     printed = f'{out_dir}.txt'
     with open(printed, 'w') as f:
-        failed = subprocess.call(command, stdout=f, stderr=f, env=os.environ | gpu)
-    slots.put((device, number))
+        failed = subprocess.call(command, stdout=f, stderr=f)
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
         return printed
     result = summary(row, size, out_dir / 'log.jsonl')
-    _, meta, _ = load_meta(c['dataset'])
     result['dataset'] = os.path.basename(c['dataset'])
-    result['unique_tokens'] = min(result['tokens'], meta['train_tokens'])
+    result['unique_tokens'] = min(result['tokens'], load_meta(c['dataset'])[1]['train_tokens'])
     if c['labels']:
-        model = open_run(str(out_dir), c['dataset'], device, for_features=False)
+        model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
         result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
     temporary = target.with_suffix('.tmp')
@@ -146,8 +128,8 @@ def make(c, slots, row, seed):
 
 def summary(row, size, log):
     """
-    The JSON of a finished run, from its log.jsonl: losses in nats, the mean over SAE layers. Of
-    several lines of one step, as a resumed run has, the last counts; a torn line is skipped.
+    The JSON of a finished run, from its log.jsonl: losses in nats, means over SAE layers. Of
+    several lines of one step the last counts; a torn line is skipped.
     """
     steps = dict(start={}, log={}, eval={})
     for line in log.read_text(encoding='utf-8', errors='replace').splitlines():
@@ -159,134 +141,45 @@ def summary(row, size, log):
     saes = last.get('sae', {}).values()
     mean = {key: statistics.mean(sae[key] for sae in saes) if saes else None
             for key in ('live', 'busiest', 'l0', 'fvu')}
+    start |= start.pop('versions')
+    copied = ('params', 'params_non_embedding', 'flops_per_token', 'torch', 'gpu', 'commit',
+              'config')
     return dict(
         row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'],
         train_loss=logs[-1]['loss'], val_loss=last['val_loss'],
-        val_loss_zeroed=last.get('val_loss_zeroed'),
-        val_loss_mean=last.get('val_loss_mean'), live_share=mean['live'],
-        live_share_min=min((sae['live'] for sae in saes), default=None),
+        val_loss_zeroed=last.get('val_loss_zeroed'), val_loss_mean=last.get('val_loss_mean'),
+        live_share=mean['live'], live_share_min=min((sae['live'] for sae in saes), default=None),
         busiest_share=mean['busiest'], l0=mean['l0'], fvu=mean['fvu'],
-        tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]),   # the first compile
-        params=start['params'], params_non_embedding=start['params_non_embedding'],
-        flops_per_token=start['flops_per_token'], torch=start['versions']['torch'],
-        gpu=start['versions']['gpu'], commit=start['versions']['commit'], config=start['config'],
-        curve=[[r['tokens'], r['val_loss']] for r in evals])
+        tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), # the first compile
+        curve=[[r['tokens'], r['val_loss']] for r in evals], **{key: start[key] for key in copied})
 
 # ------------------------------------------------------------------------------------------------
 
-LOSSES = (   # heading, key of the JSONs, factor, decimals
-    ('loss', 'val_loss', 1, 3),
-    ('train', 'train_loss', 1, 3),
-    ('zeroed', 'val_loss_zeroed', 1, 2),
-    ('toN%', 'to_naive', 100, 0),
-    ('L0', 'l0', 1, 0),
-    ('FVU', 'fvu', 1, 1),
-    ('Mpar', 'params_non_embedding', 1e-6, 1),
-    ('MF/t', 'flops_per_token', 1e-6, 0),
+NEEDED = {'row', 'size', 'seed', 'tokens', 'val_loss', 'config', 'curve'}
+LOSSES = ( # heading, key of a result, factor, format
+    ('loss', 'val_loss', 1, '.3f'),
+    ('train', 'train_loss', 1, '.3f'),
+    ('zeroed', 'val_loss_zeroed', 1, '.2f'),
+    ('toN%', 'to_naive', 100, '.0f'),
+    ('L0', 'l0', 1, '.0f'),
+    ('FVU', 'fvu', 1, '.1f'),
+    ('Mpar', 'params_non_embedding', 1e-6, '.1f'),
+    ('MF/t', 'flops_per_token', 1e-6, '.0f'),
 )
 FEATURES = (
-    ('k=1', 'probe_mean/k1', 1, 3),
-    ('k=5', 'probe_mean/k5', 1, 3),
-    ('k=20', 'probe_mean/k20', 1, 3),
-    ('cohe', 'coherence', 1, 2),
-    ('>.05', 'coherent', 1, 0),
-    ('caus%', 'causal_share', 100, 0),
-    ('dupl%', 'duplicates', 100, 1),
-    ('dense%', 'dense_features', 100, 2),
-    ('live%', 'live_share_min', 100, 1),   # of several layers the lowest
-    ('busy%', 'busiest_share', 100, 0),
+    ('k=1', 'k1', 1, '.3f'),
+    ('k=5', 'k5', 1, '.3f'),
+    ('k=20', 'k20', 1, '.3f'),
+    ('cohe', 'coherence', 1, '.2f'),
+    ('>.05', 'coherent', 1, '.0f'),
+    ('caus%', 'causal_share', 100, '.0f'),
+    ('dupl%', 'duplicates', 100, '.1f'),
+    ('dense%', 'dense_features', 100, '.2f'),
+    ('live%', 'live_share_min', 100, '.1f'), # of several layers the lowest
 )
 
-def value(result, key):
-    """A number of a JSON, that of 'a/b' from the dict under 'a'; None if it is not there."""
-    for name in key.split('/'):
-        result = (result or {}).get(name)
-    return result
-
-def tokens_to(loss, curve):
-    """Where a curve [[tokens, loss], ...] first falls to a loss, between two evals, or None."""
-    for (n, high), (m, low) in zip(curve, curve[1:]):
-        if low <= loss < high:
-            return n + (m - n) * (high - loss) / (high - low)
-    return None
-
-def codes_of_dense(results):
-    """Two more rows: what random directions and channels of the dense models' stream tell."""
-    return [dict(row=name, seed=r['seed'], probe_mean=r[f'probe_{name}_mean'])
-            for name in ('random', 'channels') for r in results if f'probe_{name}_mean' in r]
-
-def print_part(part, columns, order):
-    """One table: a line a row, means over seeds; nothing for rows that have none of the columns."""
-    dense = {r['seed']: r['val_loss'] for r in part if r['row'] == 'dense'}
-    lines = [['row', 'n', '-dense', '+-'] + [heading for heading, *_ in columns]]
-    for row in order:
-        runs = [r for r in part if r['row'] == row]
-        diffs = [r['val_loss'] - dense[r['seed']] for r in runs if 'val_loss' in r
-                 and r['seed'] in dense]
-        line = [row, str(len(runs))]
-        line.append(f"{statistics.mean(diffs):+.3f}" if diffs else '')
-        line.append(f"{statistics.stdev(diffs):.3f}" if len(diffs) > 1 else '')
-        for _, key, factor, decimals in columns:
-            values = [value(r, key) for r in runs]
-            values = [x for x in values if x is not None]    # dense has no SAE
-            line.append(f"{factor * statistics.mean(values):.{decimals}f}" if values else '')
-        if any(line[4:]):
-            lines.append(line)
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    for row, *numbers in lines:
-        numbers = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
-        print(row.ljust(widths[0]), *numbers)
-
-def print_table(results):
-    """Two tables for each size and number of tokens; rows that are not known any more come last."""
-    print("n: seeds. -dense: minus dense of the same seed, +-: its standard deviation.\n"
-          "zeroed: without the SAEs' output. toN%: tokens to naive's last loss. Mpar:\n"
-          "million parameters, embedding apart. MF/t: MFLOP a token. k=1, 5, 20: accuracy\n"
-          "of probes, mean over sets. cohe, >.05: coherence, and features above 0.05.\n"
-          "caus%: features whose removal changes the loss. dupl%: doubles of others.\n"
-          "dense%: fire on a tenth of the tokens. busy%: firing by the busiest 1 %.")
-    for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
-        part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
-        naive = {r['seed']: r['val_loss'] for r in part if r['row'] == 'naive'}
-        for r in part:
-            if r['seed'] in naive and (n := tokens_to(naive[r['seed']], r['curve'])):
-                r['to_naive'] = n / tokens
-        part += codes_of_dense(part)
-        known = ['random', 'channels', *rows(size)]
-        order = known + sorted({r['row'] for r in part} - set(known))
-        print(f"\n{size}, {tokens / 1e6:.1f} M tokens; losses in nats")
-        print_part(part, LOSSES, order)
-        if any('probe_mean' in r for r in part):
-            print("\nits features")
-            print_part(part, FEATURES, order)
-
-def plot(results, c):
-    """Each row a dot: its price, minus dense, to the right, its probes with one feature upwards."""
-    import matplotlib.pyplot as plt
-    wanted = c['size'], c['steps']
-    results = [r for r in results if (r['size'], r['config']['max_iters']) == wanted]
-    dense = {r['seed']: r['val_loss'] for r in results if r['row'] == 'dense'}
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    for row in dict.fromkeys(r['row'] for r in results):
-        runs = [r for r in results if r['row'] == row and r['seed'] in dense and 'probe_mean' in r]
-        if runs:
-            x = statistics.mean(r['val_loss'] - dense[r['seed']] for r in runs)
-            y = statistics.mean(r['probe_mean']['k1'] for r in runs)
-            axes.plot(x, y, 'o', color='C3' if row == 'default' else 'C0')
-            axes.annotate(row, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
-    for style, name in ((':', 'random'), ('--', 'channels')):
-        values = [r['probe_mean']['k1'] for r in codes_of_dense(results) if r['row'] == name]
-        if values:
-            axes.axhline(statistics.mean(values), color='grey', ls=style, lw=1, label=name)
-    axes.set(xlabel='loss minus dense, nats', ylabel='accuracy of probes with one feature')
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(c['plot'], dpi=130, bbox_inches='tight')
-
-NEEDED = {'row', 'size', 'seed', 'tokens', 'val_loss', 'config', 'curve'}
-
 def load(folder):
-    """All results in a folder. Raises ValueError for a file that is none."""
+    """All results in a folder, compared. Raises ValueError for a file that is none."""
     results = []
     for path in sorted(Path(folder).glob('*.json')):
         try:
@@ -295,7 +188,90 @@ def load(folder):
         except (ValueError, TypeError, AssertionError):
             raise ValueError(f"{path} is torn, or no result of this script: delete it, and its run "
                              "will be made again") from None
-    return results
+    return compare(results)
+
+def compare(results):
+    """
+    Adds what each result is beside dense and naive of its seed, its probes (means over sets), and
+    two more rows: what random directions and channels of the dense models' streams tell.
+    """
+    losses = {(r['size'], r['tokens'], r['seed'], r['row']): r['val_loss'] for r in results}
+    more = []
+    for r in results:
+        same = r['size'], r['tokens'], r['seed']
+        if (*same, 'dense') in losses:
+            r['price'] = r['val_loss'] - losses[(*same, 'dense')]
+        r['to_naive'] = tokens_to(losses.get((*same, 'naive'), -1), r['curve'], r['tokens'])
+        r |= r.get('probe_mean', {})
+        for name in 'random', 'channels':
+            shared = {key: r[key] for key in ('size', 'tokens', 'seed', 'config')}
+            if f'probe_{name}_mean' in r:
+                more.append(shared | r[f'probe_{name}_mean'] | dict(row=name))
+    return more + results
+
+def tokens_to(loss, curve, tokens):
+    """The share of tokens after which a curve [[tokens, loss], ...] first falls to loss, or None"""
+    for (n, high), (m, low) in zip(curve, curve[1:]):
+        if low <= loss < high:
+            return (n + (m - n) * (high - loss) / (high - low)) / tokens
+    return None
+
+def print_part(part, columns, order):
+    """One table: a line a row, means over seeds; nothing for rows that have none of the columns."""
+    lines = [['row', 'n', '-dense', '+-', *(heading for heading, *_ in columns)]]
+    for row in order:
+        runs = [r for r in part if r['row'] == row]
+        prices = [r['price'] for r in runs if 'price' in r]
+        line = [row, str(len(runs))]
+        line.append(f"{statistics.mean(prices):+.3f}" if prices else '')
+        line.append(f"{statistics.stdev(prices):.3f}" if len(prices) > 1 else '')
+        for _, key, factor, form in columns:
+            values = [factor * r[key] for r in runs if r.get(key) is not None]
+            line.append(format(statistics.mean(values), form) if values else '')
+        if any(line[4:]):
+            lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for row, *cells in lines:
+        print(row.ljust(widths[0]), *map(str.rjust, cells, widths[1:]))
+
+def print_table(results):
+    """Two tables for each size and number of tokens; rows that are not known any more come last."""
+    print("n: seeds. -dense: minus dense of the same seed, +-: its standard deviation.\n"
+          "zeroed: without the SAEs' output. toN%: tokens to naive's last loss. Mpar:\n"
+          "million parameters, embedding apart. MF/t: MFLOP a token. k=1, 5, 20: accuracy\n"
+          "of probes, mean over sets. cohe, >.05: coherence, and features above 0.05.\n"
+          "caus%: features whose removal changes the loss. dupl%: doubles of others.\n"
+          "dense%: fire on a tenth of the tokens.")
+    for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
+        part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
+        known = ['random', 'channels', *rows(size)]
+        order = known + sorted({r['row'] for r in part} - set(known))
+        print(f"\n{size}, {tokens / 1e6:.1f} M tokens; losses in nats")
+        print_part(part, LOSSES, order)
+        if any('k1' in r for r in part):
+            print("\nits features")
+            print_part(part, FEATURES, order)
+
+def plot(results, c):
+    """Each row a dot: its price, minus dense, to the right, its probes with one feature upwards."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    probed = [r for r in results if 'k1' in r
+              and (r['size'], r['config']['max_iters']) == (c['size'], c['steps'])]
+    for row in dict.fromkeys(r['row'] for r in probed):
+        runs = [r for r in probed if r['row'] == row]
+        y = statistics.mean(r['k1'] for r in runs)
+        if row in ('random', 'channels'):
+            style = ':' if row == 'random' else '--'
+            axes.axhline(y, color='grey', ls=style, lw=1, label=row)
+        elif all('price' in r for r in runs):
+            x = statistics.mean(r['price'] for r in runs)
+            axes.plot(x, y, 'o', color='C3' if row == 'default' else 'C0')
+            axes.annotate(row, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
+    axes.set(xlabel='loss minus dense, nats', ylabel='accuracy of probes with one feature')
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(c['plot'], dpi=130, bbox_inches='tight')
 
 # ------------------------------------------------------------------------------------------------
 
@@ -304,12 +280,11 @@ def problems(c):
     sound, training = c['size'] in SIZES, not c['table']
     known = rows(c['size'] if sound else 'small')
     found = [] if sound else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
-    for row in c['rows'].split(','):
-        if training and row not in known:
-            found.append(f"rows={row!r} is unknown: known are {', '.join(known)}")
-    for key in ('results', 'out'):
-        if training and not writable(c[key]):
-            found.append(f"{key}={c[key]} must be a folder that can be written")
+    if training:
+        found += [f"rows={row!r} is unknown: known are {', '.join(known)}"
+                  for row in c['rows'].split(',') if row not in known]
+        found += [f"{key}={c[key]} must be a folder that can be written"
+                  for key in ('results', 'out') if not writable(c[key])]
     if c['labels'] and not list(Path(c['labels']).glob('*.tsv')):
         found.append(f"labels={c['labels']} must be a folder of files *.tsv: label, tab, text")
     if c['table'] and not list(Path(c['results']).glob('*.json')):
@@ -322,40 +297,25 @@ def problems(c):
         found.append(f"plot={c['plot']} needs matplotlib: pip install matplotlib")
     return found
 
-def free_slots(gpus):
-    """So many GPUs, or all that are visible (-1), as (device, number); the CPU if there is none."""
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
-    if visible == ['']:
-        visible = [str(i) for i in range(torch.cuda.device_count())]
-    visible = visible if gpus < 0 else visible[:gpus]
-    return [(f'cuda:{i}', number) for i, number in enumerate(visible)] or [('cpu', None)]
-
 def main(argv):
     c = configure(dict(
         size='small', rows='dense,naive,default', seeds=(1,), steps=1000, dataset='fineweb',
-        labels='', gpus=-1, results=str(ROOT / 'results' / 'ladder'), out='out-ladder', table=False,
+        labels='', results=str(ROOT / 'results' / 'ladder'), out='out-ladder', table=False,
         plot=''), argv, problems)
-    names = list(dict.fromkeys(c['rows'].split(',')))
     failed = []
     if not c['table']:
-        load_meta(c['dataset'])   # for its error
+        load_meta(c['dataset']) # for its error
         os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
-        slots = queue.Queue()
-        for slot in free_slots(c['gpus']):
-            slots.put(slot)
-        jobs = [(row, seed) for seed in dict.fromkeys(c['seeds']) for row in names]
-        with ThreadPoolExecutor(2 * slots.qsize()) as pool:
-            for posthoc in False, True:   # which needs its dense twin's checkpoint
-                now = [job for job in jobs if job[0].startswith('posthoc') == posthoc]
-                failed += pool.map(lambda job: make(c, slots, *job), now)
+        jobs = [(row, seed) for seed in c['seeds'] for row in c['rows'].split(',')]
+        jobs.sort(key=lambda job: 'posthoc' in job[0]) # which needs its dense twin's checkpoint
+        failed = [printed for job in jobs if (printed := make(c, *job))]
     results = load(c['results'])
     print_table(results)
     if c['plot']:
         plot(results, c)
-    failed = [printed for printed in failed if printed]
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; what they printed: {', '.join(failed)}")
 
 if __name__ == '__main__':
-    run(main, sys.argv[1:])   # Ctrl-C reaches the runs too: each finishes its step and saves
+    run(main, sys.argv[1:]) # Ctrl-C reaches the runs too: each finishes its step and saves

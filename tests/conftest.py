@@ -1,9 +1,4 @@
-"""
-What all tests share: one thread, the repository on the path, and the mark `slow`.
-
-    python -m pytest            everything that is quick, offline, under two minutes on two cores
-    python -m pytest --slow     the long ones too
-"""
+"""What all tests share: one thread, the repository on the path, and the mark `slow`."""
 import os
 import subprocess
 import sys
@@ -23,13 +18,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes long; runs with --slow only')
+    if not config.getoption('--slow'):
+        config.option.markexpr = config.option.markexpr or 'not slow'
 
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption('--slow'): # a mark: keywords would have the names of folders too
-        slow = [item for item in items if item.get_closest_marker('slow')]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
-    # last: it waits for the run below
+def pytest_collection_modifyitems(items): # last: it waits for the run below
     items.sort(key=lambda item: item.name == 'test_under_interpreter')
 
 @pytest.fixture(scope='session', autouse=True)
@@ -53,14 +45,13 @@ def interpreted(request):
 
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory):
-    """A data set of random bytes with its own tokenizer; see runs.py."""
-    from runs import write_tiny_data
-    return write_tiny_data(tmp_path_factory.mktemp('data') / 'tiny')
+    import runs
+    return runs.write_tiny_data(tmp_path_factory.mktemp('data') / 'tiny')
 
 @pytest.fixture(scope='session')
 def whole(tiny_data, tmp_path_factory):
     """out_dir of the run that nobody disturbed: what interrupted runs are compared with."""
-    from runs import finish
+    import runs
     out = tmp_path_factory.mktemp('whole')
-    finish(out, tiny_data)
+    runs.finish(out, tiny_data)
     return out

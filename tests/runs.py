@@ -1,9 +1,7 @@
 """
-Runs train.py for the tests, on a tiny data set, as often as they like.
-
-A fresh Python needs seconds to import torch, so the runs are children of a fork server that
-imported it once; each is a process of its own with a real exit code, and can be killed. An
-`accident` is a function that is called in the child before train.py starts, e.g.
+Runs train.py for the tests, on a tiny data set. A fresh Python needs seconds to import torch, so
+the runs are children of a fork server that imported it once; each is a process of its own with a
+real exit code, and can be killed. An `accident` is called in the child before train.py starts, e.g.
 partial(at_loss, 5, kill): what goes wrong, and when.
 """
 import importlib
@@ -38,9 +36,9 @@ TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, mlp_ratio=2, batch_size=2,
     gradient_accumulation_steps=4, dropout=0.1, sae_layers=1, sae_ratio=4, sae_k=4,
     sae_steps=2, sae_recon=0.01, sae_silent_steps=2, sae_cap=0.3, sae_blend_start=0.1,
-    sae_blend_end=0.9, lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3, save_interval=3,
-    log_interval=2, eval_tokens=96, probe_tokens=128, seed=6, device='cpu', dtype='float32',
-    compile='false')
+    sae_blend_end=0.9, lr_schedule='cosine', max_iters=8, warmup_iters=6, eval_interval=3,
+    save_interval=3, log_interval=2, eval_tokens=96, probe_tokens=128, seed=6, device='cpu',
+    dtype='float32', compile='false')
 
 def write_tiny_data(out, train_tokens=3000, vocab_size=257, name='bytes'):
     """Random letters with a byte-level tokenizer of 257 tokens; returns the folder as text."""
@@ -67,12 +65,17 @@ def finish(out, data, accident=None, **changes):
     assert code in (0, [0, 0]), text
     return text
 
+def refused(out, data, words, want=1, **changes):
+    """The same of a run that must end with that exit code and one line with these words."""
+    code, text = train(out, data, **changes)
+    assert code == want and text.startswith('error: ') and text.count('\n') == 1, text
+    assert words in text
+
 def resume(out, data, **changes):
     return finish(out, data, init_from='resume', **changes)
 
 def run_script(script, argv, accident=None, ranks=1):
-    """Runs a script of the repository as `python script argv` would, or as torchrun would with
-    several ranks."""
+    """Runs a script of the repository as python would, or with several ranks as torchrun."""
     with tempfile.NamedTemporaryFile('r') as printed:
         processes = start(script, argv, printed.name, accident, ranks)
         for p in processes:
@@ -85,7 +88,10 @@ def run_script(script, argv, accident=None, ranks=1):
 
 def start(script, argv, path, accident=None, ranks=1):
     """The same as processes that can be watched and killed; what they print goes to path."""
-    processes, port = [], free_port()
+    processes = []
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)) # a free one
+        port = s.getsockname()[1]
     for rank in range(ranks):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR='127.0.0.1',
                    MASTER_PORT=port) if ranks > 1 else {} # what torchrun sets
@@ -93,11 +99,6 @@ def start(script, argv, path, accident=None, ranks=1):
         processes.append(children.Process(target=child, args=args, daemon=True)) # ends with us
         processes[-1].start()
     return processes
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 def child(script, argv, path, env, accident):
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -119,13 +120,11 @@ def child(script, argv, path, env, accident):
     finally:
         sys.stdout.flush()
 
-# --------------------------------------------------------------------------------------------------
-# accidents: when
+# ---------------------------------------------------------------------------------- accidents: when
 
 def at_call(target, n, action, rank=None, counts=lambda: True, put=setattr):
-    """The n-th call (from 1) of target, e.g. 'os.replace', becomes action(function, *arguments).
-    rank: on that rank alone; counts: which calls count; put: in a test's own process
-    monkeypatch.setattr."""
+    """The n-th call of target, e.g. 'os.replace', becomes action(function, *arguments). rank: on
+    that rank alone; counts: which calls count; put: in a test's own process monkeypatch.setattr."""
     if rank is not None and os.environ.get('RANK') != str(rank):
         return
     module, name = target.rsplit('.', 1)
@@ -142,8 +141,7 @@ def at_loss(n, action, rank=None):
     """The n-th training loss (from 1): there are four a step, on two ranks two each."""
     at_call('kernels.linear_cross_entropy', n, action, rank, torch.is_grad_enabled)
 
-# --------------------------------------------------------------------------------------------------
-# accidents: what
+# ---------------------------------------------------------------------------------- accidents: what
 
 def send(signum, function, *args, **kwargs):
     os.kill(os.getpid(), signum)
@@ -165,11 +163,12 @@ def nan_gradient(function, *args, **kwargs):
 def nan_and_terminate(function, *args, **kwargs):
     return nan(partial(terminate, function), *args, **kwargs)
 
-def crash(*args, **kwargs):
-    raise RuntimeError("an accident")
+def raising(error, *args, **kwargs):
+    raise error
 
-def out_of_memory(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+crash = partial(raising, RuntimeError("an accident"))
+out_of_memory = partial(raising, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+no_space = partial(raising, OSError(28, "No space left on device"))
 
 def no_compiler(*args, **kwargs):
     from torch._inductor.exc import InvalidCxxCompiler # what torch.compile raises, in a wrapping
@@ -179,26 +178,21 @@ def oversleep(function, *args, **kwargs):
     time.sleep(3)
     return function(*args, **kwargs)
 
-def half_saved_then_killed(save, checkpoint, f):
+def half_saved(then, save, checkpoint, f):
     f.write(b'PK' + os.urandom(1000))
     f.flush()
-    kill(None)
+    then(None)
 
-def disk_full(save, checkpoint, f):
-    f.write(os.urandom(1000))
-    raise RuntimeError("unexpected pos 320 vs 214\nof torch")
+half_saved_then_killed = partial(half_saved, kill)
+disk_full = partial(half_saved, partial(raising, RuntimeError("unexpected pos 320\nof torch")))
 
-def no_space(*args):
-    raise OSError(28, "No space left on device")
-
-# --------------------------------------------------------------------------------------------------
-# comparing runs
+# ----------------------------------------------------------------------------------- comparing runs
 
 def step_in(out):
     return load_checkpoint(out)['step']
 
 def same(a, b):
-    """Equal to the bit, however deep. Tensors of NaN are equal too."""
+    """Equal to the bit, however deep."""
     if isinstance(a, torch.Tensor):
         bits = lambda t: (t.dtype, t.shape, t.numpy().tobytes())
         return bits(a) == bits(b)
@@ -212,18 +206,18 @@ def records(out, event):
     """The records of log.jsonl with that event, without what the clock decides. As for every
     reader of a log, of several lines of one step the last counts, and torn lines do not."""
     found = {}
-    for line in (Path(out) / 'log.jsonl').read_text(errors='replace').splitlines():
-        with suppress(ValueError, TypeError, KeyError): # torn, or not of train.py
+    for line in (Path(out) / 'log.jsonl').read_text().splitlines():
+        with suppress(ValueError): # torn
             record = json.loads(line)
-            step = record['at_step' if event == 'start' else 'step']
-            if record['event'] == event and type(step) is int:
-                found[step] = record
-    return [{k: v for k, v in found[step].items() if k != 'tok_s'} for step in sorted(found)]
+            record.pop('tok_s', None)
+            if record['event'] == event:
+                found[record.get('step', record.get('at_step'))] = record
+    return [found[step] for step in sorted(found)]
 
 def assert_same_run(a, b):
     """Both runs ended in the same state and logged the same numbers, to the bit."""
     one, two = load_checkpoint(a), load_checkpoint(b)
     for key in ('step', 'model', 'model_args', 'optimizers', 'scaler'):
         assert same(one[key], two[key]), key
-    assert records(a, 'log') == records(b, 'log')
-    assert records(a, 'eval') == records(b, 'eval')
+    for event in 'log', 'eval':
+        assert records(a, event) == records(b, event)

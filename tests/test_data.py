@@ -1,15 +1,11 @@
 """
-The data path: loader, writer, the BPE, and the three prepare scripts. Offline, CPU, seconds.
-
-    python -m pytest tests/test_data.py
-
-tiktoken's own encodings need network, so the tests build small Encodings of their own.
+The data path: loader, writer, the BPE, and the three prepare scripts. Offline: tiktoken's own
+encodings need network, so the tests build small ones.
 """
 import itertools
 import json
 import random
-import subprocess
-import sys
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,10 +20,9 @@ from data.dataset import (eval_batches, get_batch, load_dataset, load_meta, load
 from data.fineweb import prepare as fineweb
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text
-from runs import at_call, no_space
+from runs import at_call, no_space, run_script
 
 def make(path, tokenizer="gpt2"):
-    """A tiny data set."""
     return write_dataset(path, [np.arange(1000)], [np.arange(300)], 5000, tokenizer, "test", None)
 
 def byte_encoding(*words, start=256):
@@ -37,24 +32,21 @@ def byte_encoding(*words, start=256):
     return tiktoken.Encoding("test", pat_str=stdlib.PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": start + len(words)})
 
-def documents(data, enc):
-    """The documents of train and of val, as text."""
+def documents(data, enc): # of train and of val
     splits = [enc.decode_bytes(tokens.tolist()).decode() for tokens in (data.train, data.val)]
     return [split.split("<|endoftext|>")[1:] for split in splits]
 
-# --------------------------------------------------------------------------------------------------
-# batches
+# ------------------------------------------------------------------------------------------ batches
 
 def test_batch_is_a_pure_function():
-    """The same arguments give the same batch in any order and with anything in between, and y is
-    x one token later: this is what makes a resume exact and an evaluation harmless. `micro` is
+    """The same arguments give the same batch in any order, and y is x one token later. `micro` is
     global: one batch of twice the size draws the same windows."""
     tokens = np.arange(5000, dtype=np.uint16)
     args = list(itertools.product((0, 1), range(10), (0, 1))) # seed, step, micro
     want = {a: get_batch(tokens, 16, 4, *a, 2)[0] for a in args}
     random.Random(0).shuffle(args)
     for seed, step, micro in args:
-        dataset.epoch_order.cache_clear()
+        dataset.epoch_starts.cache_clear()
         x, y = get_batch(tokens, 16, 4, seed, step, micro, 2)
         assert x.shape == y.shape == (4, 16) and str(x.dtype) == "torch.int64"
         assert (x == want[seed, step, micro]).all() and (y == x + 1).all()
@@ -89,19 +81,19 @@ def test_eval_batches(n, batch_size, n_tokens):
     assert len({x.shape for x in batches}) == 1
     assert len(starts) == 1 or starts[-1] == n - 17
 
-def test_too_short_is_said():
-    for batches in (lambda: get_batch(np.arange(16), 16, 1, 0, 0, 0, 1),
-                    lambda: list(eval_batches(np.arange(16), 16, 1, 1))):
-        with pytest.raises(ValueError, match="16 tokens are too few for block_size=16, .* 17"):
-            batches()
+@pytest.mark.parametrize("batches", [
+    lambda tokens: get_batch(tokens, 16, 1, 0, 0, 0, 1),
+    lambda tokens: list(eval_batches(tokens, 16, 1, 1))])
+def test_too_short_is_said(batches):
+    with pytest.raises(ValueError, match="16 tokens are too few for block_size=16, .* 17"):
+        batches(np.arange(16))
 
-# --------------------------------------------------------------------------------------------------
-# reading and writing
+# ------------------------------------------------------------------------------ reading and writing
 
 @pytest.mark.parametrize("vocab_size,dtype", [(65536, "uint16"), (65537, "uint32")])
 def test_round_trip(tmp_path, vocab_size, dtype):
-    """What is written is what is read, in pieces of any kind. Ids that do not fit are refused
-    before the cast, which would silently make 4464 of 70000; so is a split without tokens."""
+    """What is written is what is read, in pieces of any kind. Ids that do not fit are refused, and
+    a split without tokens; then the older data set is still there."""
     top = vocab_size - 1
     pieces = [[1, 2], np.array([3], np.int64), [], np.array([4, top], np.uint32)]
     meta = write_dataset(tmp_path, iter(pieces), [[0, 9]], vocab_size, "gpt2", "test", eot=0)
@@ -127,15 +119,13 @@ def edit_meta(path, **changes):
     (lambda p: (p / "train.bin").write_bytes(b"\1" * 2000), "train.bin is damaged"),
     (lambda p: (p / "val.bin").write_bytes(b"\xff" * 600), "token id 65535, .* ends at 4999"),
     (lambda p: (p / "meta.json").write_text('{"vocab_si'), "meta.json is torn"),
-    (lambda p: (p / "meta.json").write_text("[]"), "meta.json is torn"),
     (lambda p: edit_meta(p, vocab_size="5000"), "meta.json is torn"),
     (lambda p: edit_meta(p, eot=5000), "meta.json is torn"),
     (lambda p: edit_meta(p, vocab_size=70000, dtype="uint32"), "tokens of uint32"),
     (lambda p: edit_meta(p, val_tokens=0) or (p / "val.bin").write_bytes(b""), "says 0 tokens"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, damage, message):
-    """Every kind of missing, torn or mixed-up file is refused by name and in one sentence. A wrong
-    bit in a file of the right size is seen by its hash alone."""
+    """Every kind of missing, torn or mixed-up file is refused by name and in one sentence."""
     make(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as e:
@@ -162,14 +152,11 @@ def test_where_a_data_set_is(tmp_path, monkeypatch):
     assert load_dataset("data/mine").dir == Path("data/mine")
 
 def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
-    """Whole or not at all: a failure while tokens come leaves the old set as it was; one between
-    the renames a set that counts as not prepared, never a mixture. No temporary file stays."""
+    """A failure while tokens come leaves the old set as it was; one between the renames a set that
+    counts as not prepared, never a mixture. No temporary file stays."""
     make(tmp_path)
-    def broken():
-        yield np.arange(500)
-        raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        write_dataset(tmp_path, broken(), [[0]], 5000, "gpt2", "", None)
+    with pytest.raises(ZeroDivisionError):
+        write_dataset(tmp_path, ([1 // i] for i in (1, 0)), [[0]], 5000, "gpt2", "", None)
     assert len(load_dataset(tmp_path, check_hash=True).train) == 1000
     at_call("os.replace", 2, no_space, put=monkeypatch.setattr)
     with pytest.raises(OSError, match="No space"):
@@ -178,12 +165,10 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
         load_dataset(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
 
-# --------------------------------------------------------------------------------------------------
-# tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 def test_tokenizer_file(tmp_path):
-    """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes (padding of
-    the vocabulary, gaps) give b"" and never an exception."""
+    """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes give b""."""
     enc, file = byte_encoding("the", " cat", start=300), tmp_path / "tokenizer.json"
     meta = make(tmp_path, enc)
     again = load_tokenizer(tmp_path, meta)
@@ -199,7 +184,6 @@ def test_tokenizer_file(tmp_path):
         load_tokenizer(tmp_path, meta)
 
 def test_unknown_encoding():
-    """A name that is unknown, or out of reach, is one sentence that says what there is to do."""
     with pytest.raises(ValueError, match="no encoding 'gpt5' here .ValueErr.*gpt2.*CACHE"):
         named_encoding("gpt5")
 
@@ -211,36 +195,33 @@ def naive_bpe(texts, n):
     while len(ids) < n:
         counts = Counter(p for w in words for p in zip(w, w[1:]))
         pair = min(counts, key=lambda p: (-counts[p], ids[p[0]], ids[p[1]]), default=None)
-        if pair is None or counts[pair] < 2:
+        if counts[pair] < 2:
             break
         ids[pair[0] + pair[1]] = len(ids)
         for w in words:
-            i = 0
-            while i < len(w) - 1:
-                if (w[i], w[i + 1]) == pair:
-                    w[i: i + 2] = [w[i] + w[i + 1]]
-                i += 1
+            for i in range(len(w)):
+                if tuple(w[i:i + 2]) == pair:
+                    w[i:i + 2] = [pair[0] + pair[1]]
     return ids
 
 def test_bpe_equals_the_naive_one():
-    """The incremental counts give the merges of a full recount: on prose, on runs of one letter
-    (where pairs overlap themselves), on random letters (where ties are)."""
+    """The merges of a full recount: on prose, on runs of one letter (where pairs overlap
+    themselves), on random letters (where ties are)."""
     rng = random.Random(0)
-    letters = [" ".join("".join(rng.choices("ab", k=rng.randint(1, 9))) for _ in range(60))
-               for _ in range(6)]
+    letters = ["".join(rng.choices("ab ", k=300)) for _ in range(6)]
     for texts, n in (([stdlib.__doc__, fineweb.__doc__], 400), (["a" * k for k in range(40)], 280),
                      (letters, 330)):
         assert list(stdlib.train_bpe(texts, n).items()) == list(naive_bpe(texts, n).items())
 
 def test_stdlib(tmp_path, monkeypatch):
-    """Help topics and sources are in, tests and tables are not; about a 13th is for validation,
-    decided by name. The first files end to end: documents decode to sources, more than two bytes a
-    token, and the same files when it is made again."""
+    """Help topics and sources are in, tests and tables are not; about a 13th is for validation.
+    The first files end to end: documents decode to sources, more than two bytes a token, and the
+    same files when it is made again."""
     found = dict(stdlib.documents())
     assert {"argparse.py", "json/decoder.py", "help topic assignment"} <= found.keys()
     assert not {"html/entities.py", "locale.py", "_compat_pickle.py"} & found.keys()
-    assert not [n for n in found if "/test" in n or "site-packages" in n
-                or n.startswith(("encodings/", "test/", "pydoc_data/", "_sysconf"))]
+    skipped = "/test|site-packages|^(encodings|test|pydoc_data)/"
+    assert not [name for name in found if re.search(skipped, name)]
     assert 0.04 < sum(map(stdlib.is_val, found)) / len(found) < 0.12
     first = dict(itertools.islice(found.items(), 60))
     monkeypatch.setattr(stdlib, "documents", first.items)
@@ -254,20 +235,18 @@ def test_stdlib(tmp_path, monkeypatch):
     assert sorted(train + val) == sorted(first.values())
     assert sum(len(doc.encode()) for doc in train) > 2 * len(data.train)
 
-# --------------------------------------------------------------------------------------------------
-# data/text
+# ---------------------------------------------------------------------------------------- data/text
 
 @pytest.fixture
-def big_encoding(monkeypatch):
-    """The encoding "gpt2" is replaced by one with ids above 65535."""
+def big_encoding(monkeypatch): # ids above 65535
     enc = byte_encoding("hello", " world", start=70_000)
     monkeypatch.setattr(text, "named_encoding", lambda name: enc)
     return enc
 
 def test_text_end_to_end(tmp_path, big_encoding, capsys):
-    """Files, a folder twice and a glob of all three kinds, non-ASCII text, a BOM and capitals in
-    names among them: every document is in exactly one split, whole; ids above 65535 survive; what
-    is left out is counted. A line <|endoftext|> alone begins a document, CRLF too."""
+    """Files, a folder twice and a glob of all three kinds, a BOM and capitals in names among them:
+    every document is in exactly one split, whole; ids above 65535 survive; what is left out is
+    counted. A line <|endoftext|> alone begins a document, CRLF too."""
     deep = tmp_path / "in" / "deep"
     deep.mkdir(parents=True)
     (tmp_path / "in" / "A.TXT").write_bytes("\ufeffhello world, ärger\n".encode())
@@ -301,8 +280,8 @@ UNEVEN = ["x"] + [" hello" * 500] * 19
     {"a.jsonl": ["first\n", "é" * 900, " " * 60_000], "b.txt": ["€uro" * 600 + "\n" * 9000]},
 ])
 def test_val_is_a_share_of_the_text(tmp_path, big_encoding, monkeypatch, files):
-    """However the text is spread over documents, val has about a 20th of its tokens; nothing is
-    lost or doubled. Long documents are cut, at line ends where there are any."""
+    """Val has about a 20th of the tokens; nothing is lost or doubled. Long documents are cut, at
+    line ends where there are any."""
     monkeypatch.setattr(text, "LONGEST", 1001)
     for name, docs in files.items():
         lines = [json.dumps({"text": doc}) for doc in docs]
@@ -314,9 +293,7 @@ def test_val_is_a_share_of_the_text(tmp_path, big_encoding, monkeypatch, files):
     parts = sum(documents(data, big_encoding), [])
     assert Counter("".join(parts)) == Counter("".join(sum(files.values(), [])))
     assert max(map(len, parts)) <= 1001 # in one go, a long run of spaces overflows tiktoken
-    if "book.txt" in files:
-        assert all(part.endswith("\n") for part in parts)
-        assert sorted("".join(parts).split("\n")) == sorted(files["book.txt"][0].split("\n"))
+    assert "book.txt" not in files or all(part.endswith("\n") for part in parts)
 
 @pytest.mark.parametrize("name,raw,message", [
     ("a.txt", b"fine\n" * 100 + b"caf\xe9 au lait\n", "a.txt is not UTF-8 in .*caf.xe9 au"),
@@ -333,31 +310,26 @@ def test_bad_text_is_named(tmp_path, big_encoding, name, raw, message):
         text.prepare([str(tmp_path)], tmp_path / "out")
     assert "\n" not in str(e.value) and not list(tmp_path.glob("out/*"))
 
-@pytest.mark.parametrize("command,message", [
-    ("stdlib/prepare.py --vocab=9", "error: unknown key 'vocab' on the command line"),
-    ("text/prepare.py", "error: no text is named"),
-    ("fineweb/prepare.py --shards=0", "error: --shards=0 should be from 1 to 103"),
+@pytest.mark.parametrize("name,argv,said", [
+    ("stdlib", ["--vocab=9"], "error: unknown key 'vocab' on the command line"),
+    ("text", [], "error: no text is named"),
+    ("fineweb", ["--shards=0"], "error: --shards=0 should be from 1 to 103"),
 ])
-def test_command_line_errors_are_one_sentence(tmp_path, command, message):
-    """As a user meets them: from any folder, no traceback, exit code 1, or 2 for an option."""
-    script, *args = command.split()
-    run = subprocess.run([sys.executable, dataset.ROOT / script, *args], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert run.returncode in (1, 2) and run.stderr.startswith(message)
-    assert run.stderr.count("\n") == 1
+def test_command_line_errors_are_one_sentence(name, argv, said):
+    code, text = run_script(f"data/{name}/prepare.py", argv)
+    assert code in (1, 2) and text.startswith(said) and text.count("\n") == 1
 
-# --------------------------------------------------------------------------------------------------
-# data/fineweb
+# ------------------------------------------------------------------------------------- data/fineweb
 
-def shard(ids, magic=20240520, n=None):
+def shard(ids, magic=20240520):
     header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, len(ids) if n is None else n
+    header[:3] = magic, 1, len(ids)
     return header.tobytes() + np.asarray(ids, "<u2").tobytes()
 
 def test_fineweb(tmp_path, monkeypatch):
     """Shards become train.bin and val.bin; one that breaks off is fetched again. A server that
-    stays broken ends the run in one sentence; the next run fetches only what is missing. The server
-    is a folder here."""
+    sends what is no shard (cut, another version, a login page) ends the run in one sentence; the
+    next run fetches only what is missing. The server is a folder here."""
     monkeypatch.setattr(fineweb, "named_encoding", lambda name: byte_encoding())
     folder, out, rng = tmp_path / "server", tmp_path / "out", np.random.default_rng(0)
     val, train1, train2 = (folder / f"fineweb_{name}.bin" for name in (
@@ -372,12 +344,16 @@ def test_fineweb(tmp_path, monkeypatch):
         if len(waits) == 2:
             val.write_bytes(shard(ids[val]))
     monkeypatch.setattr(fineweb.time, "sleep", sleep)
-    with pytest.raises(ValueError, match="train_000002.bin cannot be fetched .*new run") as e:
-        fineweb.prepare(out, 2, folder.as_uri())
-    assert "\n" not in str(e.value) and not (out / "meta.json").exists()
-    assert waits == [0, 2, 0, 0, 2, 20] # the second try of val, one of train1, three of train2
+    for raw, reason in ((None, "No such file"), (b"<!DOCTYPE html>", "it has 15 bytes"),
+                        (shard([1, 2], magic=20240801), "begins with .20240801, 1, 2., not with")):
+        if raw:
+            train2.write_bytes(raw)
+        with pytest.raises(ValueError, match=f"train_000002.bin cannot be fetched .*{reason}") as e:
+            fineweb.prepare(out, 2, folder.as_uri())
+        assert "\n" not in str(e.value) and not (out / "meta.json").exists()
+        val.unlink(missing_ok=True)
+    assert waits == [0, 2, 0] + 3 * [0, 2, 20] # the second try of val, one of train1, train2's
     train2.write_bytes(shard(ids[train2]))
-    val.unlink()
     train1.unlink()
     fineweb.prepare(out, 2, folder.as_uri())
     data = load_dataset(out, check_hash=True)
@@ -385,15 +361,3 @@ def test_fineweb(tmp_path, monkeypatch):
     assert (data.train == np.concatenate([ids[train1], ids[train2]])).all()
     assert data.meta["vocab_size"] == 50257 and data.meta["eot"] == 50256
     assert not (out / "shards").exists()
-
-@pytest.mark.parametrize("raw,message", [
-    (shard([1, 2], magic=20240801), "begins with .20240801, 1, 2., not with 20240520"),
-    (shard([1, 2], n=3), "has 1,028 bytes and begins with .20240520, 1, 3."),
-    (b"<!DOCTYPE html>", "begins with "),
-])
-def test_fineweb_refuses_what_is_no_shard(tmp_path, raw, message):
-    """Wrong magic or length, or a login page: said, and deleted."""
-    (tmp_path / "a.bin").write_bytes(raw)
-    with pytest.raises(ValueError, match=message):
-        fineweb.read_shard(tmp_path / "a.bin")
-    assert not (tmp_path / "a.bin").exists()

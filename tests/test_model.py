@@ -1,13 +1,11 @@
 """
-The GPT with its SAE layers: its equations, no future leaks, the dense twin, compile, checkpoints.
-The KV cache is tested in test_sample.py. CPU, seconds.
+The GPT with its SAE layers. The KV cache is tested in test_sample.py.
 
-    python -m pytest tests/test_model.py
-    python -m pytest tests/test_model.py --slow     also compiles with inductor (a minute)
+    python -m pytest tests/test_model.py            --slow: also compiles with inductor (a minute)
 """
 import math
 import os
-import random
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -23,8 +21,7 @@ TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, m
 DENSE = replace(TINY, sae_layers=())
 
 def make(config=TINY, seed=0, **changes):
-    """A model with random weights everywhere: at init every c_proj is 0, and no token would see
-    another."""
+    """A model with random weights everywhere: at init no token would see another."""
     torch.manual_seed(seed)
     model = GPT(replace(config, **changes))
     with torch.no_grad():
@@ -35,8 +32,7 @@ def make(config=TINY, seed=0, **changes):
 def tokens(B=2, T=16, seed=1):
     return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(seed))
 
-# --------------------------------------------------------------------------------------------------
-# the equations, once more and plainly
+# ------------------------------------------------------------- the equations, once more and plainly
 
 def unit(x):
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -94,8 +90,8 @@ def test_forward_by_its_equations(site):
     for sae in model.saes().values():
         sae.alpha.fill_(0.6)
         sae.b_enc.data.normal_()
-    logits, none, out = model(idx)
-    assert none is None and (out is None) == (site == 'dense')
+    logits, _, out = model(idx)
+    assert (out is None) == (site == 'dense')
     state = {k: v.double() for k, v in model.state_dict().items()}
     weights = {k: state[k].requires_grad_() for k, _ in model.named_parameters()}
     want = plain_logits(model.config, state, idx, 0.6)
@@ -113,10 +109,10 @@ def test_forward_by_its_equations(site):
 @pytest.mark.parametrize('site', SITES)
 def test_future_never_changes_earlier_logits(site, training):
     """Changing token t changes no logit before t, to the bit, with dropout too, and does change
-    later ones, up to the last. No pass changes a parameter or a buffer."""
+    later ones. No pass changes a parameter or a buffer."""
     model, idx = make(sae_site=site, dropout=0.1).train(training), tokens()
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    for t in (1, 7, 15):
+    for t in (1, 15):
         other = idx.clone()
         other[:, t:] = (other[:, t:] + 11) % 50
         other[1] = (other[1] + 5) % 50 # nor does another sequence of the batch
@@ -127,44 +123,19 @@ def test_future_never_changes_earlier_logits(site, training):
         assert torch.equal(before[0, :t], after[0, :t])
         assert torch.equal(out.values[:, 0, :t], out2.values[:, 0, :t])
         assert not torch.equal(before[0, t:], after[0, t:])
-    other = idx.clone()
-    other[:, 0] = (other[:, 0] + 1) % 50
-    assert not torch.equal(model.eval()(idx)[0][:, -1], model(other)[0][:, -1])
     assert same(dict(model.state_dict()), state)
     with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
         model(tokens(T=17))
-
-@pytest.mark.parametrize('site', SITES)
-def test_alpha_zero_is_the_dense_model(site):
-    """Until the blend begins, loss and gradients of all dense weights are the dense twin's, to the
-    bit. At hidden the two compute the MLP in different ways."""
-    model, twin, idx = make(sae_site=site, dropout=0.2), make(DENSE, dropout=0.2), tokens()
-    twin.load_state_dict({k: v for k, v in model.state_dict().items() if '.sae.' not in k})
-    for sae in model.saes().values():
-        sae.alpha.zero_()
-    losses = []
-    for m in (model, twin):
-        torch.manual_seed(4)
-        losses.append(m(idx, tokens(seed=2))[1])
-        losses[-1].backward()
-    assert losses[0] == losses[1]
-    exact = {} if site == 'hidden' else dict(rtol=0, atol=0)
-    for name, p in twin.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name).grad, p.grad, **exact)
 
 @pytest.mark.parametrize('site', SITES)
 def test_sae_out_and_writes(site):
     """One row of every field for each SAE layer, in the order of the blocks; and writes() is what
     a feature adds to the place where its SAE sits."""
     model = make(sae_site=site, sae_layers=(2, 1))
-    _, loss, out = model(tokens(), tokens(seed=2))
-    F = model.config.n_features
-    assert F == {'hidden': 32, 'stream': 16}.get(site, 64) == model.saes()[1].n_features
-    assert model(tokens())[0].shape == (2, 16, 50) and loss.shape == ()
+    out, F = model(tokens())[2], {'hidden': 32, 'stream': 16}.get(site, 64)
     assert out.values.shape == out.indices.shape == (2, 2, 16, 4) and out.fired.shape == (2, F)
-    assert out.l0.shape == out.fvu.shape == out.loss.shape == (2,)
-    assert 0 <= out.indices.min() and out.indices.max() < F
-    assert list(model.saes()) == [1, 2] and out.length.shape == (2,)
+    assert out.l0.shape == out.fvu.shape == out.loss.shape == out.length.shape == (2,)
+    assert list(model.saes()) == [1, 2]
     sae, mlp = model.saes()[1], model.transformer.h[1].mlp
     z = torch.zeros(2, F)
     z[1, 3] = 1.0
@@ -174,27 +145,21 @@ def test_sae_out_and_writes(site):
     assert model.writes(1).shape == (F, 16)
     torch.testing.assert_close(model.writes(1)[3], sae.scale * wrote)
 
-# --------------------------------------------------------------------------------------------------
-# init, parameter groups, config
+# ------------------------------------------------------------------- init, parameter groups, config
 
-def test_init_table():
-    """The table in init_weights() is true: every block is the identity."""
+def test_init():
+    """Every block is the identity, and nothing is known yet. Padding never counts."""
     torch.manual_seed(0)
-    model = GPT(replace(TINY, n_embd=64, n_layer=2, sae_layers=(1,), vocab_size=999))
-    wte = model.transformer.wte.weight
+    model = GPT(replace(TINY, n_embd=64, vocab_size=999))
+    wte, block = model.transformer.wte.weight, model.transformer.h[0]
     assert wte.shape == (1024, 64) # padded to a multiple of 64
-    stds = [(wte, 0.02)]
-    for block in model.transformer.h:
-        stds += [(block.attn.c_attn.weight, 64 ** -0.5), (block.mlp.c_fc.weight, 64 ** -0.5)]
-        assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
-    for p, std in stds:
+    for p, std in ((wte, 0.02), (block.attn.c_attn.weight, 1 / 8), (block.mlp.c_fc.weight, 1 / 8)):
         assert p.std().item() == pytest.approx(std, rel=0.03)
-    torch.testing.assert_close(model.saes()[1].W_enc.norm(dim=-1), torch.ones(256))
-    model.saes()[1].alpha.zero_()
+    for sae in model.saes().values():
+        sae.alpha.zero_()
     want = norm(norm(wte[tokens()])) @ wte.T
     torch.testing.assert_close(model(tokens())[0], want[..., :999])
-    loss = GPT(replace(TINY, n_embd=64))(tokens(), tokens(seed=2))[1]
-    assert abs(loss - math.log(50)) < 0.2 # nothing is known yet
+    assert abs(model(tokens(), tokens(seed=2))[1] - math.log(999)) < 0.2
 
 @pytest.mark.parametrize('site', SITES)
 def test_every_parameter_is_optimised_once(site):
@@ -217,16 +182,14 @@ def test_flops_by_hand():
     assert GPT(DENSE).flops_per_token() == dense
     assert GPT(TINY).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C)
     assert GPT(replace(TINY, sae_site='stream')).flops_per_token() == dense
-    assert GPT(DENSE).num_params() == L * 8 * C * C + V * C
-    assert GPT(DENSE).num_params(True) == L * 8 * C * C
+    assert GPT(DENSE).num_params() - V * C == GPT(DENSE).num_params(True) == L * 8 * C * C
 
 def test_all_problems_of_a_config_at_once():
     """Every contradiction is named in one go, with its value; a sound config has none."""
-    keys = lambda config: sorted(problem.split('=')[0] for problem in config.problems())
-    for sound in (TINY, GPTConfig()):
-        assert sound.problems() == []
-    bad = replace(TINY, dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1)
-    assert keys(bad) == ['dropout', 'n_head', 'sae_ratio', 'sae_site']
+    keys = lambda **bad: sorted(p.split('=')[0] for p in replace(TINY, **bad).problems())
+    assert keys() == [] == GPTConfig().problems()
+    assert keys(dropout=1.5, sae_site='middle', n_head=0, sae_ratio=-1) == [
+        'dropout', 'n_head', 'sae_ratio', 'sae_site']
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
         GPT(replace(TINY, n_embd=15, sae_layers=(1, 3)))
     cases = dict(sae_k=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
@@ -235,11 +198,9 @@ def test_all_problems_of_a_config_at_once():
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
-    assert keys(replace(TINY, sae_site='hidden', sae_k=33)) == ['sae_k']
-    assert keys(replace(TINY, sae_site='stream', sae_k=17)) == ['sae_k']
+    assert keys(sae_site='hidden', sae_k=33) == keys(sae_site='stream', sae_k=17) == ['sae_k']
 
-# --------------------------------------------------------------------------------------------------
-# compile
+# ------------------------------------------------------------------------------------------ compile
 
 @pytest.mark.parametrize('backend, rtol', [
     ('eager', 1e-5), pytest.param('inductor', 1e-3, marks=pytest.mark.slow)])
@@ -264,8 +225,7 @@ def test_compiled_equals_eager_and_compiles_once(backend, rtol):
             torch.testing.assert_close(*results, rtol=rtol, atol=1e-5)
         assert counter.frame_count == 1, site
 
-# --------------------------------------------------------------------------------------------------
-# checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def checkpoint(step, model=None):
     model = model or make(seed=step)
@@ -284,7 +244,6 @@ def test_checkpoint_round_trip(saved):
     assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
     model = load_model(load_checkpoint(saved))
     assert model.config == TINY and not model.training
-    assert torch.equal(model(tokens())[0], make(seed=2).eval()(tokens())[0])
 
 def test_posthoc_saes_are_spliced_in(capsys):
     """They were saved with alpha 0; a model that is loaded computes with them, and says so."""
@@ -296,61 +255,46 @@ def test_posthoc_saes_are_spliced_in(capsys):
     assert not torch.allclose(loaded(idx)[0], model(idx)[0])
     assert 'post hoc' in capsys.readouterr().err
 
-def test_foreign_checkpoint_falls_back(saved, capsys):
-    """A newest checkpoint of another program is named, the one before is used, and that is said."""
-    torch.save(dict(weights=torch.ones(2)), saved / 'ckpt.pt')
-    assert step_in(saved) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {saved / 'ckpt.pt'} ") and said.count('\n') == 1
-    assert 'ckpt_prev.pt instead' in said
-
-def test_fuzzed_checkpoints(saved):
-    """50 times a random bit flipped or the tail cut: what is loaded is always whole, from this
-    file or from the one before."""
-    raw = (saved / 'ckpt.pt').read_bytes()
-    whole = {1: checkpoint(1), 2: checkpoint(2)}
-    rng, fell_back = random.Random(0), 0
-    for _ in range(50):
-        torn = bytearray(raw)
-        if rng.random() < 0.7:
-            torn[rng.randrange(len(torn))] ^= 1 << rng.randrange(8)
-        else:
-            del torn[rng.randrange(len(torn)):]
-        (saved / 'ckpt.pt').write_bytes(torn)
-        got = load_checkpoint(saved)
-        fell_back += got['step'] == 1
-        assert same(got, whole[got['step']])
-    assert fell_back > 25 # the rest hit padding between records, which means nothing
-
 class Malicious:
     def __reduce__(self):
         return os.system, (f'touch {self.mark}',)
 
-def test_malicious_pickle_is_not_executed(saved):
-    """A checkpoint is data: a pickle that calls os.system is refused, the one before is used."""
-    evil = Malicious()
-    evil.mark = saved / 'executed'
-    torch.save(dict(checkpoint(3), extra=evil), saved / 'ckpt.pt')
-    assert step_in(saved) == 1 and not evil.mark.exists()
-    torch.load(saved / 'ckpt.pt', weights_only=False) # the trap itself works
-    assert evil.mark.exists()
+def flip(raw):
+    at = len(raw) // 2 # among the weights, where torch.load sees nothing
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:]
 
-class Killed(BaseException):
-    pass
+DAMAGES = dict(empty=lambda raw: b'', cut=lambda raw: raw[:-1], flipped=flip)
+
+@pytest.mark.parametrize('what', [*DAMAGES, 'missing', 'foreign', 'malicious'])
+def test_damaged_checkpoint_falls_back(what, saved, capsys):
+    """It is named, the one before is used, and that is said. A pickle that calls os.system is
+    refused, not executed."""
+    path, evil = saved / 'ckpt.pt', Malicious()
+    evil.mark = saved / 'executed'
+    if what in DAMAGES:
+        path.write_bytes(DAMAGES[what](path.read_bytes()))
+    elif what == 'missing':
+        path.unlink()
+    else:
+        torch.save(dict(checkpoint(3), extra=evil) if what == 'malicious' else {}, path)
+    assert same(load_checkpoint(saved), checkpoint(1)) and not evil.mark.exists()
+    assert re.fullmatch("warning: .*ckpt.pt .*ckpt_prev.pt instead\n", capsys.readouterr().err)
+    if what == 'malicious':
+        torch.load(path, weights_only=False) # the trap itself works
+        assert evil.mark.exists()
 
 def killed(*args):
-    raise Killed
+    raise KeyboardInterrupt
 
 # torn: ckpt.pt was torn before, and ckpt_prev.pt is the only good one
 @pytest.mark.parametrize('torn', [True, False])
 @pytest.mark.parametrize('call, n', [('os.fsync', 1), ('os.replace', 1), ('os.replace', 2)])
 def test_killed_between_any_two_steps_of_a_save(call, n, torn, saved, monkeypatch):
-    """At each call that changes the folder: a good checkpoint is left, and the next save mends
-    all."""
+    """At each call that changes the folder: a good checkpoint is left, and saves go on."""
     if torn:
         (saved / 'ckpt.pt').write_bytes(b'torn')
     at_call(call, n, killed, put=monkeypatch.setattr)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         save_checkpoint(saved, checkpoint(3))
     assert step_in(saved) in ((1, 3) if torn else (2, 3))
     save_checkpoint(saved, checkpoint(4))

@@ -4,9 +4,9 @@ Makes data/fineweb: FineWeb-10B in GPT-2 tokens, from the shards that modded-nan
 
     python data/fineweb/prepare.py --shards=10     1.0 B training tokens, 2.2 GB to download
 
---out=NAME_OR_PATH makes another data set than data/fineweb, --url=... names a mirror of the shards.
-There are 103 training shards of 100 M tokens (0.2 GB) and one for validation. A run that was
-stopped goes on at the shard it had come to. Each is deleted once its tokens are in train.bin.
+--out=NAME_OR_PATH makes another data set than data/fineweb, --url=... names a mirror. There are 103
+training shards of 100 M tokens (0.2 GB). A run that was stopped goes on at the shard it had come
+to. Each is deleted once its tokens are in train.bin.
 """
 import http.client
 import socket
@@ -22,13 +22,12 @@ from data.dataset import data_dir, named_encoding, write_dataset # noqa: E402
 
 URL = 'https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main'
 SHARDS = 103
-WAITS = (0, 2, 20) # seconds before each try
 
 def fetch(url, path):
     """Fetches a shard to path and returns its tokens (n,). Raises ValueError when it is no use."""
     import torch # here: it takes seconds
     socket.setdefaulttimeout(60)
-    for wait in WAITS:
+    for wait in (0, 2, 20): # seconds before each try
         time.sleep(wait)
         try:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
@@ -38,10 +37,7 @@ def fetch(url, path):
     raise ValueError(f"{url} cannot be fetched ({problem}): a new run will go on from here")
 
 def read_shard(path):
-    """
-    A shard's tokens (n,) as a memory map; before them stand 256 int32: a magic number, version 1,
-    n. Raises ValueError where it is no whole shard.
-    """
+    """A shard's tokens (n,), after 256 int32: magic number, version 1, n. Or ValueError."""
     size, header = path.stat().st_size, np.fromfile(path, '<i4', 3).tolist()
     if header != [20240520, 1, (size - 1024) / 2]:
         path.unlink() # or every later run would stop here

@@ -1,6 +1,5 @@
 """
-Makes data/stdlib: the standard library of the Python that runs this, as a corpus. It is on every
-machine, so the first run of this project downloads nothing.
+Makes data/stdlib: the standard library of the Python that runs this, as a corpus.
 
     python data/stdlib/prepare.py
 
@@ -8,10 +7,9 @@ says after six seconds, with Python 3.11 (3.12 and 3.13 have 9.5 MB):
     620 + 51 documents, 10,161,169 bytes
     train 2,514,657 tokens, val 269,363
 
-The documents are the library's sources and the help topics of pydoc (`help("assignment")`): code,
-docstrings, comments and reference prose. Left out are tests and tables of literals, which teach a
-model little and swallow dozens of its features. Every 13th document, by a hash of its name, is for
-validation. On the others a byte-level BPE is trained: 256 bytes, 3839 merges, <|endoftext|>.
+The documents are the library's sources and the help topics of pydoc (`help("assignment")`). Left
+out are tests and tables of literals, which teach a model little and swallow dozens of its features.
+Every 13th document is for validation. On the others a byte-level BPE is trained.
 """
 import hashlib
 import heapq
@@ -61,10 +59,9 @@ def is_val(name):
 
 def train_bpe(texts, vocab_size):
     """
-    Returns {token bytes: id}: the 256 bytes, then up to vocab_size - 256 merged tokens.
-    Ordinary BPE: join the most frequent pair of neighbours, again and again; of equals the one with
-    the lower ids. It works on distinct words, strings of chr(id) for each token, with their counts;
-    a merge touches only the words that contain its pair.
+    {token bytes: id}: the 256 bytes, then up to vocab_size - 256 merges of the most frequent pair,
+    of equals the one with the lower ids. It works on distinct words, strings of chr(id) for each
+    token, with their counts; a merge touches only the words that contain its pair.
     """
     import regex
     split = regex.compile(PATTERN)
@@ -113,8 +110,7 @@ def prepare(out='stdlib', vocab_size=4096):
     import tiktoken
     train, val = [], []
     for name, text in documents():
-        split = val if is_val(name) else train
-        split.append(text)
+        (val if is_val(name) else train).append(text)
     size = sum(len(text.encode()) for text in train + val)
     print(f"{len(train)} + {len(val)} documents, {size:,} bytes")
     ranks = train_bpe(train, vocab_size - 1)

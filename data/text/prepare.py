@@ -5,10 +5,9 @@ Makes a data set of your own text: .txt and .md files (UTF-8), and .jsonl files 
     python data/text/prepare.py notes/ "books/*.txt" chat.jsonl --out=mytext
     python train.py config/sae_cpu.py --dataset=mytext
 
---out is a name in data/, or a path; --encoding=gpt2 may be any tiktoken name, fetched once. A
-document is a file, or a line of a .jsonl; in a text file a line <|endoftext|> begins the next one.
-What is longer than a 40th of the whole, or than LONGEST, is cut at line ends, so that a book alone
-will do. val.bin gets a 20th of the text. All text is held in memory.
+--out is a name in data/, or a path; --encoding=gpt2 may be any tiktoken name. A document is a file,
+or a line of a .jsonl; in a text file a line <|endoftext|> begins the next one. Long ones are cut at
+line ends, so that a book alone will do. val.bin gets a 20th of the text.
 """
 import glob
 import json
@@ -26,10 +25,7 @@ BOUNDARY = re.compile(r'^<\|endoftext\|>[ \t\r]*(?:\n|\Z)', re.MULTILINE) # alon
 LONGEST = 2**17 # characters of a document; above 2^19 a long run of spaces overflows tiktoken
 
 def find_files(patterns):
-    """
-    The text files that files, folders and globs name, each once, sorted; and how many are left out:
-    other files, and links to folders.
-    """
+    """The text files that patterns name, each once, sorted; how many other things are left out."""
     if not patterns:
         raise ValueError("no text is named: give files or folders, and --out=NAME")
     files, others = set(), set()
