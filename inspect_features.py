@@ -29,6 +29,7 @@ import re
 import shlex
 import sys
 import warnings
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +44,14 @@ import configurator
 import explain
 from export import export_saes
 from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
-                      parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves)
+                      parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves,
+                      tracked)
 from measures import pooled_codes, probe, read_labels
 from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
                       in_order, open_index, overview_numbers, words_of)
 from terminal import (BARS, RANKED, SHADES, bold, captions, dim, feature_table, heading, level,
                       line, name, number, one_line, paragraph, percent, ranked, screen, show,
-                      spark, sparklines, table_of, tracked)
+                      spark, sparklines, table_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -105,150 +107,151 @@ def problems(config):
 # --------------------------------------------------------------------------------------------------
 # what the options choose
 
-def chosen(options, by_layer):
-    """Of {block: SAE} those that --layer leaves. Raises ValueError, one sentence."""
-    if options.layer not in (-1, *by_layer):
-        blocks = ', '.join(map(str, by_layer))
-        raise ValueError(f"layer={options.layer} has no SAE; block {blocks} has one")
-    return [sae for layer, sae in by_layer.items() if options.layer in (-1, layer)]
+class Options(SimpleNamespace):
+    """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
-def features_of(text, options, index):
-    """'L6.F2386,L6.F5' as [(scan, feature)]. Raises ValueError, one sentence."""
-    F = chosen(options, index)[0].F
-    found = [parse_feature(part, index, F, options.layer) for part in text.split(',')]
-    return [(index[layer], f) for layer, f in found]
+    @cached_property
+    def index(self):
+        return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
 
-def index_of(options):
-    return open_index(options.out_dir, options.dataset, options.device, options.scan_tokens,
-                      tracked)
+    @cached_property
+    def run(self):
+        return open_run(self.out_dir, self.dataset, self.device)
 
-def run_of(options):
-    return open_run(options.out_dir, options.dataset, options.device)
+    @cached_property
+    def timelines(self):
+        return open_timeline(self.out_dir)
 
-def timelines_of(options):
-    timelines = open_timeline(options.out_dir, tracked)
-    if not timelines:
-        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
-                         "one at each eval")
-    return timelines
+    def of_layer(self, by_layer):
+        """Of {block: SAE} those that --layer leaves."""
+        if self.layer not in (-1, *by_layer):
+            blocks = ', '.join(map(str, by_layer))
+            raise ValueError(f"layer={self.layer} has no SAE; block {blocks} has one")
+        return [sae for layer, sae in by_layer.items() if self.layer in (-1, layer)]
 
-def timeline_of(timelines, scan):
-    """Of the timelines that of an SAE, None without any. Raises ValueError for another model's."""
-    t = timelines.get(scan.layer)
-    if timelines and (t is None or t.count.shape[1] != scan.F):
-        raise ValueError("the snapshots in features/ are of another model: remove them")
-    return t
+    @property
+    def scans(self):
+        return self.of_layer(self.index)
+
+    def features(self, text):
+        """'L6.F2386,L6.F5' as [(scan, feature)]."""
+        F = self.scans[0].F
+        found = [parse_feature(part, self.index, F, self.layer) for part in text.split(',')]
+        return [(self.index[layer], f) for layer, f in found]
+
+    def timeline_of(self, scan):
+        """None without any."""
+        t = self.timelines.get(scan.layer)
+        if self.timelines and (t is None or t.count.shape[1] != scan.F):
+            raise ValueError("the snapshots in features/ are of another model: remove them")
+        return t
 
 def all_numbers(options, features):
     """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
-    timelines = open_timeline(options.out_dir, tracked)
-    model = run_of(options).model if options.effect else None
     for scan, f in features:
-        d = feature_numbers(scan, f, options.seed)
-        timeline = timeline_of(timelines, scan)
-        d['timeline'] = timeline and feature_timeline(timeline, f)
-        d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
+        d, t = feature_numbers(scan, f, options.seed), options.timeline_of(scan)
+        d['timeline'] = t and feature_timeline(t, f)
+        d['effect'] = None if not options.effect else explain.removal_effect(
+            options.run.model, scan, f, options.effect, options.seed)
         yield scan, d
 
-def rows_of_prompt(options, run):
+def rows_of_prompt(options):
     """[(token, {block: its --top strongest features})] of the prompt."""
-    tokens = encode(run, prompt_text(options))
-    _, values, indices = read(run.model, tokens)             # (S, n, K) both
-    layers = list(enumerate(run.model.saes()))
+    model, tokens = options.run.model, encode(options.run, prompt_text(options))
+    _, values, indices = read(model, tokens)                 # (S, n, K) both
     return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
-                     for s, layer in layers}) for t, token in enumerate(tokens)]
+                     for s, layer in enumerate(model.saes())}) for t, token in enumerate(tokens)]
+
+# --------------------------------------------------------------------------------------------------
+# views
 
 def overview(options, console):
-    for scan in chosen(options, index_of(options)):
-        yield from overview_of(scan, options, console)
+    for scan in options.scans:
+        d, live = overview_numbers(scan), scan.count > 0
+        yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
+        yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val "
+                  "scanned")
+        yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
+               f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
+        yield dim("  L0: features active a token; FVU: share of variance not kept")
+        if d['live']:
+            density, bits = scan.count[live] / scan.N, scan.entropy[live]
+            low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
+            busiest = percent(d['busiest'])
+            yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+            yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
+            yield dim(f"    the busiest 1 % of the features do {busiest} of all firing")
+            yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
+            yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
+        named = by_concept(scan)[:options.rows]
+        if named:
+            yield heading('Concepts', 'words that tell, and keep company: coherence, density, '
+                                      'words, contexts')
+        for f in named:
+            yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
+                       f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
+            for c in feature_numbers(scan, f, options.seed)['top'][:3]:
+                yield one_line(scan, c, scan.max[f], console.width)
+        known = in_order(scan, 'entropy')
+        known = known[scan.count[known] >= SHOWN_FROM]
+        _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
+        words = known[np.sort(firsts)]       # one a token: many features may fire on line breaks
+        of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
+        for title, note, features in (
+                ('Most word-like', f'lowest {of}; one a token', words),
+                ('Most abstract', f'highest token {of}', known[::-1]),
+                ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
+            rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
+            yield from feature_table(title, note, RANKED, rows)
+        some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
+        yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
+        yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
+        if len(known):
+            yield heading('Next')
+            some = named[0] if named else known[0]
+            yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
+                       f"--feature={name(scan, some)}", overflow='ignore')
+            yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, '
+                      '--html=a.html')
         yield ''
-
-def overview_of(scan, options, console):
-    d, live = overview_numbers(scan), scan.count > 0
-    yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
-    yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
-    yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
-           f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
-    yield dim("  L0: features active a token; FVU: share of variance not kept")
-    if d['live']:
-        low, median, high = map(percent, np.percentile(scan.count[live] / scan.N, (10, 50, 90)))
-        bits = scan.entropy[live]
-        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
-        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
-    named = by_concept(scan)[:options.rows]
-    if named:
-        yield heading('Concepts',
-                      'words that tell, and keep company: coherence, density, words, contexts')
-    for f in named:
-        yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
-                   f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
-        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-            yield one_line(scan, c, scan.max[f], console.width)
-    known = in_order(scan, 'entropy')
-    known = known[scan.count[known] >= SHOWN_FROM]
-    _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
-    words = known[np.sort(firsts)]           # one a token: many features may fire on line breaks
-    of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
-    for title, note, features in (('Most word-like', f'lowest {of}; one a token', words),
-                                  ('Most abstract', f'highest token {of}', known[::-1]),
-                                  ('Densest', 'fire on the most positions',
-                                   in_order(scan, 'density'))):
-        rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
-        yield from feature_table(title, note, RANKED, rows)
-    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
-    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
-    yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
-    if len(known):
-        yield heading('Next')
-        some = named[0] if named else known[0]
-        yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--feature={name(scan, some)}", overflow='ignore')
-        yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(options, console):
-    index = index_of(options)
-    for scan, d in all_numbers(options, features_of(options.feature, options, index)):
-        yield from panels(scan, d, index, options, console)
+    for scan, d in all_numbers(options, options.features(options.feature)):
+        f, count = d['f'], d['count']
+        about = f" is dead: it never fired in {scan.N:,} tokens"
+        if count:
+            about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
+                     f"max {number(d['max'])} · mean {number(d['mean'])}")
+        yield Text.assemble(bold(name(scan, f)), about)
+        yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
+        if count:
+            yield from firing_panels(scan, d, options, console)
+        yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
+        for (down, low), (up, high) in zip(d['down'][:5], d['up']):
+            down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
+            yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
+        for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
+                                  ('Fires with', 'positions with both / with either', 'joint')):
+            if count or kind == 'near':
+                yield from feature_table(title, note, ('',),
+                                         [(scan, g, f'{x:.3f}') for g, x in d[kind]])
+        if scan.site == 'stream':
+            rows = [(other, f, *ranked(other, f), number(other.max[f]))
+                    for other in options.index.values()]
+            yield from feature_table('Across layers', f'channel {f} of the stream, after each '
+                                     'block with an SAE', (*RANKED, 'max'), rows)
+        if e := d['effect']:
+            yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
+                                        "positions where it fires")
+            yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
+                   f"standard deviation {e['std']:.4f}")
+        if d['timeline']:
+            yield from sparklines(d['timeline'])
+        if count:
+            yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
+            yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} --steer="
+                       f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
         yield ''
-
-def panels(scan, d, index, options, console):
-    """All panels of one feature; d: its numbers."""
-    f, count = d['f'], d['count']
-    about = f" is dead: it never fired in {scan.N:,} tokens"
-    if count:
-        about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
-                 f"max {number(d['max'])} · mean {number(d['mean'])}")
-    yield Text.assemble(bold(name(scan, f)), about)
-    yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
-    if count:
-        yield from firing_panels(scan, d, options, console)
-    yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
-    for (down, low), (up, high) in zip(d['down'][:5], d['up']):
-        down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
-        yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
-    for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
-                              ('Fires with', 'positions with both / with either', 'joint')):
-        if count or kind == 'near':
-            yield from feature_table(title, note, ('',),
-                                     [(scan, g, f'{x:.3f}') for g, x in d[kind]])
-    if scan.site == 'stream':
-        yield from feature_table('Across layers', f'channel {f} of the stream, after each block '
-                                 'with an SAE', (*RANKED, 'max'), [
-            (other, f, *ranked(other, f), number(other.max[f])) for other in index.values()])
-    if e := d['effect']:
-        yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the positions "
-                                    "where it fires")
-        yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
-               f"standard deviation {e['std']:.4f}")
-    if d['timeline']:
-        yield from sparklines(d['timeline'])
-    if count:
-        yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
-        yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--steer={name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
 def firing_panels(scan, d, options, console):
     """Those of where it fires."""
@@ -287,7 +290,7 @@ def firing_panels(scan, d, options, console):
 
 def timeline_view(options, console):
     """Needs neither model nor scan."""
-    for t in chosen(options, timelines_of(options)):
+    for t in options.of_layer(options.timelines):
         yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
                    f'{t.probed:,} tokens')
         yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
@@ -303,9 +306,8 @@ def timeline_view(options, console):
         yield ''
 
 def feature_timeline_view(options, console):
-    timelines = timelines_of(options)
-    for scan, f in features_of(options.feature, options, index_of(options)):
-        timeline = timeline_of(timelines, scan)
+    for scan, f in options.features(options.feature):
+        timeline = options.timeline_of(scan)
         t, rows = feature_timeline(timeline, f), []
         yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
         yield from sparklines(t)
@@ -319,8 +321,8 @@ def feature_timeline_view(options, console):
         yield ''
 
 def prompt_view(options, console):
-    index, rows = index_of(options), rows_of_prompt(options, run_of(options))
-    for scan in chosen(options, index):
+    rows = rows_of_prompt(options)
+    for scan in options.scans:
         yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
         yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
         cells = []
@@ -344,17 +346,15 @@ def plot_view(options, console):
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
     warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
-    index, timelines, columns = index_of(options), timelines_of(options), []
-    if options.feature:
-        for scan, f in features_of(options.feature, options, index):
-            t = feature_timeline(timeline_of(timelines, scan), f)
-            said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
-            columns.append((name(scan, f), t['steps'], t['curves'], said))
-    else:
-        for scan in chosen(options, index):
-            t = timeline_of(timelines, scan)
-            curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
-            columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
+    columns = []
+    for scan, f in options.features(options.feature) if options.feature else ():
+        t = feature_timeline(options.timeline_of(scan), f)
+        said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
+        columns.append((name(scan, f), t['steps'], t['curves'], said))
+    for scan in options.scans if not columns else ():
+        t = options.timeline_of(scan)
+        curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
+        columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
     figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
     grid = figure.subplots(4, len(columns), sharex='col', squeeze=False)     # of four curves each
     for (title, steps, curves, said), axes in zip(columns, grid.T):
@@ -369,28 +369,25 @@ def plot_view(options, console):
     figure.savefig(options.plot)
     yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
 
-def why_numbers(options, index, run):
-    """Of --why=true: explain.why_token, and its target as text."""
-    layers = [scan.layer for scan in chosen(options, index)]
-    tokens = encode(run, prompt_text(options))
+def why_numbers(options):
+    """Of --why=true: explain.why_token, with its target as text, answer."""
+    layers, run = [scan.layer for scan in options.scans], options.run
     target = run.tokenizer.encode(options.target, allowed_special='all')
-    d = explain.why_token(run.model, tokens, target, layers)
-    return d, caption(b''.join(run.names[token] for token in d['target']))
+    d = explain.why_token(run.model, encode(run, prompt_text(options)), target, layers)
+    return d | dict(answer=caption(b''.join(run.names[token] for token in d['target'])))
 
 def why_view(options, console):
-    index, run = index_of(options), run_of(options)
-    d, answer = why_numbers(options, index, run)
-    yield bold(f"Why {answer}: probability {percent(math.exp(d['base']))}")
-    yield from effects(d, f'log p({answer})', index)
+    d = why_numbers(options)
+    yield bold(f"Why {d['answer']}: probability {percent(math.exp(d['base']))}")
+    yield from effects(d, f"log p({d['answer']})", options.index)
     yield heading('Likeliest next tokens')
-    yield line('  ', '  '.join(f'{caption(run.names[token])} {percent(p)}'
+    yield line('  ', '  '.join(f'{caption(options.run.names[token])} {percent(p)}'
                                for token, p in d['likeliest']))
     yield ''
 
 def why_feature_view(options, console):
-    index = index_of(options)
-    for scan, f in features_of(options.why, options, index):
-        if scan.layer == min(index):
+    for scan, f in options.features(options.why):
+        if scan.layer == min(options.index):
             raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
                              "made it fire, only tokens: see --feature")
         top = feature_numbers(scan, f, options.seed)['top']
@@ -399,10 +396,10 @@ def why_feature_view(options, console):
                              "last tokens of a window and on end-of-text: nothing to explain")
         peak = top[0]['where']
         tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
-        d = explain.why_feature(run_of(options).model, tokens, scan.layer, f)
+        d = explain.why_feature(options.run.model, tokens, scan.layer, f)
         yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
         yield one_line(scan, top[0], scan.max[f], console.width)
-        yield from effects(d, 'its activation', index)
+        yield from effects(d, 'its activation', options.index)
         yield ''
 
 def effects(d, what, index):
@@ -432,14 +429,13 @@ def effects(d, what, index):
     yield dim('  ' + d['passes'].replace(': ', ':\n  '))
 
 def trace_view(options, console):
-    index = index_of(options)
-    for scan, f in features_of(options.trace, options, index):
-        higher = [layer for layer in index if layer > scan.layer]
+    for scan, f in options.features(options.trace):
+        higher = [other for layer, other in options.index.items() if layer > scan.layer]
         if not higher:
             raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
                              "train with several, --sae_layers=1,2 say")
-        above = index[higher[0]]
-        d = explain.trace(run_of(options).model, scan, above, f, options.seed)
+        above = higher[0]
+        d = explain.trace(options.run.model, scan, above, f, options.seed)
         change = d['as_it_is'] - d['without']                                    # (F,)
         yield bold(f'What {name(scan, f)} does in block {above.layer}')
         yield line('  ', captions(scan, f))
@@ -455,7 +451,7 @@ def trace_view(options, console):
         yield ''
 
 def sorted_view(options, console):
-    for scan in chosen(options, index_of(options)):
+    for scan in options.scans:
         some = in_order(scan, options.sort)[:options.rows]
         yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
                                  ('coherence', 'entropy', 'density'), [
@@ -465,7 +461,7 @@ def sorted_view(options, console):
 
 def find_view(options, console):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
-    for scan in chosen(options, index_of(options)):
+    for scan in options.scans:
         precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
         f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
         yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
@@ -480,12 +476,12 @@ def find_view(options, console):
 
 def probe_view(options, console):
     labels, texts = read_labels(options.probe)
-    y, run = np.array(labels, object), run_of(options)
-    for scan in chosen(options, index_of(options)):
+    y = np.array(labels, object)
+    for scan in options.scans:
         yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
         yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
                   'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
-        pooled = pooled_codes(run, scan.layer, texts, options.seed, tracked)
+        pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
         width, rows = pooled['channels'].shape[1], []        # with as many, all channels
         columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
         found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
@@ -504,30 +500,29 @@ def probe_view(options, console):
 
 def page(options, console):
     """One static file: assets/viewer.html with its data put in."""
-    index, prompt, why = index_of(options), None, None
-    scans = chosen(options, index)
-    scan = scans[0]
+    index, prompt, why = options.index, None, None
+    scan = options.scans[0]
     words = [safe(raw) for raw in scan.names]
     texts = lambda some: [(words[token], x) for token, x in some]
     if options.feature:
-        features = features_of(options.feature, options, index)
+        features = options.features(options.feature)
     elif options.prompt or options.prompt_file:
-        run = run_of(options)
-        prompt = rows_of_prompt(options, run)
-        seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
+        prompt = rows_of_prompt(options)
+        seen = {(scan.layer, f) for scan in options.scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
         if options.why:
-            why, answer = why_numbers(options, index, run)
+            why = why_numbers(options)
             seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
-            why |= dict(answer=answer, tokens=[words[token] for token in why['idx']],
+            why |= dict(tokens=[words[token] for token in why['idx']],
                         likeliest=texts(why['likeliest']), tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
-        features = [(scan, f) for scan in scans for f in np.flatnonzero(scan.count).tolist()]
-    data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
-                dataset=scan.dataset, shown_from=SHOWN_FROM, sort=options.sort, why=why,
-                layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
-                        for layer, scan in index.items()}, prompt=prompt and texts(prompt))
+        features = [(scan, f) for scan in options.scans
+                    for f in np.flatnonzero(scan.count).tolist()]
+    data = {key: getattr(scan, key) for key in ('step', 'site', 'place', 'F', 'K', 'N', 'dataset')}
+    data |= dict(shown_from=SHOWN_FROM, sort=options.sort, why=why,
+                 layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
+                         for layer, scan in index.items()}, prompt=prompt and texts(prompt))
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
     for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
         d |= {kind: texts(d[kind]) for kind in ('fires_on', 'up', 'down')}
@@ -556,7 +551,7 @@ def for_page(scan, context):
     return parts, context['where'], context['times']
 
 def export(options, console):
-    yield from export_saes(run_of(options), Path(options.export))
+    yield from export_saes(options.run, Path(options.export))
 
 VIEWS = { # the options that choose it, in alphabetical order: the view
     '': overview,
@@ -589,11 +584,14 @@ def look(options):
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
+    if (options.timeline or options.plot) and not options.timelines:
+        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
+                         "one at each eval")
     console = screen()
     show(console, VIEWS[' '.join(names)](options, console))
 
 def main(argv):
-    configurator.run(look, SimpleNamespace(**configurator.configure(DEFAULTS, argv, problems)))
+    configurator.run(look, Options(**configurator.configure(DEFAULTS, argv, problems)))
 
 if __name__ == '__main__':
     main(sys.argv[1:])

@@ -77,11 +77,8 @@ def change(out, **changes):
     """Puts other values into a run's checkpoint."""
     save_checkpoint(out, load_checkpoint(out) | changes)
 
-def untracked(items, description):
-    return items
-
 def open_index(out, n_tokens=0, dataset=''):
-    return scanning.open_index(str(out), dataset, 'cpu', n_tokens, untracked)
+    return scanning.open_index(str(out), dataset, 'cpu', n_tokens)
 
 def open_aloud(capsys, out, *args):
     """What is said at the opening of an index, and the scan of block 1."""
@@ -467,7 +464,7 @@ def test_timeline(tmp_path):
     cosine = lambda a, b: a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
     want, seen = snapshots(tmp_path), set()
     for again in range(2): # built, then from timeline.npz
-        timelines = features.open_timeline(tmp_path, untracked)
+        timelines = features.open_timeline(tmp_path)
         assert timelines[1].steps.tolist() == [0, 10, 20, 30, 40] and timelines[1].probed == 400
         for f in range(12):
             d = features.feature_timeline(timelines[1], f)
@@ -564,7 +561,7 @@ def test_caches_that_cannot_be_written(module, name, tmp_path, capsys, monkeypat
     out = make_run(tmp_path)
     snapshots(out)
     files = sorted(out.rglob('*'))
-    both = lambda: (open_index(out)[1].values, features.open_timeline(out, untracked)[1].same)
+    both = lambda: (open_index(out)[1].values, features.open_timeline(out)[1].same)
 
     def full(*args):
         raise OSError(28, 'No space left on device')

@@ -26,8 +26,7 @@ import scanning
 from conftest import ROOT
 from model import load_checkpoint, load_model
 from sae import SITES
-from test_features import (harmless, index, make_run, out, refused, snapshots, # fixtures, too
-                           untracked)
+from test_features import harmless, index, make_run, out, refused, snapshots # fixtures, too
 
 def look(capsys, out, *argv):
     """What a view prints, and that it suits any screen."""
@@ -101,8 +100,8 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     scan.count, scan.rank = np.full(scan.F, 100), np.arange(1, scan.F + 1)
     scan.entropy, scan.top_tokens = np.linspace(0, 3, scan.F), scan.top_tokens.copy()
     scan.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
-    options, console = SimpleNamespace(**view.DEFAULTS | dict(rows=16)), view.screen()
-    view.show(console, view.overview_of(scan, options, console))
+    options = view.Options(**view.DEFAULTS | dict(rows=16, index={2: scan}))
+    view.show(view.screen(), view.overview(options, view.screen()))
     text = capsys.readouterr().out
     assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
@@ -158,7 +157,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     last = snapshots(tmp_path, F=48)[-1]
     text, live = look(capsys, tmp_path, '--timeline=true'), last['count'] > 0
     line = [line.split() for line in text.splitlines() if line.strip().startswith('40 ')][0]
-    settled = features.settled_at(features.open_timeline(tmp_path, untracked)[1])
+    settled = features.settled_at(features.open_timeline(tmp_path)[1])
     assert line[1] == '4,000' and line[4] == str((settled[live] < 5).sum())
     assert f"{np.median(last['entropy'][live]):.2f}" in line
     assert f'{100 * live.mean():.1f}' in line

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import features
 import measures
 from sae import SITES
 from test_features import make_model
@@ -64,12 +65,11 @@ def test_causal_share_by_brute_force(site):
     assert 0 < got < 1
     assert 0 <= measures.causal_share(model, 1, tokens, features, n=5, most=4) <= 1
 
-def test_pool_by_hand():
+def test_dense_by_hand():
     """Slots that are not active change nothing, whichever feature they name."""
-    values = torch.tensor([[[2.0, 0.0], [3.0, 1.0], [5.0, 0.0]]])
-    indices = torch.tensor([[[1, 1], [2, 0], [1, 1]]])
-    share = torch.tensor([[0.0, 0.5, 0.5]])
-    assert measures.pool(values, indices, share, 4).tolist() == [[0.5, 2.5, 1.5, 0.0]]
+    values = torch.tensor([[2.0, 0.0], [3.0, 1.0]])
+    code = features.dense(values, torch.tensor([[1, 1], [2, 0]]), 4)
+    assert code.tolist() == [[0, 2, 0, 0], [1, 0, 3, 0]]
 
 def test_means():
     records = [dict(a=1, b=dict(c=2, d=None)), dict(a=3, b=dict(c=4, d=5))]

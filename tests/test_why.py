@@ -20,8 +20,7 @@ import inspect_features as view
 import scanning
 from sample import set_steering
 from sae import SITES
-from test_features import (index, make_model, out, refused, snapshots, # fixtures, too
-                           untracked)
+from test_features import index, make_model, out, refused, snapshots # fixtures, too
 from test_inspect import data_of, look
 
 TEXT = 'ab c [red] a b\nab'
@@ -189,9 +188,8 @@ def test_words_of_a_feature(index, out, capsys):
     assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
     assert d['concepts'] == (~np.isnan(scan.concept)).sum()
     assert scanning.feature_numbers(scan, 5, 0)['coherence'] is None
-    options = SimpleNamespace(**view.DEFAULTS)
-    d |= dict(effect=None, timeline=None)
-    text = str(list(view.panels(scan, d, index, options, view.screen())))
+    options = view.Options(**view.DEFAULTS)
+    text = str(list(view.firing_panels(scan, d, options, view.screen())))
     assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
 
 def test_page_of_why(out, run, index, tmp_path):
@@ -211,7 +209,7 @@ def test_timeline_curves_by_brute_force(tmp_path):
     """Live share, settled features, median entropy, and coherence of those tokens that a snapshot
     holds."""
     last = snapshots(tmp_path)[-1]
-    t = features.open_timeline(tmp_path, untracked)[1]
+    t = features.open_timeline(tmp_path)[1]
     want = (100 * np.mean(last['count'] > 0), (features.settled_at(t) < 5).sum(),
             np.nanmedian(last['entropy']))
     assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(want)
