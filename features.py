@@ -96,9 +96,9 @@ def snapshot(model, batches):
 def say(note):
     print(note, file=sys.stderr, flush=True)
 
-def tracked(items, description, total=None):
+def tracked(items, description):
     """rich's progress bar, where somebody watches."""
-    return track(items, description, total, console=Console(stderr=True), transient=True,
+    return track(items, description, console=Console(stderr=True), transient=True,
                  disable=not sys.stderr.isatty())
 
 def save_npz(path, arrays, save=np.savez_compressed):

@@ -122,6 +122,15 @@ class Options(SimpleNamespace):
     def timelines(self):
         return open_timeline(self.out_dir)
 
+    @cached_property
+    def read(self):
+        """The prompt: [(token, {block: its --top strongest features})]."""
+        model, tokens = self.run.model, encode(self.run, prompt_text(self))
+        _, values, indices = read(model, tokens)             # (S, n, K) both
+        return [(token, {layer: strongest(values[s, t], indices[s, t], self.top)
+                         for s, layer in enumerate(model.saes())})
+                for t, token in enumerate(tokens)]
+
     def of_layer(self, by_layer):
         """Of {block: SAE} those that --layer leaves."""
         if self.layer not in (-1, *by_layer):
@@ -129,14 +138,10 @@ class Options(SimpleNamespace):
             raise ValueError(f"layer={self.layer} has no SAE; block {blocks} has one")
         return [sae for layer, sae in by_layer.items() if self.layer in (-1, layer)]
 
-    @property
-    def scans(self):
-        return self.of_layer(self.index)
-
-    def features(self, text):
-        """'L6.F2386,L6.F5' as [(scan, feature)]."""
-        F = self.scans[0].F
-        found = [parse_feature(part, self.index, F, self.layer) for part in text.split(',')]
+    def features(self, key):
+        """--key=L6.F2386,L6.F5 as [(scan, feature)]."""
+        parts, F = getattr(self, key).split(','), self.of_layer(self.index)[0].F
+        found = [parse_feature(part, self.index, F, self.layer) for part in parts]
         return [(self.index[layer], f) for layer, f in found]
 
     def timeline_of(self, scan):
@@ -146,114 +151,100 @@ class Options(SimpleNamespace):
             raise ValueError("the snapshots in features/ are of another model: remove them")
         return t
 
-def all_numbers(options, features):
-    """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
-    for scan, f in features:
-        d, t = feature_numbers(scan, f, options.seed), options.timeline_of(scan)
-        d['timeline'] = t and feature_timeline(t, f)
-        d['effect'] = None if not options.effect else explain.removal_effect(
-            options.run.model, scan, f, options.effect, options.seed)
-        yield scan, d
-
-def rows_of_prompt(options):
-    """[(token, {block: its --top strongest features})] of the prompt."""
-    model, tokens = options.run.model, encode(options.run, prompt_text(options))
-    _, values, indices = read(model, tokens)                 # (S, n, K) both
-    return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
-                     for s, layer in enumerate(model.saes())}) for t, token in enumerate(tokens)]
+    def numbers(self, scan, f):
+        """All of a feature, with its timeline and effect; None where there is none."""
+        d, t = feature_numbers(scan, f, self.seed), self.timeline_of(scan)
+        effect = self.effect and explain.removal_effect(self.run.model, scan, f, self.effect,
+                                                        self.seed)
+        return d | dict(timeline=t and feature_timeline(t, f), effect=effect or None)
 
 # --------------------------------------------------------------------------------------------------
 # views
 
-def overview(options, console):
-    for scan in options.scans:
-        d, live = overview_numbers(scan), scan.count > 0
-        yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
-        yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val "
-                  "scanned")
-        yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
-               f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
-        yield dim("  L0: features active a token; FVU: share of variance not kept")
-        if d['live']:
-            density, bits = scan.count[live] / scan.N, scan.entropy[live]
-            low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
-            busiest = percent(d['busiest'])
-            yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-            yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-            yield dim(f"    the busiest 1 % of the features do {busiest} of all firing")
-            yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-            yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
-        named = by_concept(scan)[:options.rows]
-        if named:
-            yield heading('Concepts', 'words that tell, and keep company: coherence, density, '
-                                      'words, contexts')
-        for f in named:
-            yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
-                       f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
-            for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-                yield one_line(scan, c, scan.max[f], console.width)
-        known = in_order(scan, 'entropy')
-        known = known[scan.count[known] >= SHOWN_FROM]
-        _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
-        words = known[np.sort(firsts)]       # one a token: many features may fire on line breaks
-        of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
-        for title, note, features in (
-                ('Most word-like', f'lowest {of}; one a token', words),
-                ('Most abstract', f'highest token {of}', known[::-1]),
-                ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
-            rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
-            yield from feature_table(title, note, RANKED, rows)
-        some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
-        yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
-        yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
-        if len(known):
-            yield heading('Next')
-            some = named[0] if named else known[0]
-            yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                       f"--feature={name(scan, some)}", overflow='ignore')
-            yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, '
-                      '--html=a.html')
-        yield ''
+def overview(scan, options):
+    d, live = overview_numbers(scan), scan.count > 0
+    yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
+    yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
+    yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
+           f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
+    yield dim("  L0: features active a token; FVU: share of variance not kept")
+    if d['live']:
+        density, bits = scan.count[live] / scan.N, scan.entropy[live]
+        low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
+        busiest = percent(d['busiest'])
+        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
+        yield dim(f"    the busiest 1 % of the features do {busiest} of all firing")
+        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
+        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
+    named = by_concept(scan)[:options.rows]
+    if named:
+        yield heading('Concepts',
+                      'words that tell, and keep company: coherence, density, words, contexts')
+    for f in named:
+        yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
+                   f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
+        for c in feature_numbers(scan, f, options.seed)['top'][:3]:
+            yield one_line(scan, c, scan.max[f], options.console.width)
+    known = in_order(scan, 'entropy')
+    known = known[scan.count[known] >= SHOWN_FROM]
+    _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
+    words = known[np.sort(firsts)]       # one a token: many features may fire on line breaks
+    of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
+    for title, note, features in (
+            ('Most word-like', f'lowest {of}; one a token', words),
+            ('Most abstract', f'highest token {of}', known[::-1]),
+            ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
+        rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
+        yield from feature_table(title, note, RANKED, rows)
+    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
+    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
+    yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
+    if len(known):
+        yield heading('Next')
+        some = named[0] if named else known[0]
+        yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
+                   f"--feature={name(scan, some)}", overflow='ignore')
+        yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
-def feature_view(options, console):
-    for scan, d in all_numbers(options, options.features(options.feature)):
-        f, count = d['f'], d['count']
-        about = f" is dead: it never fired in {scan.N:,} tokens"
-        if count:
-            about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
-                     f"max {number(d['max'])} · mean {number(d['mean'])}")
-        yield Text.assemble(bold(name(scan, f)), about)
-        yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
-        if count:
-            yield from firing_panels(scan, d, options, console)
-        yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
-        for (down, low), (up, high) in zip(d['down'][:5], d['up']):
-            down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
-            yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
-        for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
-                                  ('Fires with', 'positions with both / with either', 'joint')):
-            if count or kind == 'near':
-                yield from feature_table(title, note, ('',),
-                                         [(scan, g, f'{x:.3f}') for g, x in d[kind]])
-        if scan.site == 'stream':
-            rows = [(other, f, *ranked(other, f), number(other.max[f]))
-                    for other in options.index.values()]
-            yield from feature_table('Across layers', f'channel {f} of the stream, after each '
-                                     'block with an SAE', (*RANKED, 'max'), rows)
-        if e := d['effect']:
-            yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
-                                        "positions where it fires")
-            yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
-                   f"standard deviation {e['std']:.4f}")
-        if d['timeline']:
-            yield from sparklines(d['timeline'])
-        if count:
-            yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
-            yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} --steer="
-                       f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
-        yield ''
+def feature_view(scan, f, options):
+    d = options.numbers(scan, f)
+    count = d['count']
+    about = f" is dead: it never fired in {scan.N:,} tokens"
+    if count:
+        about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
+                 f"max {number(d['max'])} · mean {number(d['mean'])}")
+    yield Text.assemble(bold(name(scan, f)), about)
+    yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
+    if count:
+        yield from firing_panels(scan, d, options)
+    yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
+    for (down, low), (up, high) in zip(d['down'][:5], d['up']):
+        down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
+        yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
+    for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
+                              ('Fires with', 'positions with both / with either', 'joint')):
+        if count or kind == 'near':
+            yield from feature_table(title, note, ('',),
+                                     [(scan, g, f'{x:.3f}') for g, x in d[kind]])
+    if scan.site == 'stream':
+        rows = [(other, f, *ranked(other, f), number(other.max[f]))
+                for other in options.index.values()]
+        yield from feature_table('Across layers', f'channel {f} of the stream, after each '
+                                 'block with an SAE', (*RANKED, 'max'), rows)
+    if e := d['effect']:
+        yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
+                                    "positions where it fires")
+        yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
+               f"standard deviation {e['std']:.4f}")
+    if d['timeline']:
+        yield from sparklines(d['timeline'])
+    if count:
+        yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
+        yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} --steer="
+                   f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
-def firing_panels(scan, d, options, console):
+def firing_panels(scan, d, options):
     """Those of where it fires."""
     peak = lambda c: number(c['acts'][c['peak']])
     signed = ', by magnitude' if scan.site == 'stream' else ''
@@ -269,77 +260,69 @@ def firing_panels(scan, d, options, console):
                     f"{d['concepts']:,} as a concept")
         yield heading('Words', note)
         yield line('  ', d['words'])
-    how = 'bars' if console.color_system is None else 'shaded'
+    how = 'bars' if options.console.color_system is None else 'shaded'
     yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
     for n, c in enumerate(d['top'][:options.examples], 1):
         yield bold(f"Layer {scan.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
                    f"Token Entropy {d['entropy']:.4f}")
-        yield from paragraph(console, scan, c, d['max'])
+        yield from paragraph(options.console, scan, c, d['max'])
         more = f", the same text {c['times']} times" if c['times'] > 1 else ''
         yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
     if not d['top']:
         yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
     yield heading('Random contexts', 'drawn from all positions where it fires')
-    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], console.width - 14))
+    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], options.console.width - 14))
                               for c in d['random'][:options.examples]])
     yield heading('By strength', 'intervals of activation, shares of the firings, an example')
     yield table_of(('', '', ''), [
         (f'{number(low)} to {number(high)}', percent(share),
-         one_line(scan, c, d['max'], console.width - 32) if c else '(no peak is taken)')
+         one_line(scan, c, d['max'], options.console.width - 32) if c else '(no peak is taken)')
         for low, high, share, c in d['intervals']])
 
-def timeline_view(options, console):
+def timeline_view(t, options):
     """Needs neither model nor scan."""
-    for t in options.of_layer(options.timelines):
-        yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
-                   f'{t.probed:,} tokens')
-        yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
-                  f'{SETTLED} or more)\n')
-        top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
-        for step, tokens, bits, live, settled, median in zip(
-                t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
-            entropies = np.histogram(bits, 24, (0, top))[0]
-            rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
-                         f'{median:.2f}', f'|{spark(entropies)}|'))
-        yield table_of(('step', 'tokens', 'live', 'settled', 'median',
-                        f'token entropy, 0 to {top} bits'), rows)
-        yield ''
+    yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
+               f'{t.probed:,} tokens')
+    yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
+              f'{SETTLED} or more)\n')
+    top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
+    for step, tokens, bits, live, settled, median in zip(
+            t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
+        rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
+                     f'{median:.2f}', f'|{spark(np.histogram(bits, 24, (0, top))[0])}|'))
+    yield table_of(('step', 'tokens', 'live', 'settled', 'median',
+                    f'token entropy, 0 to {top} bits'), rows)
 
-def feature_timeline_view(options, console):
-    for scan, f in options.features(options.feature):
-        timeline = options.timeline_of(scan)
-        t, rows = feature_timeline(timeline, f), []
-        yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
-        yield from sparklines(t)
-        yield ''
-        for i, (step, tokens, density, *others) in enumerate(
-                zip(t['steps'], t['tokens'], *t['curves'].values())):
-            words = '  '.join(caption(scan.names[token]) for token in tokens)
-            rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
-                         *(f'{x:.4f}' for x in others), words))
-        yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
-        yield ''
+def feature_timeline_view(scan, f, options):
+    timeline = options.timeline_of(scan)
+    t, rows = feature_timeline(timeline, f), []
+    yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
+    yield from sparklines(t)
+    yield ''
+    for i, (step, tokens, density, *others) in enumerate(
+            zip(t['steps'], t['tokens'], *t['curves'].values())):
+        words = '  '.join(caption(scan.names[token]) for token in tokens)
+        rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
+                     *(f'{x:.4f}' for x in others), words))
+    yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
 
-def prompt_view(options, console):
-    rows = rows_of_prompt(options)
-    for scan in options.scans:
-        yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
-        yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
-        cells = []
-        for token, features in rows:
-            word = Text(caption(scan.names[token]))
-            for f, act in features[scan.layer]:
-                eighths = level(act, max(abs(act), scan.max[f]))
-                word.stylize(SHADES[eighths - 1])
-                cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
-                              captions(scan, f)))
-                word = Text()
-            if not features[scan.layer]:
-                cells.append((word, '', '', '', 'no feature fires'))
-        yield table_of(('token', '', '', 'feature', 'fires on'), cells)
-        yield ''
+def prompt_view(scan, options):
+    yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
+    yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
+    cells = []
+    for token, features in options.read:
+        word = Text(caption(scan.names[token]))
+        for f, act in features[scan.layer]:
+            eighths = level(act, max(abs(act), scan.max[f]))
+            word.stylize(SHADES[eighths - 1])
+            cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
+                          captions(scan, f)))
+            word = Text()
+        if not features[scan.layer]:
+            cells.append((word, '', '', '', 'no feature fires'))
+    yield table_of(('token', '', '', 'feature', 'fires on'), cells)
 
-def plot_view(options, console):
+def plot_view(options):
     """The timeline as a picture: of the SAEs, or of the features of --feature."""
     try:
         from matplotlib.figure import Figure
@@ -347,14 +330,16 @@ def plot_view(options, console):
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
     warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
     columns = []
-    for scan, f in options.features(options.feature) if options.feature else ():
-        t = feature_timeline(options.timeline_of(scan), f)
-        said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
-        columns.append((name(scan, f), t['steps'], t['curves'], said))
-    for scan in options.scans if not columns else ():
-        t = options.timeline_of(scan)
-        curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
-        columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
+    if options.feature:
+        for scan, f in options.features('feature'):
+            t = feature_timeline(options.timeline_of(scan), f)
+            said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
+            columns.append((name(scan, f), t['steps'], t['curves'], said))
+    else:
+        for scan in options.of_layer(options.index):
+            t = options.timeline_of(scan)
+            curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
+            columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
     figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
     grid = figure.subplots(4, len(columns), sharex='col', squeeze=False)     # of four curves each
     for (title, steps, curves, said), axes in zip(columns, grid.T):
@@ -371,12 +356,12 @@ def plot_view(options, console):
 
 def why_numbers(options):
     """Of --why=true: explain.why_token, with its target as text, answer."""
-    layers, run = [scan.layer for scan in options.scans], options.run
+    layers, run = [scan.layer for scan in options.of_layer(options.index)], options.run
     target = run.tokenizer.encode(options.target, allowed_special='all')
     d = explain.why_token(run.model, encode(run, prompt_text(options)), target, layers)
     return d | dict(answer=caption(b''.join(run.names[token] for token in d['target'])))
 
-def why_view(options, console):
+def why_view(options):
     d = why_numbers(options)
     yield bold(f"Why {d['answer']}: probability {percent(math.exp(d['base']))}")
     yield from effects(d, f"log p({d['answer']})", options.index)
@@ -385,22 +370,20 @@ def why_view(options, console):
                                for token, p in d['likeliest']))
     yield ''
 
-def why_feature_view(options, console):
-    for scan, f in options.features(options.why):
-        if scan.layer == min(options.index):
-            raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
-                             "made it fire, only tokens: see --feature")
-        top = feature_numbers(scan, f, options.seed)['top']
-        if not top:
-            raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
-                             "last tokens of a window and on end-of-text: nothing to explain")
-        peak = top[0]['where']
-        tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
-        d = explain.why_feature(options.run.model, tokens, scan.layer, f)
-        yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
-        yield one_line(scan, top[0], scan.max[f], console.width)
-        yield from effects(d, 'its activation', options.index)
-        yield ''
+def why_feature_view(scan, f, options):
+    if scan.layer == min(options.index):
+        raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
+                         "made it fire, only tokens: see --feature")
+    top = feature_numbers(scan, f, options.seed)['top']
+    if not top:
+        raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
+                         "last tokens of a window and on end-of-text: nothing to explain")
+    peak = top[0]['where']
+    tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
+    d = explain.why_feature(options.run.model, tokens, scan.layer, f)
+    yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
+    yield one_line(scan, top[0], scan.max[f], options.console.width)
+    yield from effects(d, 'its activation', options.index)
 
 def effects(d, what, index):
     """Of what, the numbers d of explain.py."""
@@ -428,87 +411,79 @@ def effects(d, what, index):
         yield f"  so these make up {percent(d['together'] / d['whole'])} of all"
     yield dim('  ' + d['passes'].replace(': ', ':\n  '))
 
-def trace_view(options, console):
-    for scan, f in options.features(options.trace):
-        higher = [other for layer, other in options.index.items() if layer > scan.layer]
-        if not higher:
-            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
-                             "train with several, --sae_layers=1,2 say")
-        above = higher[0]
-        d = explain.trace(options.run.model, scan, above, f, options.seed)
-        change = d['as_it_is'] - d['without']                                    # (F,)
-        yield bold(f'What {name(scan, f)} does in block {above.layer}')
-        yield line('  ', captions(scan, f))
-        yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
-                  f"{d['windows']} windows")
-        for title, note, score in (('Fires with', 'positions with both / either', d['share']),
-                                   ('Causes', 'without it these are weaker', change),
-                                   ('Holds down', 'without it these are stronger', -change)):
-            rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
-                     f"{d['without'][g]:.4f}")
-                    for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
-            yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
-        yield ''
+def trace_view(scan, f, options):
+    above = next((s for layer, s in options.index.items() if layer > scan.layer), None)
+    if above is None:
+        raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
+                         "train with several, --sae_layers=1,2 say")
+    d = explain.trace(options.run.model, scan, above, f, options.seed)
+    change = d['as_it_is'] - d['without']                                    # (F,)
+    yield bold(f'What {name(scan, f)} does in block {above.layer}')
+    yield line('  ', captions(scan, f))
+    yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
+              f"{d['windows']} windows")
+    for title, note, score in (('Fires with', 'positions with both / either', d['share']),
+                               ('Causes', 'without it these are weaker', change),
+                               ('Holds down', 'without it these are stronger', -change)):
+        rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
+                 f"{d['without'][g]:.4f}")
+                for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+        yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
-def sorted_view(options, console):
-    for scan in options.scans:
-        some = in_order(scan, options.sort)[:options.rows]
-        yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
-                                 ('coherence', 'entropy', 'density'), [
-            (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
-            for f in some])
-        yield ''
+def sorted_view(scan, options):
+    some = in_order(scan, options.sort)[:options.rows]
+    yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
+                             ('coherence', 'entropy', 'density'), [
+        (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
+        for f in some])
 
-def find_view(options, console):
+def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
-    for scan in options.scans:
-        precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
-        f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
-        yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-        rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-                 f'{f1[f]:.3f}')
-                for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-        yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
-                                 'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
-        if not rows:
-            yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
-        yield ''
+    precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
+    f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
+    yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
+    rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
+             f'{f1[f]:.3f}')
+            for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
+    yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
+                             'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
+    if not rows:
+        yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
-def probe_view(options, console):
-    labels, texts = read_labels(options.probe)
+def probe_view(scan, options):
+    labels, texts = options.labels
     y = np.array(labels, object)
-    for scan in options.scans:
-        yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
-        yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
-                  'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
-        pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
-        width, rows = pooled['channels'].shape[1], []        # with as many, all channels
-        columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
-        found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
-        for code, (scores, _) in found.items():
-            means = [100 * score.mean(0) for score in scores.values()]       # (splits,) each
-            rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
-        yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
-        scores, best = found['features']
-        yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
-            (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-            for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
-        yield ''
+    yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
+    yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
+              'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
+    pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
+    width, rows = pooled['channels'].shape[1], []            # with as many, all channels
+    columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
+    found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+    for code, (scores, _) in found.items():
+        means = [100 * score.mean(0) for score in scores.values()]           # (splits,) each
+        rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
+    yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
+    scores, best = found['features']
+    yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
+        (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
+        for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
 
 # --------------------------------------------------------------------------------------------------
 # HTML and export
 
-def page(options, console):
+def page(options):
     """One static file: assets/viewer.html with its data put in."""
     index, prompt, why = options.index, None, None
-    scan = options.scans[0]
+    scans = options.of_layer(index)
+    scan = scans[0]
     words = [safe(raw) for raw in scan.names]
     texts = lambda some: [(words[token], x) for token, x in some]
     if options.feature:
-        features = options.features(options.feature)
+        features = options.features('feature')
     elif options.prompt or options.prompt_file:
-        prompt = rows_of_prompt(options)
-        seen = {(scan.layer, f) for scan in options.scans for _, by_layer in prompt
+        prompt = options.read
+        seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
         if options.why:
             why = why_numbers(options)
@@ -517,14 +492,14 @@ def page(options, console):
                         likeliest=texts(why['likeliest']), tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
-        features = [(scan, f) for scan in options.scans
-                    for f in np.flatnonzero(scan.count).tolist()]
+        features = [(scan, f) for scan in scans for f in np.flatnonzero(scan.count).tolist()]
     data = {key: getattr(scan, key) for key in ('step', 'site', 'place', 'F', 'K', 'N', 'dataset')}
     data |= dict(shown_from=SHOWN_FROM, sort=options.sort, why=why,
                  layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
                          for layer, scan in index.items()}, prompt=prompt and texts(prompt))
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
-    for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
+    for scan, f in tracked(features, "writing"):
+        d = options.numbers(scan, f)
         d |= {kind: texts(d[kind]) for kind in ('fires_on', 'up', 'down')}
         for kind in ('top', 'random'):
             d[kind] = [for_page(scan, c) for c in d[kind][:options.examples]]
@@ -550,30 +525,44 @@ def for_page(scan, context):
             parts[-1] += text
     return parts, context['where'], context['times']
 
-def export(options, console):
+def export(options):
     yield from export_saes(options.run, Path(options.export))
 
-VIEWS = { # the options that choose it, in alphabetical order: the view
-    '': overview,
-    'export': export,
-    'feature': feature_view,
-    'feature html': page,
-    'feature plot': plot_view,
-    'feature timeline': feature_timeline_view,
-    'find': find_view,
-    'html': page,
-    'html prompt': page,
-    'html prompt why': page,
-    'html sort': page,
-    'plot': plot_view,
-    'probe': probe_view,
-    'prompt': prompt_view,
-    'prompt why': why_view,
-    'sort': sorted_view,
-    'timeline': timeline_view,
-    'trace': trace_view,
-    'why': why_feature_view,
+# the options that choose it, in alphabetical order: the view, and what it shows one by one: the
+# SAEs of the index or of the timelines, the features that an option names; None: all at once
+VIEWS = {
+    '': (overview, 'index'),
+    'export': (export, None),
+    'feature': (feature_view, 'feature'),
+    'feature html': (page, None),
+    'feature plot': (plot_view, None),
+    'feature timeline': (feature_timeline_view, 'feature'),
+    'find': (find_view, 'index'),
+    'html': (page, None),
+    'html prompt': (page, None),
+    'html prompt why': (page, None),
+    'html sort': (page, None),
+    'plot': (plot_view, None),
+    'probe': (probe_view, 'index'),
+    'prompt': (prompt_view, 'index'),
+    'prompt why': (why_view, None),
+    'sort': (sorted_view, 'index'),
+    'timeline': (timeline_view, 'timelines'),
+    'trace': (trace_view, 'trace'),
+    'why': (why_feature_view, 'why'),
 }
+
+def parts(view, each, options):
+    """All that a view yields to be printed."""
+    subjects = [()]
+    if each in ('index', 'timelines'):
+        subjects = [(sae,) for sae in options.of_layer(getattr(options, each))]
+    elif each:
+        subjects = options.features(each)
+    for subject in subjects:
+        yield from view(*subject, options)
+        if each:
+            yield ''
 
 def look(options):
     """Shows what the options ask for."""
@@ -584,11 +573,12 @@ def look(options):
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
+    options.console = screen()
+    options.labels = read_labels(options.probe) if options.probe else None   # or it says so, first
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")
-    console = screen()
-    show(console, VIEWS[' '.join(names)](options, console))
+    show(options.console, parts(*VIEWS[' '.join(names)], options))
 
 def main(argv):
     configurator.run(look, Options(**configurator.configure(DEFAULTS, argv, problems)))

@@ -100,8 +100,8 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     scan.count, scan.rank = np.full(scan.F, 100), np.arange(1, scan.F + 1)
     scan.entropy, scan.top_tokens = np.linspace(0, 3, scan.F), scan.top_tokens.copy()
     scan.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
-    options = view.Options(**view.DEFAULTS | dict(rows=16, index={2: scan}))
-    view.show(view.screen(), view.overview(options, view.screen()))
+    options = view.Options(**view.DEFAULTS | dict(rows=16, console=view.screen()))
+    view.show(options.console, view.overview(scan, options))
     text = capsys.readouterr().out
     assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]

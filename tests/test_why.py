@@ -188,8 +188,8 @@ def test_words_of_a_feature(index, out, capsys):
     assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
     assert d['concepts'] == (~np.isnan(scan.concept)).sum()
     assert scanning.feature_numbers(scan, 5, 0)['coherence'] is None
-    options = view.Options(**view.DEFAULTS)
-    text = str(list(view.firing_panels(scan, d, options, view.screen())))
+    options = view.Options(**view.DEFAULTS, console=view.screen())
+    text = str(list(view.firing_panels(scan, d, options)))
     assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
 
 def test_page_of_why(out, run, index, tmp_path):
