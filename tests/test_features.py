@@ -229,21 +229,19 @@ def test_logits_and_neighbours(index, truth):
     wte = model.transformer.wte.weight[:V].detach().double().numpy()
     for layer in fires:
         W = model.writes(layer).detach().double().numpy()
-        places = {f: {x[:2] for x in where} for f, where in fires[layer].items()}
+        unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+        places = [{x[:2] for x in where} for where in fires[layer].values()]
         for f in range(len(W)):
-            others = [g for g in range(len(W)) if g != f]
             d = scanning.feature_numbers(index[layer], f, 0)
-            logits = dict(enumerate(wte @ W[f]))
-            norms = np.linalg.norm(W, axis=1)
-            cosines = {g: W[g] @ W[f] / norms[g] / norms[f] for g in others}
-            both = {g: len(places[f] & places[g]) / max(1, len(places[f] | places[g]))
-                    for g in others}
-            for name, want, n in (('up', logits, 10), ('down', logits, 10), ('near', cosines, 5),
-                                  ('joint', both, 5)):
-                best = sorted(want.values(), reverse=name != 'down')[:n]
-                assert [v for _, v in d[name]] == pytest.approx(best, rel=1e-4)
-                assert all(want[i] == pytest.approx(v, rel=1e-4) for i, v in d[name])
-            assert len({g for g, _ in d['joint']} - {f}) == 5
+            both = np.array([len(places[f] & p) / max(1, len(places[f] | p)) for p in places])
+            for name, want, n in (('up', wte @ W[f], 10), ('down', -wte @ W[f], 10),
+                                  ('near', unit @ unit[f], 5), ('joint', both, 5)):
+                if name in ('near', 'joint'):
+                    want[f] = -2                             # itself is not among them
+                got = np.array([v for _, v in d[name]]) * (-1 if name == 'down' else 1)
+                assert got == pytest.approx(np.sort(want)[::-1][:n], rel=1e-4)
+                assert got == pytest.approx(want[[i for i, _ in d[name]]], rel=1e-4)
+            assert len({g for g, _ in d['joint']}) == 5
 
 @torch.no_grad()
 def test_removal_effect(index, truth):
@@ -256,11 +254,11 @@ def test_removal_effect(index, truth):
                      for m in (model, without))              # (n, T - 1)
     d = np.array([float(after[w, t] - before[w, t]) for w, t, _ in fires[1][f] if t < T - 1])
     want = dict(mean=d.mean(), std=d.std(), n=len(d))
-    assert explain.removal_effect(model, index[1], f, 10**6, 0) == pytest.approx(want, abs=2e-5)
-    assert abs(d.mean()) > 1e-3 # there was something to measure
-    few = [explain.removal_effect(model, index[1], f, 8, seed) for seed in range(4)]
+    effect = functools.partial(explain.removal_effect, model, index[1])
+    assert effect(f, 10**6, 0) == pytest.approx(want, abs=2e-5) and abs(d.mean()) > 1e-3
+    few = [effect(f, 8, seed) for seed in range(4)]
     assert {x['n'] for x in few} == {8} and few[0] != few[1] # at random places, not the first
-    assert explain.removal_effect(model, index[1], 5, 4, 0) is None # dead: has no place
+    assert effect(5, 4, 0) is None                           # dead: has no place
     assert all(sae.steer is None for sae in model.saes().values())
 
 @pytest.mark.parametrize('regex', ('ab|c', r'\[red\]', r'(?i)A\s', '漢字?', 'é|<', 'x*',
@@ -461,10 +459,12 @@ def snapshots(folder, F=12):
     return found
 
 def test_timeline(tmp_path):
+    """A feature's; and of all the live share, the settled, median entropy, and coherence of those
+    tokens that a snapshot holds."""
     cosine = lambda a, b: a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
-    want, seen = snapshots(tmp_path), set()
+    want = snapshots(tmp_path)
     for again in range(2): # built, then from timeline.npz
-        timelines = features.open_timeline(tmp_path)
+        timelines, seen = features.open_timeline(tmp_path), []
         assert timelines[1].steps.tolist() == [0, 10, 20, 30, 40] and timelines[1].probed == 400
         for f in range(12):
             d = features.feature_timeline(timelines[1], f)
@@ -480,11 +480,22 @@ def test_timeline(tmp_path):
             # the last one's cosine to itself is 1, which says nothing
             settled = min((i for i in range(4) if min(same[i:]) >= 0.7), default=5)
             assert d['settled'] == settled and (f != 2 or settled == 5) # feature 2 is silent
-            seen.add(settled)
+            seen.append(settled)
             of_stream = features.feature_timeline(timelines[2], f)
             same_everywhere = {'direction, cosine to the end': [1] * 5}
             assert of_stream == d | dict(curves=d['curves'] | same_everywhere)
-    assert {3, 5} <= seen
+    assert {3, 5} <= set(seen)
+    t, last = timelines[1], want[-1]
+    assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(
+        [100 * np.mean(last['count'] > 0), sum(i < 5 for i in seen), np.nanmedian(last['entropy'])])
+    t.probed = 2000                                          # of them 2 % are 40
+    names, rng = [bytes([97 + i] * 3) for i in range(16)], np.random.default_rng(0)
+    scan = SimpleNamespace(tokens=rng.integers(0, 16, 3000), names=names)
+    pairs = [(f, token, last['top_counts'][f, place]) for f in range(12)
+             for place, token in enumerate(last['top_tokens'][f]) if token >= 0]
+    found = scanning.concepts(last['count'], 2000, np.array(pairs).T, scan.tokens, names)
+    mean = np.nanmean(found['coherence'])
+    assert scanning.coherence_curve(scan, t)[-1] == pytest.approx(mean)
 
 # --------------------------------------------------------------------------------------------------
 # the index
@@ -500,15 +511,13 @@ def test_index_follows_the_checkpoint(tmp_path, capsys):
     change(out, step=8)
     assert 'the index is of step 7' in opened()[0] and opened()[1].step == 8
     whole, arrays = path.read_bytes(), features.load_npz(path)
-    for damaged in (whole[:5000], whole[:3000] + b'?' * 9 + whole[3009:], b''):
+    meta = json.loads(str(arrays['meta'])) | dict(version=features.VERSION - 1)
+    np.savez(out / 'old.npz', **arrays | dict(meta=json.dumps(meta)))
+    np.savez(out / 'other.npz', x=1)                         # another program's
+    for damaged in (whole[:5000], whole[:3000] + b'?' * 9 + whole[3009:], b'',
+                    *(file.read_bytes() for file in (out / 'old.npz', out / 'other.npz'))):
         path.write_bytes(damaged)
         assert 'no index' in opened()[0] and opened()[0] == ''
-    meta = json.loads(str(arrays['meta']))
-    for version in (None, features.VERSION + 1, features.VERSION - 1):
-        np.savez(path, **arrays | dict(meta=json.dumps(meta | dict(version=version))))
-        assert 'no index' in opened()[0] and opened()[0] == ''
-    np.savez(path, x=1) # another program's
-    assert 'no index' in opened()[0]
     for file in out.glob('ckpt*'):
         file.unlink()
     assert 'no checkpoint' in opened()[0] # but its index is there
