@@ -510,9 +510,7 @@ def page(options):
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
-    temporary = Path(f'{options.html}.tmp')  # written whole or not at all
-    temporary.write_bytes(text)
-    os.replace(temporary, options.html)
+    Path(options.html).write_bytes(text)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def for_page(scan, context):

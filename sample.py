@@ -19,12 +19,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rich.cells import set_cell_size
-from rich.console import Console
 from rich.table import Column, Table
 
 import configurator
 from features import (autocast, caption, dense, device_of, encode, load_npz, open_run,
                       parse_feature, prompt_text, read, safe, strongest)
+from terminal import screen
 
 DEFAULTS = dict(
     out_dir='out',
@@ -108,7 +108,7 @@ def usual_activation(run, i, f):
 # sampling, and reading what was sampled
 
 def sample(model, prompt, options, seed, edits=(), stop=None):
-    """prompt, a list of ids -> the same with max_new_tokens more, or fewer: `stop` is the last then.
+    """prompt, a list of ids -> the same with max_new_tokens more, or fewer where `stop` ends it.
     Equal arguments give equal ids. Leaves the model unsteered."""
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -139,7 +139,7 @@ def print_columns(left, right):
     table = Table.grid(Column(width=39, overflow='fold'), Column(width=37, overflow='fold'),
                        padding=(0, 2, 0, 0))
     table.add_row(left, right)
-    Console(width=80, markup=False, emoji=False, highlight=False).print(table)
+    screen().print(table)
 
 def print_features(model, tokens, names, n):
     """For each token and SAE layer the n features with the largest activations, in size."""

@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import re
-import sys
 
 from rich.cells import cell_len
 from rich.console import Console

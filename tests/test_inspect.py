@@ -109,9 +109,8 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
 
 def test_captions_never_call_a_live_feature_dead(index):
     assert view.captions(index[1], 5) == 'dead'
-    tokens, counts = np.array([[1, 0]] * 2), np.array([[996, 4], [4, 3]])
-    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000, 1000], top_tokens=tokens,
-                           top_counts=counts)                # small shares are left out
+    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000] * 2, top_tokens=np.array([[1, 0]] * 2),
+                           top_counts=np.array([[996, 4], [4, 3]])) # small shares are left out
     assert view.captions(scan, 0) == '·b 100%' and view.captions(scan, 1) == '·b 0%'
 
 def test_numbers_keep_three_or_four_digits():
@@ -222,22 +221,19 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--layer=0'], 'layer=0 has no SAE; block 1, 2 has one'),
     (['--feature=L0.F1'], 'block 0 has no SAE'), (['--feature=x'], 'names no feature'),
     (['--feature=48'], 'out of range: block 1 has features 0 to 47'),
-    (['--feature=-1'], 'names no feature'), (['--find=('], 'is no regular expression'),
-    (['--prompt_file=/none'], 'cannot be read'), (['--prompt=a', '--prompt_file=b'], 'both given'),
-    (['--timeline=true'], 'there are no snapshots'),
-    (['--top=0'], 'top=0 must be at least 1'), (['--rows=-1'], 'rows=-1 must be at least 0'),
+    (['--prompt=a', '--prompt_file=b'], 'both given'), (['--find=('], 'is no regular expression'),
+    (['--timeline=true'], 'there are no snapshots'), (['--top=0'], 'top=0 must be at least 1'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),
     (['--html=/no/such/folder/x.html'], 'must be a file in a folder that can be written'),
     (['--plot=/'], 'plot=/ must be a file'), (['--export=/dev/null'], 'export=/dev/null must be a'),
     (['--find=a', '--prompt=b'], 'find and prompt do not go together'),
     (['--html=x', '--timeline=true'], 'html and timeline do not go together'),
-    (['--export=x', '--find=a', '--feature=3'], 'export and feature and find do not go'),
     (['--why=true'], "with --prompt write --why=true, without it --why=L6.F2386"),
     (['--why=L2.F1', '--prompt=a'], "with --prompt write --why=true"),
     (['--target=a', '--prompt=b'], 'takes --prompt and --why=true beside it'),
     (['--why=L1.F1'], 'L1.F1: no SAE lies below block 1'),
     (['--why=L2.F5'], 'L2.F5 fires nowhere in the scan'),
-    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'), (['--trace=x'], 'names no feature'),
+    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
     (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
 def test_bad_input(out, index, argv, sentence, capsys):
     assert sentence in refused(capsys, view, f'--out_dir={out}', *argv)
@@ -293,16 +289,21 @@ def test_html_has_the_same_numbers(index, page):
     assert data['sort'] == 'density' and data['why'] is None
 
 def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
-    path = tmp_path / 'DATA.html'
+    """The prompt is the template's own word; and why the model goes on as it does."""
+    path, run = tmp_path / 'DATA.html', features.open_run(out, device='cpu')
     view.main([f'--out_dir={out}', '--feature=L2.F9,7', '--effect=3', f'--html={path}'])
     some = data_of(path)['features']
     assert [(d['layer'], d['f']) for d in some] == [(2, 9), (1, 7)] and some[0]['effect']['n'] == 3
-    view.main([f'--out_dir={out}', '--prompt="DATA"', f'--html={path}']) # the template's word
+    view.main([f'--out_dir={out}', '--prompt="DATA"', '--why=true', f'--html={path}'])
     data = data_of(path)
+    want = explain.why_token(run.model, features.encode(run, '"DATA"'), [], [1, 2])
     assert [text for text, _ in data['prompt']] == ['<|endoftext|>', *'"DATA"']
-    named = {(d['layer'], d['f']) for d in data['features']}
-    assert named == {(int(layer), f) for _, by in data['prompt'] for layer in by
-                     for f, _ in by[layer]}
+    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in want['idx']]
+    named = {(int(layer), f) for _, by in data['prompt'] for layer in by for f, _ in by[layer]}
+    for kind in ('pro', 'con'):
+        assert data['why'][kind] == json.loads(json.dumps(want[kind]))
+        named |= {(layer, f) for _, layer, f, _ in want[kind]}
+    assert {(d['layer'], d['f']) for d in data['features']} == named
 
 def test_html_in_chromium(page, tmp_path):
     """Renders features, within a phone's width too, searches, walks by keyboard, turns the lights

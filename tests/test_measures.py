@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import features
 import measures
 from sample import set_steering
 from test_features import make_model
@@ -55,12 +54,6 @@ def test_causal_share_by_brute_force(site, posthoc):
     got = measures.causal_share(*given, most=10 ** 6)
     assert len(excludes_0) > 9 and got == pytest.approx(np.mean(excludes_0)) and 0 < got < 1
     assert 0 <= measures.causal_share(*given, n=5, most=4) <= 1
-
-def test_dense_by_hand():
-    """Slots that are not active change nothing, whichever feature they name."""
-    values = torch.tensor([[2.0, 0.0], [3.0, 1.0]])
-    code = features.dense(values, torch.tensor([[1, 1], [2, 0]]), 4)
-    assert code.tolist() == [[0, 2, 0, 0], [1, 0, 3, 0]]
 
 def test_means():
     records = [dict(a=1, b=dict(c=2, d=None)), dict(a=3, b=dict(c=4, d=5))]

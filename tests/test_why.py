@@ -21,7 +21,7 @@ import scanning
 from sample import set_steering
 from sae import SITES
 from test_features import index, make_model, out, refused, snapshots # fixtures, too
-from test_inspect import data_of, look
+from test_inspect import look
 
 TEXT = 'ab c [red] a b\nab'
 
@@ -186,19 +186,6 @@ def test_words_of_a_feature(index):
     some = (~np.isnan(scan.concept)).sum()
     assert f'coherence 0.5000, rank 2 of {some} as a concept' in text and 'a, b, c, [red]' in text
     assert scanning.feature_numbers(scan, 5, 0)['coherence'] is None
-
-def test_page_of_why(out, run, index, tmp_path):
-    page = tmp_path / 'page.html'
-    view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
-    data = data_of(page)
-    d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
-    for kind in ('pro', 'con'):
-        for got, want in zip(data['why'][kind], d[kind], strict=True):
-            assert got[:3] == [pytest.approx(want[0], abs=1e-5), *want[1:3]]
-            assert got[3] == [[t, pytest.approx(act, abs=1e-5)] for t, act in want[3]]
-    shown = {(x['layer'], x['f']) for x in data['features']}
-    assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
-    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
     snapshots(tmp_path, F=48)
