@@ -123,8 +123,8 @@ class Options(SimpleNamespace):
         return open_timeline(self.out_dir)
 
     @cached_property
-    def read(self):
-        """The prompt: [(token, {block: its --top strongest features})]."""
+    def prompt_tokens(self):
+        """Of the prompt: [(token, {block: its --top strongest features})]."""
         model, tokens = self.run.model, encode(self.run, prompt_text(self))
         _, values, indices = read(model, tokens)             # (S, n, K) both
         return [(token, {layer: strongest(values[s, t], indices[s, t], self.top)
@@ -310,7 +310,7 @@ def prompt_view(scan, options):
     yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
     yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
     cells = []
-    for token, features in options.read:
+    for token, features in options.prompt_tokens:
         word = Text(caption(scan.names[token]))
         for f, act in features[scan.layer]:
             eighths = level(act, max(abs(act), scan.max[f]))
@@ -482,7 +482,7 @@ def page(options):
     if options.feature:
         features = options.features('feature')
     elif options.prompt or options.prompt_file:
-        prompt = options.read
+        prompt = options.prompt_tokens
         seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
         if options.why:

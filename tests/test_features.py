@@ -31,6 +31,7 @@ from data.dataset import encode_encoding, eval_batches, write_dataset
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from runs import no_space
 from sae import SITES
+from sample import set_steering
 
 # a vocabulary that means harm: every byte, markup, escape codes, halves of characters, wide,
 # invisible, right-to-left
@@ -101,6 +102,15 @@ def out(tmp_path_factory):
 @pytest.fixture(scope='module')
 def index(out):
     return open_index(out)
+
+@torch.no_grad()
+def steered(model, tokens, off=(), scale=0.0):
+    """Logits (T, V) and codes (S, T, F) of the whole model, with the features [(block, f)] off."""
+    set_steering(model, [(layer, f, scale, 0.0) for layer, f in off])
+    logits, _, seen = model(torch.tensor([tokens]))
+    set_steering(model, [])
+    z = torch.zeros(*seen.values.shape[:-1], model.config.n_features)
+    return logits[0], z.scatter_add(-1, seen.indices, seen.values)[:, 0]
 
 @torch.no_grad()
 def brute(out, n_tokens):
@@ -200,6 +210,11 @@ def test_scan_and_snapshot_by_brute_force(site, tmp_path):
         if site != 'stream':
             written = model.writes(layer).detach().half()
             np.testing.assert_array_equal(got[f'L{layer}.W_dec'], written)
+
+def test_dense_by_hand():
+    """Slots that are not active change nothing, whichever feature they name."""
+    values, indices = torch.tensor([[2.0, 0.0], [3.0, 1.0]]), torch.tensor([[1, 1], [2, 0]])
+    assert features.dense(values, indices, 4).tolist() == [[0, 2, 0, 0], [1, 0, 3, 0]]
 
 def test_random_contexts_are_a_fair_draw(index):
     """Windows are drawn about equally often; a seed fixes the draw."""
@@ -324,8 +339,8 @@ def test_read_against_one_pass_a_token(n, block_size):
 # concepts
 
 def test_concepts_by_brute_force():
-    """Words, coherence and value as a concept against loops; features that fire too rarely, or on more
-    than 2 % of the tokens, have none."""
+    """Words, coherence and value as a concept against loops; features that fire too rarely, or on
+    more than 2 % of the tokens, have none."""
     rng = np.random.default_rng(0)
     names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
     tokens = rng.integers(0, len(names), 3000)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from rich.cells import cell_len
+from torch.nn.functional import cross_entropy
 
 import features
 import sample
 from model import load_checkpoint
 from sae import SITES
-from test_features import EOT, V, change, make_model, make_run, refused
+from test_features import EOT, V, change, make_model, make_run, refused, steered
 
 SETTINGS = SimpleNamespace(**sample.DEFAULTS | dict(max_new_tokens=12))
 
@@ -109,19 +110,6 @@ def test_cache_equals_recomputation(site, n):
         idx.append(torch.multinomial(p, 1, generator=generator).item())
     assert got == idx
 
-def codes(model, tokens, i):
-    """[{feature: activation}], one dict a token, of the SAE in block i."""
-    _, _, out = model(torch.tensor([tokens]))
-    s = list(model.saes()).index(i)
-    return [{f: v for f, v in zip(indices, values) if v != 0}
-            for indices, values in zip(out.indices[s, 0].tolist(), out.values[s, 0].tolist())]
-
-def brute_force(model, tokens, i, f):
-    """Loss and share of firing (%) of a sample whose prompt was end-of-text and one token."""
-    logp = model(torch.tensor([tokens]))[0][0].log_softmax(-1)
-    loss = -np.mean([logp[t - 1, tokens[t]].item() for t in range(2, len(tokens))])
-    return loss, 100 * np.mean([f in code for code in codes(model, tokens, i)[2:]])
-
 # --------------------------------------------------------------------------------------------------
 # what is printed
 
@@ -153,12 +141,13 @@ def test_show_features(site, tmp_path, capsys):
     lines = printed(capsys, run, '--prompt=a \n', '--show_features=3').splitlines()
     lines = lines[lines.index('strongest features of the text of seed 1337, unsteered:') + 1:]
     tokens = sample.sample(model, [EOT, 97, 32, 10], SETTINGS, 1337)
+    _, code = steered(model, tokens)                         # (S, T, F)
     assert len(lines) == 2 * len(tokens) # two SAE layers
     assert [line.split()[1] for line in lines[:8:2]] == ['<|endoftext|>', 'a', '·', '⏎']
     for n, line in enumerate(lines):
         t, s = divmod(n, 2)
-        strongest = sorted(codes(model, tokens, s + 1)[t].items(), key=lambda item: -abs(item[1]))
-        want = [(f'L{s + 1}.F{f}', f'{v:.2f}') for f, v in strongest[:3]]
+        strongest = code[s, t].abs().argsort(descending=True)[:3].tolist()
+        want = [(f'L{s + 1}.F{f}', f'{code[s, t, f]:.2f}') for f in strongest if code[s, t, f]]
         assert re.findall(r'(L\d\.F\d+) (-?[\d.]+)', line) == want and cell_len(line) <= 80
 
 def test_stop_at_the_end_of_a_text(capsys, run):
@@ -183,10 +172,14 @@ def test_sweep(compare, capsys, run):
                   f'--compare={compare}')
     labels = {f'L2.F{f}=0': 0, f'L2.F{f}=4': 4} | ({'unsteered': 0} if compare else {})
     for label, strength in labels.items():
-        texts = [sample.sample(model, [EOT, 97], SETTINGS, seed, [(2, f, 1.0, strength)])
-                 for seed in (1337, 1338)]
-        loss, share = np.mean([brute_force(model, tokens, 2, f) for tokens in texts], axis=0)
-        assert re.search(rf'^{label} +{loss:.3f} +{share:.1f} %$', out, re.M)
+        losses, fires = [], []                               # of the tokens after the prompt
+        for seed in (1337, 1338):
+            tokens = sample.sample(model, [EOT, 97], SETTINGS, seed, [(2, f, 1.0, strength)])
+            logits, code = steered(model, tokens)
+            losses.append(cross_entropy(logits[1:-1], torch.tensor(tokens[2:])).item())
+            fires += (code[1, 2:, f] != 0).tolist()
+        numbers = f'{np.mean(losses):.3f} +{100 * np.mean(fires):.1f} %'
+        assert re.search(rf'^{label} +{numbers}$', out, re.M)
     if compare:
         assert len(re.findall(rf'unsteered +L2\.F{f}=', out)) == 4
         assert max(map(cell_len, out.splitlines())) <= 80

@@ -18,9 +18,8 @@ import explain
 import features
 import inspect_features as view
 import scanning
-from sample import set_steering
 from sae import SITES
-from test_features import index, make_model, out, refused, snapshots # fixtures, too
+from test_features import index, make_model, out, refused, snapshots, steered # fixtures, too
 from test_inspect import look
 
 TEXT = 'ab c [red] a b\nab'
@@ -28,15 +27,6 @@ TEXT = 'ab c [red] a b\nab'
 @pytest.fixture(scope='module')
 def run(out):
     return features.open_run(out, device='cpu')
-
-def steered(model, tokens, off=(), scale=0.0):
-    """Logits (T, V) and codes (S, T, F) of the whole model, with the features [(block, f)] off."""
-    set_steering(model, [(layer, f, scale, 0.0) for layer, f in off])
-    with torch.no_grad():
-        logits, _, seen = model(torch.tensor([tokens]))
-    set_steering(model, [])
-    z = torch.zeros(*seen.values.shape[:-1], model.config.n_features)
-    return logits[0], z.scatter(-1, seen.indices, seen.values)[:, 0]
 
 def same_as_by_hand(model, d, layers, measure):
     """The numbers of d are those of measure(logits, codes); every active feature is there."""
