@@ -65,6 +65,8 @@ def test_feature_view(out, index, capsys):
     lines = [f'Layer 1 - Feature 7 - Example {n} - Rank {scan.rank[7]} - Token Entropy '
              f'{scan.entropy[7]:.4f}' for n in range(1, 5)]
     assert [line for line in text.splitlines() if 'Example' in line] == lines
+    low, high = scan.down_value[7, 0], scan.up_value[7, 0]
+    assert f'{low:+.4f}   |   ' in text and f'{high:+.4f}\n' in text and low < high
     run = features.open_run(out, device='cpu')
     effect = explain.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
     assert f'{scan.count[7]:,} of them' in text and f"mean {effect['mean']:+.4f} nats" in text
@@ -106,6 +108,7 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ['L2.F0', 'L2.F2', 'L2.F4']
+    assert text.split('Most abstract')[1].splitlines()[2].split()[0] == f'L2.F{scan.F - 1}'
 
 def test_captions_never_call_a_live_feature_dead(index):
     assert view.captions(index[1], 5) == 'dead'
@@ -165,6 +168,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
     assert f'L1.F{f} over training' in text
     assert f'took its final meaning at step {10 * settled[f]}:' in text
+    assert re.findall(r'\* (\d+) ', text) == [str(10 * settled[f])]
     text = look(capsys, tmp_path, f'--feature=F{f}')
     assert 'Timeline' in text and 'Top contexts' in text
 

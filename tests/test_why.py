@@ -130,7 +130,7 @@ def test_why_view(out, run, index, capsys):
     assert f"Why ab: probability {view.percent(np.exp(d['base']))}" in text
     assert f"of {d['active']} active features all are" in words and 'nothing else passes' in words
     change, layer, f, at = d['effects'][0]
-    [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text)
+    [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text.partition('Against')[0])
     act, word = max((abs(act), features.caption(run.names[d['idx'][t]])) for t, act in at)
     assert f'{act:#.4g}' in row and word in row
     assert text.count('+') > 5 and f"{d['together']:+.4f}" in text and f"{d['whole']:+.4f}" in text
@@ -146,7 +146,10 @@ def test_why_a_feature_and_its_trace(out, index, capsys):
     assert 'L1.F' in text and 'its activation falls' in text
     f = int(index[1].count.argmax())
     text = look(capsys, out, f'--trace=L1.F{f}', '--rows=3')
-    assert 'in block 2' in text and 'Fires with' in text and 'Causes' in text
+    assert 'in block 2' in text and 'Fires with' in text
+    for title, sign in (('Causes', 1), ('Holds down', -1)):
+        rows = re.findall(r'L2\.F\d+ +\S+ +(\S+) +(\S+) ', text.split(title)[1].split('\n\n')[0])
+        assert rows and all(sign * (float(a) - float(b)) >= 0 for a, b in rows)
 
 @pytest.mark.parametrize('site, alpha, posthoc, rest', (
     ('resid', 1, False, 'nothing else passes'), ('mlp', 1, False, 'the stream passes beside them'),
