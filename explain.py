@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from features import device_of
+from features import dense, device_of
 from sae import norm
 from scanning import firings, joint
 
@@ -48,48 +48,39 @@ def kept(model, layers, removals):
             scales[layer][b, f] = 0
     return scales
 
-def fires_in(model, idx, layers):
-    """{(block, f): [(position, activation), ...]} of the features that are active on idx (1, T)."""
-    _, out = model.blocks(idx, max(layers) + 1)
-    blocks, fires = list(model.saes()), {}
-    values, indices = out.values[:, 0].cpu(), out.indices[:, 0].cpu()        # (S, T, K)
-    for s, t, k in values.nonzero().tolist():
-        if blocks[s] in layers:
-            feature = blocks[s], indices[s, t, k].item()
-            fires.setdefault(feature, []).append((t, values[s, t, k].item()))
-    return fires
-
+@torch.enable_grad()
 def promising(model, idx, fires, layers, end, measure):
-    """
-    Of more than MOST features those with the largest gradient times activation, summed over
-    positions: the derivative by a factor that stands before all of a feature's activations.
-    """
-    if len(fires) <= MOST:
-        return list(fires)
-    with torch.enable_grad():
-        scales = kept(model, layers, [[]])
-        for scale in scales.values():
-            scale.requires_grad_()
-        total = run_scaled(model, idx, scales, end, measure).sum()
-        slopes = torch.autograd.grad(total, list(scales.values()))           # (1, F) each
-    size = {layer: slope[0].abs().tolist() for layer, slope in zip(scales, slopes)}
+    """The MOST of the features with the largest gradient times activation, summed over positions:
+    the derivative by a factor that stands before all of a feature's activations."""
+    scales = kept(model, layers, [[]])
+    for scale in scales.values():
+        scale.requires_grad_()
+    run_scaled(model, idx, scales, end, measure).backward(inputs=list(scales.values()))
+    size = {layer: scale.grad[0].abs().tolist() for layer, scale in scales.items()}
     return sorted(fires, key=lambda feature: -size[feature[0]][feature[1]])[:MOST]
 
 @torch.no_grad()
-def explain(model, idx, layers, end, measure):
+def explain(model, tokens, layers, end, measure):
     """
-    How measure changes when features of these layers that are active on idx (1, T) are taken away,
-    each at all its positions -> a dict of
-      base      measure of the model as it is
-      active    how many are active
+    How measure, see run_scaled, changes when features of these layers that are active on tokens are
+    taken away, each at all its positions -> a dict of idx, the tokens, and
+      base      measure of the model as it is; active: how many features are
       effects   [(change, block, f, [(position, activation), ...])], MOST at most, lowest first
       pro, con  the first and last TOGETHER of them, without which it falls, and rises
       together  change without any of pro
       whole     change without any feature of these layers
       passes    in words: what the features are, and what passes beside them
     """
-    fires = fires_in(model, idx, layers)
-    features = promising(model, idx, fires, layers, end, measure)
+    idx, fires = torch.tensor([tokens], device=device_of(model)), {}
+    _, out = model.blocks(idx, max(layers) + 1)
+    values, indices, blocks = out.values[:, 0].cpu(), out.indices[:, 0].cpu(), list(model.saes())
+    for s, t, k in values.nonzero().tolist():                                # (S, T, K)
+        feature = blocks[s], indices[s, t, k].item()
+        if blocks[s] in layers:
+            fires.setdefault(feature, []).append((t, values[s, t, k].item()))
+    features = list(fires)
+    if len(fires) > MOST:
+        features = promising(model, idx, fires, layers, end, measure)
     base = run_scaled(model, idx, kept(model, layers, [[]]), end, measure).item()
     effects = []
     for layer in sorted({layer for layer, _ in features}): # only what lies above it runs again
@@ -105,8 +96,8 @@ def explain(model, idx, layers, end, measure):
     for scale in without.values():
         scale[1] = 0                     # all, also those that fire only where others are away
     together, whole = (run_scaled(model, idx, without, end, measure) - base).tolist()
-    return dict(base=base, active=len(fires), effects=effects, pro=pro, con=con,
-                together=together, whole=whole,
+    return dict(idx=tokens, base=base, active=len(fires), effects=effects, pro=pro,
+                con=con, together=together, whole=whole,
                 passes=what_passes(model.saes()[layers[0]], layers[0]))
 
 def what_passes(sae, layer):
@@ -130,10 +121,8 @@ def logits_of(model, stream):
 def why_token(model, tokens, target, layers):
     """
     Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
-    log p(target), a sum over its tokens. Adds to explain
-      target    the ids
-      idx       the ids that are read: the last ones that fit into the model
-      likeliest [(token, probability)] of 5 after tokens
+    log p(target), a sum over its tokens. Adds to explain target; idx, the ids that are read: the
+    last ones that fit into the model; likeliest, [(token, probability)] of 5 after tokens.
     """
     T, device = model.config.block_size, device_of(model)
     p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
@@ -148,31 +137,24 @@ def why_token(model, tokens, target, layers):
         log_p = logits_of(model, stream[:, -n:]).log_softmax(-1)             # (B, n, V)
         return log_p.gather(-1, answer.expand(len(log_p), -1, -1)).sum((1, 2))
 
-    idx = torch.tensor([read], device=device)
-    d = explain(model, idx, layers, model.config.n_layer, log_p)
-    return d | dict(idx=read, target=target, likeliest=likeliest)
+    d = explain(model, read, layers, model.config.n_layer, log_p)
+    return d | dict(target=target, likeliest=likeliest)
 
 @torch.no_grad()
 def why_feature(model, tokens, layer, f):
-    """
-    Why feature f of a block fires on the last of tokens, by the features of the SAEs below: what is
-    measured is its activation, 0 where it is not among the K. Adds to explain idx, the tokens.
-    """
+    """Why feature f of a block fires on the last of tokens, by the features of the SAEs below: what
+    is measured is its activation, 0 where it is not among the K."""
     def activation(_, outs):
         values, indices = outs[-1].values[:, -1], outs[-1].indices[:, -1]    # (B, K)
         return torch.where(indices == f, values, 0).sum(-1)
 
     below = [i for i in model.saes() if i < layer]
-    idx = torch.tensor([tokens], device=device_of(model))
-    return explain(model, idx, below, layer + 1, activation) | dict(idx=tokens)
+    return explain(model, tokens, below, layer + 1, activation)
 
 @torch.no_grad()
 def loss_changes(model, layer, tokens, features, which, where):
-    """
-    tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how the
-    loss of the token after position where[p] changes, in nats, when features[which[p]] is taken
-    away.
-    """
+    """tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how
+    the loss of the token after where[p] changes without features[which[p]], in nats."""
     idx, sae = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model)), model.saes()[layer]
     if sae.site.hook == 'attn' or sae.posthoc:   # the MLP reads it; it has each token's length
         scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
@@ -190,25 +172,19 @@ def loss_changes(model, layer, tokens, features, which, where):
         streams.append(rows)
     streams = torch.cat(streams)
     which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
-
-    def losses(run):
-        return cross_entropy(logits_of(model, streams[run, where]), idx[where + 1],
-                             reduction='none')
-
-    return (losses(which + 1) - losses(torch.zeros_like(which))).cpu().numpy()
+    before, after = (cross_entropy(logits_of(model, streams[run, where]), idx[where + 1],
+                                   reduction='none') for run in (0 * which, which + 1))
+    return (after - before).cpu().numpy()
 
 def removal_effect(model, scan, f, n, seed):
-    """
-    The change of the next token's loss, in nats, when a feature is taken away, at n of the
-    positions where it fires, drawn at random; None where there is none.
-    """
+    """The change of the next token's loss, in nats, when a feature is taken away, at n of the
+    positions where it fires, drawn at random; None where there is none."""
     T, where = scan.T, firings(scan, f)[0]                                   # (P,)
     where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
     changes = []
     for w in np.unique(where // T).tolist():
-        here = where[where // T == w] % T
-        window = scan.tokens[w * T:(w + 1) * T]
-        changes += loss_changes(model, scan.layer, window, [f], np.zeros_like(here), here).tolist()
+        here, tokens = where[where // T == w] % T, scan.tokens[w * T:(w + 1) * T]
+        changes += loss_changes(model, scan.layer, tokens, [f], 0 * here, here).tolist()
     if not changes:
         return None
     return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))
@@ -225,17 +201,12 @@ def trace(model, scan, above, f, seed, n=16):
     windows = np.random.default_rng((seed, scan.layer, f)).permutation(np.unique(where // scan.T))
     total, positions = np.zeros((2, above.F)), 0
     scales = kept(model, [scan.layer], [[], [(scan.layer, f)]])
+    codes = lambda _, outs: dense(outs[-1].values, outs[-1].indices, above.F)
     for w in windows[:n].tolist():
-        at = torch.from_numpy(where[where // scan.T == w] % scan.T)          # (p,)
-
-        def codes(_, outs):
-            values, indices = outs[-1].values[:, at], outs[-1].indices[:, at]
-            z = values.new_zeros(len(values), above.F)
-            return z.scatter_add(1, indices.flatten(1), values.flatten(1))   # (B, F)
-
-        tokens = scan.tokens[w * scan.T:(w + 1) * scan.T].astype(np.int64)
-        idx = torch.from_numpy(tokens)[None].to(device_of(model))
-        total += run_scaled(model, idx, scales, above.layer + 1, codes).cpu().numpy()
+        at = where[where // scan.T == w] % scan.T                            # (p,)
+        idx = torch.tensor(scan.tokens[w * scan.T:(w + 1) * scan.T][None].astype(int))
+        z = run_scaled(model, idx.to(device_of(model)), scales, above.layer + 1, codes)
+        total += z[:, at].sum(1).cpu().numpy()
         positions += len(at)
     as_it_is, without = total / max(1, positions)
     return dict(share=joint(above, where), as_it_is=as_it_is, without=without,

@@ -1,8 +1,7 @@
 """
 What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
-here prints but notes, to stderr.
+here prints but notes and progress, to stderr.
 
-Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
 (in the timeline), V vocabulary, P pairs of a feature and a token type.
 """
@@ -18,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch.nn.functional import cross_entropy
 
 from data.dataset import decode_encoding, load_meta, named_encoding, token_bytes
@@ -30,10 +31,8 @@ SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feat
 # codes, and statistics of features over a set of tokens
 
 def codes(model, batches):
-    """
-    batches yields x (B, T) -> arrays: tokens (N,); the features active on each (S, N, K), F where
-    a slot is not active; their activations (S, N, K); FVU (S,).
-    """
+    """batches of x (B, T) -> arrays: tokens (N,); the features active on each (S, N, K), F where a
+    slot is not active; their activations (S, N, K); FVU (S,)."""
     tokens, features, values, fvu = [], [], [], []
     for x in batches:
         out = see(model, x)
@@ -46,22 +45,23 @@ def codes(model, batches):
     return (np.concatenate(tokens), np.concatenate(features, axis=1),
             np.concatenate(values, axis=1), np.mean(fvu, axis=0))
 
+def dense(values, indices, n_features):
+    """values, indices (..., K) -> the code (..., F). A slot of value 0 may name any feature."""
+    z = torch.zeros(*values.shape[:-1], n_features, device=values.device)
+    return z.scatter_add(-1, indices, values.float())
+
 def token_pairs(features, tokens, n_features, vocab_size):
-    """
-    features (N, K), n_features where a slot is not active, on tokens (N,) -> f, token, times (P,):
-    on which token types each feature is active and on how many of the tokens, f and token rising.
-    """
+    """features (N, K), n_features where a slot is not active, on tokens (N,) -> f, token, times
+    (P,): on which token types each feature is active, and how often; f and token rising."""
     keys = features.astype(np.int64) * vocab_size + tokens[:, None]
     keys, times = np.unique(keys[features < n_features], return_counts=True)
     return keys // vocab_size, keys % vocab_size, times
 
 def token_statistics(pairs, n_features):
     """
-    Of token_pairs a dict of
-      count (F,)        on how many of the tokens each feature is active
-      entropy (F,)      token entropy in bits: Shannon entropy of the distribution of token types
-                        over these. Low: a detector of one word; high: abstract; nan: dead
-      top_tokens (F, 8), top_counts (F, 8)    the most frequent types, -1 where there are fewer
+    Of token_pairs a dict of count (F,): on how many tokens each feature is active; entropy (F,):
+    token entropy in bits, the Shannon entropy of the token types of these (low: a detector of one
+    word; nan: dead); top_tokens, top_counts (F, 8): the most frequent types, -1 for none.
     """
     f, token, times = pairs
     count = np.bincount(f, times, n_features)
@@ -96,6 +96,11 @@ def snapshot(model, batches):
 def say(note):
     print(note, file=sys.stderr, flush=True)
 
+def tracked(items, description):
+    """rich's progress bar, where somebody watches."""
+    return track(items, description, console=Console(stderr=True), transient=True,
+                 disable=not sys.stderr.isatty())
+
 def save_npz(path, arrays, save=np.savez_compressed):
     """Writes {name: array} whole or not at all. Raises OSError."""
     temporary = Path(f'{path}.{os.getpid()}.tmp')            # others may write the same file now
@@ -108,7 +113,7 @@ def save_npz(path, arrays, save=np.savez_compressed):
         temporary.unlink(missing_ok=True)
 
 def keep(path, arrays):
-    """save_npz of what can be made again: where it cannot be written, that is said."""
+    """save_npz of a cache: where it cannot be written, that is said."""
     try:
         save_npz(path, arrays, np.savez)
     except OSError as e:
@@ -127,7 +132,7 @@ def of_layer(arrays, layer):
     start = f'L{layer}.'
     return {name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)}
 
-def open_timeline(out_dir, track):
+def open_timeline(out_dir):
     """
     {block: its SAE in all snapshots}, kept in timeline.npz: layer, steps (S,), tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
@@ -143,7 +148,7 @@ def open_timeline(out_dir, track):
     if str(arrays.get('key')) != key:
         last = load_npz(files[-1])
         snapshots = [read_snapshot(file, last)               # the last first: all must be like it
-                     for file in track(files[::-1], "reading snapshots")]
+                     for file in tracked(files[::-1], "reading snapshots")]
         arrays = {name: np.stack([s[name] for s in snapshots[::-1]]) for name in snapshots[0]}
         keep(path, arrays | dict(key=key))
     return {layer: SimpleNamespace(layer=layer, steps=arrays['step'], tokens=arrays['tokens'],
@@ -172,10 +177,8 @@ def cosine(dot, a, b):
     return dot / np.maximum(1e-12, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 def settled_at(timeline):
-    """
-    (F,) the snapshot from which on a feature fires on about its last tokens; S if it is silent in
-    the last one, or fired on others just before it.
-    """
+    """(F,) the snapshot from which on a feature fires on about its last tokens; S if it is silent
+    in the last one, or fired on others just before it."""
     same = timeline.same >= SETTLED                                          # (S, F)
     since = np.logical_and.accumulate(same[::-1])[::-1]                      # from here to the end
     never = ~since[:-1].any(0) # to itself the last one's cosine is 1, which says nothing
@@ -205,60 +208,54 @@ def timeline_curves(timeline):
 # evaluation: the loss, and what the model loses without its features
 
 @torch.no_grad()
-def val_pass(model, saes, batches, autocast, all_reduce):
-    """
-    Mean loss in nats; of each SAE mean FVU (S,), mean code (S, F) and density (S, F), the share of
-    tokens on which a feature is active. Arguments as in evaluate.
-    """
-    device = next(model.parameters()).device
-    n_features = max((sae.n_features for sae in saes), default=0)
-    wide = torch.float32 if device.type == 'mps' else torch.float64 # MPS has no float64
-    sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
-    fvu = torch.zeros(len(saes), dtype=wide, device=device)
-    codes = torch.zeros(len(saes), n_features, device=device)
-    fired = torch.zeros_like(codes)
-    for x, y in batches():
-        with autocast:
-            _, loss, out = model(x.to(device), y.to(device))
-        sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
-        if saes:
-            fvu += out.fvu
-            fired += out.fired
-            for code, indices, values in zip(codes, out.indices, out.values):
-                code.index_add_(0, indices.flatten(), values.flatten())
-    for t in (sums, fvu, codes, fired):
-        all_reduce(t)
-    loss, n, tokens = sums.tolist()
-    return loss / n, fvu / n, codes / tokens, fired / tokens
-
-@torch.no_grad()
 def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
     """
-    The eval record of log.jsonl: loss; of each SAE layer L0, FVU, the share of its features that is
-    live, and the share of all firing that the busiest 1 % of them do; then the loss with the SAEs'
-    outputs zeroed, and with each replaced by its mean.
+    The eval record of log.jsonl: loss in nats; of each SAE layer L0, FVU, the share of its features
+    that is live, and the share of all firing that the busiest 1 % of them do; then the loss with
+    the SAEs' outputs zeroed, and with each replaced by its mean.
 
     model: a GPT, compiled or not; saes: {block: SAE}; batches: a function that yields this rank's
     (x, y); all_reduce: sums a tensor over ranks, in place.
     """
-    layers = list(saes.values())
-    measure = lambda: val_pass(model, layers, batches, autocast, all_reduce)
-    loss, fvu, codes, density = measure()
+    layers, device = list(saes.values()), next(model.parameters()).device
+    n_features = max((sae.n_features for sae in layers), default=0)
+    wide = torch.float32 if device.type == 'mps' else torch.float64 # MPS has no float64
+
+    def val_pass():
+        """Means: loss; FVU (S,); code (S, F); share of tokens on which a feature fires (S, F)."""
+        sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
+        fvu = torch.zeros(len(layers), dtype=wide, device=device)
+        codes = torch.zeros(len(layers), n_features, device=device)
+        fired = torch.zeros_like(codes)
+        for x, y in batches():
+            with autocast:
+                _, loss, out = model(x.to(device), y.to(device))
+            sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
+            if saes:
+                fvu += out.fvu
+                fired += out.fired
+                for code, indices, values in zip(codes, out.indices, out.values):
+                    code.index_add_(0, indices.flatten(), values.flatten())
+        for t in (sums, fvu, codes, fired):
+            all_reduce(t)
+        loss, n, tokens = sums.tolist()
+        return loss / n, fvu / n, codes / tokens, fired / tokens
+
+    loss, fvu, codes, density = val_pass()
     record = dict(val_loss=loss)
     if not saes:
         return record
     for sae in layers:
         sae.gate.zero_()
-    record['val_loss_zeroed'] = measure()[0]
+    record['val_loss_zeroed'], *_ = val_pass()
     for sae, code in zip(layers, codes):
         sae.fill.copy_(sae.decode(code))
-    record['val_loss_mean'] = measure()[0]
+    record['val_loss_mean'], *_ = val_pass()
     for sae in layers:
         sae.gate.fill_(1.0)
         sae.fill.zero_()
-    l0 = density.sum(1)
-    live = (density > 0).float().mean(1)
-    busiest = density.topk(math.ceil(density.size(1) / 100)).values.sum(1) / l0.clamp_min(1e-12)
+    l0, live = density.sum(1), (density > 0).float().mean(1)
+    busiest = density.topk(math.ceil(n_features / 100)).values.sum(1) / l0.clamp_min(1e-12)
     rows = torch.stack((l0, fvu, live, busiest), dim=1).tolist()
     names = ('l0', 'fvu', 'live', 'busiest')
     record['sae'] = {layer: dict(zip(names, row)) for layer, row in zip(saes, rows)}
@@ -278,10 +275,8 @@ class Run(NamedTuple):
     names: list       # (V,) bytes: what each token stands for
 
 def open_run(out_dir, dataset='', device='auto', for_features=True):
-    """
-    The Run in out_dir, with the tokenizer that its checkpoint carries. dataset '' is that of
-    training. Raises ValueError, one sentence; also for a dense model, if it is for_features.
-    """
+    """The Run in out_dir, with the tokenizer that its checkpoint carries. dataset '' is that of
+    training. Raises ValueError, one sentence; also for a dense model, if it is for_features."""
     checkpoint = load_checkpoint(out_dir)
     model = load_model(checkpoint, device)
     if for_features and not model.saes():
@@ -298,10 +293,8 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
                token_bytes(tokenizer, V))
 
 def parse_feature(text, layers, n_features, layer=-1):
-    """
-    'L6.F2386' -> (6, 2386); '2386' is of `layer`, and of the first where that is -1. Raises
-    ValueError, one sentence.
-    """
+    """'L6.F2386' -> (6, 2386); '2386' is of `layer`, of the first where that is -1. Raises
+    ValueError, one sentence."""
     match = re.fullmatch(r'(?:L?([0-9]{1,9})\.)?F?([0-9]{1,9})', text.strip(), re.I)
     if not match:
         raise ValueError(f"{text!r} names no feature: write L6.F2386")
@@ -330,10 +323,8 @@ def prompt_text(options):
     return read_file('prompt_file', file) if file else options.prompt
 
 def encode(run, text):
-    """
-    A text as token ids. Like every document of the data it begins with one end-of-text; the word
-    <|endoftext|> is that token in a text, too. Without such a token '' is a line break.
-    """
+    """A text as token ids. Like every document of the data it begins with one end-of-text; the word
+    <|endoftext|> is that token in a text, too. Without such a token '' is a line break."""
     ids = run.tokenizer.encode(text, allowed_special='all')
     eot = run.meta['eot']
     if eot is None:

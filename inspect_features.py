@@ -29,6 +29,7 @@ import re
 import shlex
 import sys
 import warnings
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,13 +44,14 @@ import configurator
 import explain
 from export import export_saes
 from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
-                      parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves)
+                      parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves,
+                      tracked)
 from measures import pooled_codes, probe, read_labels
 from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
                       in_order, open_index, overview_numbers, words_of)
 from terminal import (BARS, RANKED, SHADES, bold, captions, dim, feature_table, heading, level,
                       line, name, number, one_line, paragraph, percent, ranked, screen, show,
-                      spark, sparklines, table_of, tracked)
+                      spark, sparklines, table_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -105,65 +107,61 @@ def problems(config):
 # --------------------------------------------------------------------------------------------------
 # what the options choose
 
-def chosen(options, by_layer):
-    """Of {block: SAE} those that --layer leaves. Raises ValueError, one sentence."""
-    if options.layer not in (-1, *by_layer):
-        blocks = ', '.join(map(str, by_layer))
-        raise ValueError(f"layer={options.layer} has no SAE; block {blocks} has one")
-    return [sae for layer, sae in by_layer.items() if options.layer in (-1, layer)]
+class Options(SimpleNamespace):
+    """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
-def features_of(text, options, index):
-    """'L6.F2386,L6.F5' as [(scan, feature)]. Raises ValueError, one sentence."""
-    F = chosen(options, index)[0].F
-    found = [parse_feature(part, index, F, options.layer) for part in text.split(',')]
-    return [(index[layer], f) for layer, f in found]
+    @cached_property
+    def index(self):
+        return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
 
-def index_of(options):
-    return open_index(options.out_dir, options.dataset, options.device, options.scan_tokens,
-                      tracked)
+    @cached_property
+    def run(self):
+        return open_run(self.out_dir, self.dataset, self.device)
 
-def run_of(options):
-    return open_run(options.out_dir, options.dataset, options.device)
+    @cached_property
+    def timelines(self):
+        return open_timeline(self.out_dir)
 
-def timelines_of(options):
-    timelines = open_timeline(options.out_dir, tracked)
-    if not timelines:
-        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
-                         "one at each eval")
-    return timelines
+    @cached_property
+    def prompt_tokens(self):
+        """Of the prompt: [(token, {block: its --top strongest features})]."""
+        model, tokens = self.run.model, encode(self.run, prompt_text(self))
+        _, values, indices = read(model, tokens)             # (S, n, K) both
+        return [(token, {layer: strongest(values[s, t], indices[s, t], self.top)
+                         for s, layer in enumerate(model.saes())})
+                for t, token in enumerate(tokens)]
 
-def timeline_of(timelines, scan):
-    """Of the timelines that of an SAE, None without any. Raises ValueError for another model's."""
-    t = timelines.get(scan.layer)
-    if timelines and (t is None or t.count.shape[1] != scan.F):
-        raise ValueError("the snapshots in features/ are of another model: remove them")
-    return t
+    def of_layer(self, by_layer):
+        """Of {block: SAE} those that --layer leaves."""
+        if self.layer not in (-1, *by_layer):
+            blocks = ', '.join(map(str, by_layer))
+            raise ValueError(f"layer={self.layer} has no SAE; block {blocks} has one")
+        return [sae for layer, sae in by_layer.items() if self.layer in (-1, layer)]
 
-def all_numbers(options, features):
-    """Yields (scan, numbers, with the timeline and the effect) of features [(scan, f)]."""
-    timelines = open_timeline(options.out_dir, tracked)
-    model = run_of(options).model if options.effect else None
-    for scan, f in features:
-        d = feature_numbers(scan, f, options.seed)
-        timeline = timeline_of(timelines, scan)
-        d['timeline'] = timeline and feature_timeline(timeline, f)
-        d['effect'] = model and explain.removal_effect(model, scan, f, options.effect, options.seed)
-        yield scan, d
+    def features(self, key):
+        """--key=L6.F2386,L6.F5 as [(scan, feature)]."""
+        parts, F = getattr(self, key).split(','), self.of_layer(self.index)[0].F
+        found = [parse_feature(part, self.index, F, self.layer) for part in parts]
+        return [(self.index[layer], f) for layer, f in found]
 
-def rows_of_prompt(options, run):
-    """[(token, {block: its --top strongest features})] of the prompt."""
-    tokens = encode(run, prompt_text(options))
-    _, values, indices = read(run.model, tokens)             # (S, n, K) both
-    layers = list(enumerate(run.model.saes()))
-    return [(token, {layer: strongest(values[s, t], indices[s, t], options.top)
-                     for s, layer in layers}) for t, token in enumerate(tokens)]
+    def timeline_of(self, scan):
+        """None without any."""
+        t = self.timelines.get(scan.layer)
+        if self.timelines and (t is None or t.count.shape[1] != scan.F):
+            raise ValueError("the snapshots in features/ are of another model: remove them")
+        return t
 
-def overview(options, console):
-    for scan in chosen(options, index_of(options)):
-        yield from overview_of(scan, options, console)
-        yield ''
+    def numbers(self, scan, f):
+        """All of a feature, with its timeline and effect; None where there is none."""
+        d, t = feature_numbers(scan, f, self.seed), self.timeline_of(scan)
+        effect = self.effect and explain.removal_effect(self.run.model, scan, f, self.effect,
+                                                        self.seed)
+        return d | dict(timeline=t and feature_timeline(t, f), effect=effect or None)
 
-def overview_of(scan, options, console):
+# --------------------------------------------------------------------------------------------------
+# views
+
+def overview(scan, options):
     d, live = overview_numbers(scan), scan.count > 0
     yield bold(f"SAE {scan.place} {scan.layer}: {scan.F:,} features, K = {scan.K}")
     yield dim(f"step {scan.step:,} · {scan.N:,} tokens of {Path(scan.dataset).name} val scanned")
@@ -171,11 +169,12 @@ def overview_of(scan, options, console):
            f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
     yield dim("  L0: features active a token; FVU: share of variance not kept")
     if d['live']:
-        low, median, high = map(percent, np.percentile(scan.count[live] / scan.N, (10, 50, 90)))
-        bits = scan.entropy[live]
+        density, bits = scan.count[live] / scan.N, scan.entropy[live]
+        low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
+        busiest = percent(d['busiest'])
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
         yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
+        yield dim(f"    the busiest 1 % of the features do {busiest} of all firing")
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
     named = by_concept(scan)[:options.rows]
@@ -186,16 +185,16 @@ def overview_of(scan, options, console):
         yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
                    f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
         for c in feature_numbers(scan, f, options.seed)['top'][:3]:
-            yield one_line(scan, c, scan.max[f], console.width)
+            yield one_line(scan, c, scan.max[f], options.console.width)
     known = in_order(scan, 'entropy')
     known = known[scan.count[known] >= SHOWN_FROM]
     _, firsts = np.unique(scan.top_tokens[known, 0], return_index=True)
-    words = known[np.sort(firsts)]           # one a token: many features may fire on line breaks
+    words = known[np.sort(firsts)]       # one a token: many features may fire on line breaks
     of = f"entropy of {len(known):,} that fire {SHOWN_FROM} times or more"
-    for title, note, features in (('Most word-like', f'lowest {of}; one a token', words),
-                                  ('Most abstract', f'highest token {of}', known[::-1]),
-                                  ('Densest', 'fire on the most positions',
-                                   in_order(scan, 'density'))):
+    for title, note, features in (
+            ('Most word-like', f'lowest {of}; one a token', words),
+            ('Most abstract', f'highest token {of}', known[::-1]),
+            ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
         rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
         yield from feature_table(title, note, RANKED, rows)
     some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
@@ -208,15 +207,9 @@ def overview_of(scan, options, console):
                    f"--feature={name(scan, some)}", overflow='ignore')
         yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
-def feature_view(options, console):
-    index = index_of(options)
-    for scan, d in all_numbers(options, features_of(options.feature, options, index)):
-        yield from panels(scan, d, index, options, console)
-        yield ''
-
-def panels(scan, d, index, options, console):
-    """All panels of one feature; d: its numbers."""
-    f, count = d['f'], d['count']
+def feature_view(scan, f, options):
+    d = options.numbers(scan, f)
+    count = d['count']
     about = f" is dead: it never fired in {scan.N:,} tokens"
     if count:
         about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
@@ -224,7 +217,7 @@ def panels(scan, d, index, options, console):
     yield Text.assemble(bold(name(scan, f)), about)
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if count:
-        yield from firing_panels(scan, d, options, console)
+        yield from firing_panels(scan, d, options)
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
@@ -235,22 +228,23 @@ def panels(scan, d, index, options, console):
             yield from feature_table(title, note, ('',),
                                      [(scan, g, f'{x:.3f}') for g, x in d[kind]])
     if scan.site == 'stream':
-        yield from feature_table('Across layers', f'channel {f} of the stream, after each block '
-                                 'with an SAE', (*RANKED, 'max'), [
-            (other, f, *ranked(other, f), number(other.max[f])) for other in index.values()])
+        rows = [(other, f, *ranked(other, f), number(other.max[f]))
+                for other in options.index.values()]
+        yield from feature_table('Across layers', f'channel {f} of the stream, after each '
+                                 'block with an SAE', (*RANKED, 'max'), rows)
     if e := d['effect']:
-        yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the positions "
-                                    "where it fires")
+        yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
+                                    "positions where it fires")
         yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
                f"standard deviation {e['std']:.4f}")
     if d['timeline']:
         yield from sparklines(d['timeline'])
     if count:
         yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
-        yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--steer={name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
+        yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} --steer="
+                   f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
-def firing_panels(scan, d, options, console):
+def firing_panels(scan, d, options):
     """Those of where it fires."""
     peak = lambda c: number(c['acts'][c['peak']])
     signed = ', by magnitude' if scan.site == 'stream' else ''
@@ -266,93 +260,84 @@ def firing_panels(scan, d, options, console):
                     f"{d['concepts']:,} as a concept")
         yield heading('Words', note)
         yield line('  ', d['words'])
-    how = 'bars' if console.color_system is None else 'shaded'
+    how = 'bars' if options.console.color_system is None else 'shaded'
     yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
     for n, c in enumerate(d['top'][:options.examples], 1):
         yield bold(f"Layer {scan.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
                    f"Token Entropy {d['entropy']:.4f}")
-        yield from paragraph(console, scan, c, d['max'])
+        yield from paragraph(options.console, scan, c, d['max'])
         more = f", the same text {c['times']} times" if c['times'] > 1 else ''
         yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
     if not d['top']:
         yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
     yield heading('Random contexts', 'drawn from all positions where it fires')
-    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], console.width - 14))
+    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], options.console.width - 14))
                               for c in d['random'][:options.examples]])
     yield heading('By strength', 'intervals of activation, shares of the firings, an example')
     yield table_of(('', '', ''), [
         (f'{number(low)} to {number(high)}', percent(share),
-         one_line(scan, c, d['max'], console.width - 32) if c else '(no peak is taken)')
+         one_line(scan, c, d['max'], options.console.width - 32) if c else '(no peak is taken)')
         for low, high, share, c in d['intervals']])
 
-def timeline_view(options, console):
+def timeline_view(t, options):
     """Needs neither model nor scan."""
-    for t in chosen(options, timelines_of(options)):
-        yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
-                   f'{t.probed:,} tokens')
-        yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
-                  f'{SETTLED} or more)\n')
-        top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
-        for step, tokens, bits, live, settled, median in zip(
-                t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
-            entropies = np.histogram(bits, 24, (0, top))[0]
-            rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
-                         f'{median:.2f}', f'|{spark(entropies)}|'))
-        yield table_of(('step', 'tokens', 'live', 'settled', 'median',
-                        f'token entropy, 0 to {top} bits'), rows)
-        yield ''
+    yield bold(f'SAE of block {t.layer} over training: {len(t.steps)} snapshots of '
+               f'{t.probed:,} tokens')
+    yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
+              f'{SETTLED} or more)\n')
+    top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
+    for step, tokens, bits, live, settled, median in zip(
+            t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
+        rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
+                     f'{median:.2f}', f'|{spark(np.histogram(bits, 24, (0, top))[0])}|'))
+    yield table_of(('step', 'tokens', 'live', 'settled', 'median',
+                    f'token entropy, 0 to {top} bits'), rows)
 
-def feature_timeline_view(options, console):
-    timelines = timelines_of(options)
-    for scan, f in features_of(options.feature, options, index_of(options)):
-        timeline = timeline_of(timelines, scan)
-        t, rows = feature_timeline(timeline, f), []
-        yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
-        yield from sparklines(t)
-        yield ''
-        for i, (step, tokens, density, *others) in enumerate(
-                zip(t['steps'], t['tokens'], *t['curves'].values())):
-            words = '  '.join(caption(scan.names[token]) for token in tokens)
-            rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
-                         *(f'{x:.4f}' for x in others), words))
-        yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
-        yield ''
+def feature_timeline_view(scan, f, options):
+    timeline = options.timeline_of(scan)
+    t, rows = feature_timeline(timeline, f), []
+    yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
+    yield from sparklines(t)
+    yield ''
+    for i, (step, tokens, density, *others) in enumerate(
+            zip(t['steps'], t['tokens'], *t['curves'].values())):
+        words = '  '.join(caption(scan.names[token]) for token in tokens)
+        rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
+                     *(f'{x:.4f}' for x in others), words))
+    yield table_of(('step', 'density', 'entropy', 'direction', 'tokens', 'fires on'), rows)
 
-def prompt_view(options, console):
-    index, rows = index_of(options), rows_of_prompt(options, run_of(options))
-    for scan in chosen(options, index):
-        yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
-        yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
-        cells = []
-        for token, features in rows:
-            word = Text(caption(scan.names[token]))
-            for f, act in features[scan.layer]:
-                eighths = level(act, max(abs(act), scan.max[f]))
-                word.stylize(SHADES[eighths - 1])
-                cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
-                              captions(scan, f)))
-                word = Text()
-            if not features[scan.layer]:
-                cells.append((word, '', '', '', 'no feature fires'))
-        yield table_of(('token', '', '', 'feature', 'fires on'), cells)
-        yield ''
+def prompt_view(scan, options):
+    yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
+    yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
+    cells = []
+    for token, features in options.prompt_tokens:
+        word = Text(caption(scan.names[token]))
+        for f, act in features[scan.layer]:
+            eighths = level(act, max(abs(act), scan.max[f]))
+            word.stylize(SHADES[eighths - 1])
+            cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
+                          captions(scan, f)))
+            word = Text()
+        if not features[scan.layer]:
+            cells.append((word, '', '', '', 'no feature fires'))
+    yield table_of(('token', '', '', 'feature', 'fires on'), cells)
 
-def plot_view(options, console):
+def plot_view(options):
     """The timeline as a picture: of the SAEs, or of the features of --feature."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
     warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
-    index, timelines, columns = index_of(options), timelines_of(options), []
+    columns = []
     if options.feature:
-        for scan, f in features_of(options.feature, options, index):
-            t = feature_timeline(timeline_of(timelines, scan), f)
+        for scan, f in options.features('feature'):
+            t = feature_timeline(options.timeline_of(scan), f)
             said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
             columns.append((name(scan, f), t['steps'], t['curves'], said))
     else:
-        for scan in chosen(options, index):
-            t = timeline_of(timelines, scan)
+        for scan in options.of_layer(options.index):
+            t = options.timeline_of(scan)
             curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
             columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
     figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
@@ -369,41 +354,36 @@ def plot_view(options, console):
     figure.savefig(options.plot)
     yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
 
-def why_numbers(options, index, run):
-    """Of --why=true: explain.why_token, and its target as text."""
-    layers = [scan.layer for scan in chosen(options, index)]
-    tokens = encode(run, prompt_text(options))
+def why_numbers(options):
+    """Of --why=true: explain.why_token, with its target as text, answer."""
+    layers, run = [scan.layer for scan in options.of_layer(options.index)], options.run
     target = run.tokenizer.encode(options.target, allowed_special='all')
-    d = explain.why_token(run.model, tokens, target, layers)
-    return d, caption(b''.join(run.names[token] for token in d['target']))
+    d = explain.why_token(run.model, encode(run, prompt_text(options)), target, layers)
+    return d | dict(answer=caption(b''.join(run.names[token] for token in d['target'])))
 
-def why_view(options, console):
-    index, run = index_of(options), run_of(options)
-    d, answer = why_numbers(options, index, run)
-    yield bold(f"Why {answer}: probability {percent(math.exp(d['base']))}")
-    yield from effects(d, f'log p({answer})', index)
+def why_view(options):
+    d = why_numbers(options)
+    yield bold(f"Why {d['answer']}: probability {percent(math.exp(d['base']))}")
+    yield from effects(d, f"log p({d['answer']})", options.index)
     yield heading('Likeliest next tokens')
-    yield line('  ', '  '.join(f'{caption(run.names[token])} {percent(p)}'
+    yield line('  ', '  '.join(f'{caption(options.run.names[token])} {percent(p)}'
                                for token, p in d['likeliest']))
     yield ''
 
-def why_feature_view(options, console):
-    index = index_of(options)
-    for scan, f in features_of(options.why, options, index):
-        if scan.layer == min(index):
-            raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
-                             "made it fire, only tokens: see --feature")
-        top = feature_numbers(scan, f, options.seed)['top']
-        if not top:
-            raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
-                             "last tokens of a window and on end-of-text: nothing to explain")
-        peak = top[0]['where']
-        tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
-        d = explain.why_feature(run_of(options).model, tokens, scan.layer, f)
-        yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
-        yield one_line(scan, top[0], scan.max[f], console.width)
-        yield from effects(d, 'its activation', index)
-        yield ''
+def why_feature_view(scan, f, options):
+    if scan.layer == min(options.index):
+        raise ValueError(f"{name(scan, f)}: no SAE lies below block {scan.layer}, no features "
+                         "made it fire, only tokens: see --feature")
+    top = feature_numbers(scan, f, options.seed)['top']
+    if not top:
+        raise ValueError(f"{name(scan, f)} fires nowhere in the scan, or only on first and "
+                         "last tokens of a window and on end-of-text: nothing to explain")
+    peak = top[0]['where']
+    tokens = scan.tokens[peak // scan.T * scan.T:peak + 1].tolist()
+    d = explain.why_feature(options.run.model, tokens, scan.layer, f)
+    yield bold(f"Why {name(scan, f)} fires with {number(d['base'])} at token {peak:,}")
+    yield one_line(scan, top[0], scan.max[f], options.console.width)
+    yield from effects(d, 'its activation', options.index)
 
 def effects(d, what, index):
     """Of what, the numbers d of explain.py."""
@@ -431,105 +411,95 @@ def effects(d, what, index):
         yield f"  so these make up {percent(d['together'] / d['whole'])} of all"
     yield dim('  ' + d['passes'].replace(': ', ':\n  '))
 
-def trace_view(options, console):
-    index = index_of(options)
-    for scan, f in features_of(options.trace, options, index):
-        higher = [layer for layer in index if layer > scan.layer]
-        if not higher:
-            raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
-                             "train with several, --sae_layers=1,2 say")
-        above = index[higher[0]]
-        d = explain.trace(run_of(options).model, scan, above, f, options.seed)
-        change = d['as_it_is'] - d['without']                                    # (F,)
-        yield bold(f'What {name(scan, f)} does in block {above.layer}')
-        yield line('  ', captions(scan, f))
-        yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
-                  f"{d['windows']} windows")
-        for title, note, score in (('Fires with', 'positions with both / either', d['share']),
-                                   ('Causes', 'without it these are weaker', change),
-                                   ('Holds down', 'without it these are stronger', -change)):
-            rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
-                     f"{d['without'][g]:.4f}")
-                    for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
-            yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
-        yield ''
+def trace_view(scan, f, options):
+    above = next((s for layer, s in options.index.items() if layer > scan.layer), None)
+    if above is None:
+        raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
+                         "train with several, --sae_layers=1,2 say")
+    d = explain.trace(options.run.model, scan, above, f, options.seed)
+    change = d['as_it_is'] - d['without']                                    # (F,)
+    yield bold(f'What {name(scan, f)} does in block {above.layer}')
+    yield line('  ', captions(scan, f))
+    yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
+              f"{d['windows']} windows")
+    for title, note, score in (('Fires with', 'positions with both / either', d['share']),
+                               ('Causes', 'without it these are weaker', change),
+                               ('Holds down', 'without it these are stronger', -change)):
+        rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
+                 f"{d['without'][g]:.4f}")
+                for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+        yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
-def sorted_view(options, console):
-    for scan in chosen(options, index_of(options)):
-        some = in_order(scan, options.sort)[:options.rows]
-        yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
-                                 ('coherence', 'entropy', 'density'), [
-            (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
-            for f in some])
-        yield ''
+def sorted_view(scan, options):
+    some = in_order(scan, options.sort)[:options.rows]
+    yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
+                             ('coherence', 'entropy', 'density'), [
+        (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
+        for f in some])
 
-def find_view(options, console):
+def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
-    for scan in chosen(options, index_of(options)):
-        precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
-        f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
-        yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-        rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-                 f'{f1[f]:.3f}')
-                for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-        yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
-                                 'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
-        if not rows:
-            yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
-        yield ''
+    precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
+    f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
+    yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
+    rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
+             f'{f1[f]:.3f}')
+            for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
+    yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
+                             'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
+    if not rows:
+        yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
-def probe_view(options, console):
-    labels, texts = read_labels(options.probe)
-    y, run = np.array(labels, object), run_of(options)
-    for scan in chosen(options, index_of(options)):
-        yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
-        yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
-                  'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
-        pooled = pooled_codes(run, scan.layer, texts, options.seed, tracked)
-        width, rows = pooled['channels'].shape[1], []        # with as many, all channels
-        columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
-        found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
-        for code, (scores, _) in found.items():
-            means = [100 * score.mean(0) for score in scores.values()]       # (splits,) each
-            rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
-        yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
-        scores, best = found['features']
-        yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
-            (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-            for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
-        yield ''
+def probe_view(scan, options):
+    labels, texts = options.labels
+    y = np.array(labels, object)
+    yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
+    yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
+              'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
+    pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
+    width, rows = pooled['channels'].shape[1], []            # with as many, all channels
+    columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
+    found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+    for code, (scores, _) in found.items():
+        means = [100 * score.mean(0) for score in scores.values()]           # (splits,) each
+        rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
+    yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
+    scores, best = found['features']
+    yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
+        (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
+        for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
 
 # --------------------------------------------------------------------------------------------------
 # HTML and export
 
-def page(options, console):
+def page(options):
     """One static file: assets/viewer.html with its data put in."""
-    index, prompt, why = index_of(options), None, None
-    scans = chosen(options, index)
+    index, prompt, why = options.index, None, None
+    scans = options.of_layer(index)
     scan = scans[0]
     words = [safe(raw) for raw in scan.names]
     texts = lambda some: [(words[token], x) for token, x in some]
     if options.feature:
-        features = features_of(options.feature, options, index)
+        features = options.features('feature')
     elif options.prompt or options.prompt_file:
-        run = run_of(options)
-        prompt = rows_of_prompt(options, run)
+        prompt = options.prompt_tokens
         seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
         if options.why:
-            why, answer = why_numbers(options, index, run)
+            why = why_numbers(options)
             seen |= {(layer, f) for _, layer, f, _ in why['pro'] + why['con']}
-            why |= dict(answer=answer, tokens=[words[token] for token in why['idx']],
+            why |= dict(tokens=[words[token] for token in why['idx']],
                         likeliest=texts(why['likeliest']), tried=len(why.pop('effects')))
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
         features = [(scan, f) for scan in scans for f in np.flatnonzero(scan.count).tolist()]
-    data = dict(step=scan.step, site=scan.site, place=scan.place, F=scan.F, K=scan.K, N=scan.N,
-                dataset=scan.dataset, shown_from=SHOWN_FROM, sort=options.sort, why=why,
-                layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
-                        for layer, scan in index.items()}, prompt=prompt and texts(prompt))
+    data = {key: getattr(scan, key) for key in ('step', 'site', 'place', 'F', 'K', 'N', 'dataset')}
+    data |= dict(shown_from=SHOWN_FROM, sort=options.sort, why=why,
+                 layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
+                         for layer, scan in index.items()}, prompt=prompt and texts(prompt))
     dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
-    for scan, d in tracked(all_numbers(options, features), "writing", len(features)):
+    for scan, f in tracked(features, "writing"):
+        d = options.numbers(scan, f)
         d |= {kind: texts(d[kind]) for kind in ('fires_on', 'up', 'down')}
         for kind in ('top', 'random'):
             d[kind] = [for_page(scan, c) for c in d[kind][:options.examples]]
@@ -542,7 +512,7 @@ def page(options, console):
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
     temporary = Path(f'{options.html}.tmp')  # written whole or not at all
     temporary.write_bytes(text)
-    os.replace(temporary, options.html)
+    temporary.replace(options.html)
     yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
 
 def for_page(scan, context):
@@ -555,30 +525,44 @@ def for_page(scan, context):
             parts[-1] += text
     return parts, context['where'], context['times']
 
-def export(options, console):
-    yield from export_saes(run_of(options), Path(options.export))
+def export(options):
+    yield from export_saes(options.run, Path(options.export))
 
-VIEWS = { # the options that choose it, in alphabetical order: the view
-    '': overview,
-    'export': export,
-    'feature': feature_view,
-    'feature html': page,
-    'feature plot': plot_view,
-    'feature timeline': feature_timeline_view,
-    'find': find_view,
-    'html': page,
-    'html prompt': page,
-    'html prompt why': page,
-    'html sort': page,
-    'plot': plot_view,
-    'probe': probe_view,
-    'prompt': prompt_view,
-    'prompt why': why_view,
-    'sort': sorted_view,
-    'timeline': timeline_view,
-    'trace': trace_view,
-    'why': why_feature_view,
+# the options that choose it, in alphabetical order: the view, and what it shows one by one: the
+# SAEs of the index or of the timelines, the features that an option names; None: all at once
+VIEWS = {
+    '': (overview, 'index'),
+    'export': (export, None),
+    'feature': (feature_view, 'feature'),
+    'feature html': (page, None),
+    'feature plot': (plot_view, None),
+    'feature timeline': (feature_timeline_view, 'feature'),
+    'find': (find_view, 'index'),
+    'html': (page, None),
+    'html prompt': (page, None),
+    'html prompt why': (page, None),
+    'html sort': (page, None),
+    'plot': (plot_view, None),
+    'probe': (probe_view, 'index'),
+    'prompt': (prompt_view, 'index'),
+    'prompt why': (why_view, None),
+    'sort': (sorted_view, 'index'),
+    'timeline': (timeline_view, 'timelines'),
+    'trace': (trace_view, 'trace'),
+    'why': (why_feature_view, 'why'),
 }
+
+def parts(view, each, options):
+    """All that a view yields to be printed."""
+    subjects = [()]
+    if each in ('index', 'timelines'):
+        subjects = [(sae,) for sae in options.of_layer(getattr(options, each))]
+    elif each:
+        subjects = options.features(each)
+    for subject in subjects:
+        yield from view(*subject, options)
+        if each:
+            yield ''
 
 def look(options):
     """Shows what the options ask for."""
@@ -589,11 +573,15 @@ def look(options):
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
-    console = screen()
-    show(console, VIEWS[' '.join(names)](options, console))
+    options.console = screen()
+    options.labels = read_labels(options.probe) if options.probe else None   # or it says so, first
+    if (options.timeline or options.plot) and not options.timelines:
+        raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
+                         "one at each eval")
+    show(options.console, parts(*VIEWS[' '.join(names)], options))
 
 def main(argv):
-    configurator.run(look, SimpleNamespace(**configurator.configure(DEFAULTS, argv, problems)))
+    configurator.run(look, Options(**configurator.configure(DEFAULTS, argv, problems)))
 
 if __name__ == '__main__':
     main(sys.argv[1:])

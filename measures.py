@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from data.dataset import eval_batches, load_dataset
 from explain import loss_changes
-from features import codes, device_of, encode, read_file, see, token_pairs
+from features import codes, dense, device_of, encode, read_file, see, token_pairs, tracked
 from model import GPT
 from sae import norm
 from scanning import concepts
@@ -43,54 +43,39 @@ def read_labels(path):
     return labels, texts
 
 @torch.no_grad()
-def pooled_codes(run, layer, texts, seed, track=lambda items, description: items):
+def pooled_codes(run, layer, texts, seed):
     """
     What the SAE of a block makes of texts: means over the tokens after end-of-text, up to 128.
     {'features': X (n, F), 'random directions': X (n, F), 'channels': X (n, C)}. Random directions
     are F random unit rows on what the SAE reads, relu, the K largest of each token: without them no
     accuracy says anything (arXiv 2602.14111).
     """
-    model, device = run.model, device_of(run.model)
-    sae, read_by_sae = model.saes()[layer], []
-    K, F, width = sae.k, sae.n_features, len(sae.fill)
+    model, sae, read_by_sae = run.model, run.model.saes()[layer], []
+    F, width = sae.n_features, len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
-    rows = normalize(rows, dim=-1).to(device)                                # (F, C)
+    rows = normalize(rows, dim=-1).to(device_of(model))                      # (F, C)
     most = min(129, model.config.block_size)
     tokens = [encode(run, text)[:most] for text in texts]
-    longest_first = sorted(range(len(tokens)), key=lambda n: -len(tokens[n]))
+    size = np.array([len(text) for text in tokens])
+    batches = [batch for length in np.unique(size)           # of texts of one length
+               for batch in torch.from_numpy(np.flatnonzero(size == length)).split(32)]
     X = {name: np.zeros((len(tokens), n), np.float32) for name, n in
          (('features', F), ('random directions', F), ('channels', width))}
     hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    for begin in track(range(0, len(tokens), 32), "reading texts"):
-        batch = longest_first[begin:begin + 32]              # texts of like length
-        idx = torch.zeros(len(batch), len(tokens[batch[0]]), dtype=torch.long)
-        share = torch.zeros(idx.shape)                       # of each token in its text's mean
-        for row, n in enumerate(batch):
-            size = len(tokens[n])
-            idx[row, :size] = torch.tensor(tokens[n])
-            share[row, 1:size] = 1 / max(1, size - 1)
-        share = share.to(device)                                             # (B, T)
-        out = see(model, idx, layer + 1)
+    for batch in tracked(batches, "reading texts"):
+        out = see(model, torch.tensor([tokens[n] for n in batch]), layer + 1)
         x = read_by_sae.pop()
         h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
-        values, indices = (h @ rows.T).relu().topk(K, dim=-1)                # (B, T, K)
-        X['features'][batch] = pool(out.values[-1], out.indices[-1], share, F)
-        X['random directions'][batch] = pool(values, indices, share, F)
-        X['channels'][batch] = (h * share[..., None]).sum(1).cpu().numpy()
+        found = dict(features=dense(out.values[-1], out.indices[-1], F), channels=h)
+        found['random directions'] = dense(*(h @ rows.T).relu().topk(sae.k, dim=-1), F)
+        for name, z in found.items():                        # (B, T, F or C); T may be 1
+            X[name][batch] = z[:, 1:].sum(1).div(max(1, z.size(1) - 1)).cpu().numpy()
     hook.remove()
     return X
 
-def pool(values, indices, share, n_features):
-    """values, indices (B, T, K), share (B, T) -> the mean code of each text (B, F)."""
-    z = torch.zeros(*share.shape, n_features, device=share.device)           # (B, T, F)
-    z.scatter_add_(-1, indices, values.float()) # a slot of value 0 may name any feature
-    return torch.einsum('bt,btf->bf', share, z).cpu().numpy()
-
 def logistic(X, y):
-    """
-    Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,), the
-    last of them the bias: the least sum of losses + |weights|^2 / 2 (L2, C = 1).
-    """
+    """Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,),
+    the bias last: the least sum of losses + |weights|^2 / 2 (L2, C = 1)."""
     X = np.hstack((X, np.ones((len(X), 1))))
     penalty = np.append(np.ones(X.shape[1] - 1), 1e-9)       # the bias is free
     cost = lambda w: np.logaddexp(0, X @ w).sum() - y @ (X @ w) + penalty @ w ** 2 / 2
@@ -112,8 +97,7 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
     texts to train on -> {(protocol, k): held-out accuracy (classes, splits)} for columns, and
     {class: its best column by protocol B}. Columns are ranked on the training part by the
     difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
-    deviation, so that loud features have no advantage, A (SAEBench) does not. Of two classes one is
-    probed.
+    deviation, A (SAEBench) does not. Of two classes one is probed.
     """
     classes = np.unique(y)
     classes = classes[1:] if len(classes) == 2 else classes
@@ -124,7 +108,7 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
                      for part in (y == classes[c], y != classes[c]))
         n = min(len(own), len(rest))
         cut = round(0.8 * n)
-        rows, held_out = X[np.append(own[:cut], rest[:cut])], X[np.append(own[cut:n], rest[cut:n])]
+        rows, held_out = X[[*own[:cut], *rest[:cut]]], X[[*own[cut:n], *rest[cut:n]]]
         t = np.repeat([True, False], cut)
         gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
         scaled = gap / (deviation + 0.01 * deviation.max() + 1e-12)
@@ -143,32 +127,27 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
 # what the ladder stores
 
 def probes(run, layer, folder, wanted):
-    """
-    {code: {set of labels: {k: accuracy}}}, for the wanted codes of pooled_codes and the files *.tsv
-    of a folder.
-    """
-    found = {code: {} for code in wanted}
+    """{key: {set of labels: {k: accuracy}}, key_mean: its mean over sets} for wanted {key: name in
+    pooled_codes} and the *.tsv of a folder."""
+    found = {key: {} for key in wanted}
     for path in sorted(Path(folder).glob('*.tsv')):
         labels, texts = read_labels(path)
         X = pooled_codes(run, layer, texts, seed=0)
-        for code in wanted:
-            scores, _ = probe(X[code], np.array(labels, object), 0)
-            found[code][path.stem] = {f'k{k}': float(score.mean())
-                                      for (_, k), score in scores.items()}
-    return found
+        for key, name in wanted.items():
+            scores, _ = probe(X[name], np.array(labels, object), 0)
+            found[key][path.stem] = {f'k{k}': float(score.mean())
+                                     for (_, k), score in scores.items()}
+    return found | {f'{key}_mean': mean_of(by_set.values()) for key, by_set in found.items()}
 
 def duplicates(values, features, n_features, device):
-    """
-    Of the features that fire, the share whose activations correlate above 0.9 with those of one
-    whose mean is larger. values, features (N, K), n_features where a slot is not active.
-    """
+    """Of the features that fire, the share whose activations correlate above 0.9 with those of one
+    whose mean is larger. values, features (N, K), n_features where a slot is not active."""
     N, F = len(values), n_features
     second = torch.zeros(F, F, device=device)                # sums of products
     first = torch.zeros(F, dtype=torch.double, device=device)
-    for begin in range(0, N, 4096):
-        v = torch.from_numpy(values[begin:begin + 4096]).to(device)
-        f = torch.from_numpy(features[begin:begin + 4096].astype(np.int64)).to(device)
-        z = torch.zeros(len(v), F + 1, device=device).scatter_(1, f, v)[:, :F]
+    slots = torch.from_numpy(values), torch.from_numpy(features.astype(np.int64))
+    for v, f in zip(*(x.to(device).split(4096) for x in slots)):
+        z = dense(v, f, F + 1)[:, :F]
         first += z.sum(0, dtype=torch.double)
         second += z.T @ z
     mean = (first / N).float()
@@ -181,11 +160,9 @@ def duplicates(values, features, n_features, device):
 
 @torch.no_grad()
 def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
-    """
-    Of n features, drawn from those that fire 20 times or more on tokens (N,), the share whose
+    """Of n features, drawn from those that fire 20 times or more on tokens (N,), the share whose
     removal changes the next token's loss: the 95 % interval of the mean change, over up to `most`
-    positions where the feature fires, excludes 0. features (N, K).
-    """
+    positions where the feature fires, excludes 0. features (N, K)."""
     T, rng = model.config.block_size, np.random.default_rng(seed)
     often = np.bincount(features.reshape(-1), minlength=model.config.n_features + 1)[:-1] >= 20
     changes = {f: [] for f in rng.permutation(np.flatnonzero(often))[:n].tolist()}
@@ -211,16 +188,13 @@ def measure(run, labels, block, k, wanted=262_144):
     Of a dense model, on the stream after `block`: probe_random and probe_channels, of k random
     directions a token, and of the channels; and their means. labels: a folder of label files.
     """
-    model, found = run.model, {}
+    model = run.model
     if not model.saes():
         config = replace(model.config, sae_layers=(block,), sae_k=k)
         untrained = GPT(config).to(device_of(model)).eval()  # it only says where and how many
         untrained.load_state_dict(model.state_dict(), strict=False)
-        codes_of_it = probes(run._replace(model=untrained), block, labels,
-                             ('random directions', 'channels'))
-        for name, by_set in zip(('random', 'channels'), codes_of_it.values()):
-            found |= {f'probe_{name}': by_set, f'probe_{name}_mean': mean_of(by_set.values())}
-        return found
+        return probes(run._replace(model=untrained), block, labels, dict(
+            probe_random='random directions', probe_channels='channels'))
     T, F = model.config.block_size, model.config.n_features
     val = load_dataset(run.dataset).val
     batches = [x for x, _ in eval_batches(val, T, max(1, 16_384 // T), wanted)]
@@ -231,9 +205,7 @@ def measure(run, labels, block, k, wanted=262_144):
         pairs = token_pairs(features[s], tokens, F, len(run.names))
         coherence = concepts(count, len(tokens), pairs, tokens, run.names)['coherence']
         coherence = coherence[~np.isnan(coherence)]
-        by_set = probes(run, layer, labels, ['features'])['features']
-        layers.append(dict(
-            probe=by_set, probe_mean=mean_of(by_set.values()),
+        layers.append(probes(run, layer, labels, dict(probe='features')) | dict(
             coherence=float(coherence.mean()) if len(coherence) else None,
             coherent=int((coherence > 0.05).sum()),
             causal_share=causal_share(model, layer, tokens, features[s]),

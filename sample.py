@@ -19,12 +19,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rich.cells import set_cell_size
-from rich.console import Console
 from rich.table import Column, Table
 
 import configurator
-from features import (autocast, caption, device_of, encode, load_npz, open_run, parse_feature,
-                      prompt_text, read, safe, strongest)
+from features import (autocast, caption, dense, device_of, encode, load_npz, open_run,
+                      parse_feature, prompt_text, read, safe, strongest)
+from terminal import screen
 
 DEFAULTS = dict(
     out_dir='out',
@@ -58,10 +58,8 @@ def problems(config):
 # steering
 
 def parse_steering(specs, model):
-    """
-    The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
-    pair), where edits is [(block, feature, scale, add)]. Raises ValueError.
-    """
+    """The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
+    pair), where edits is [(block, feature, scale, add)]. Raises ValueError."""
     choices = []
     for spec in specs:
         name, _, strengths = spec.strip().partition('=')
@@ -69,9 +67,8 @@ def parse_steering(specs, model):
         if model.saes()[i].alpha == 0:
             raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on "
                              "the text yet: train on, then steer")
-        strengths = [text.strip() for text in strengths.split(',')]
         choices.append([(f"L{i}.F{f}={text}", (i, f, *parse_strength(text, spec)))
-                        for text in strengths])
+                        for text in map(str.strip, strengths.split(','))])
     return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
             for chosen in itertools.product(*choices)]
 
@@ -111,10 +108,8 @@ def usual_activation(run, i, f):
 # sampling, and reading what was sampled
 
 def sample(model, prompt, options, seed, edits=(), stop=None):
-    """
-    prompt, a list of ids -> the same with max_new_tokens more, or fewer: the last is then `stop`.
-    Equal arguments give equal ids. Leaves the model unsteered.
-    """
+    """prompt, a list of ids -> the same with max_new_tokens more, or fewer where `stop` ends it.
+    Equal arguments give equal ids. Leaves the model unsteered."""
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     set_steering(model, edits)
@@ -129,17 +124,12 @@ def sample(model, prompt, options, seed, edits=(), stop=None):
     return prompt + new
 
 def measure(model, tokens, n_prompt, features):
-    """
-    The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for each
-    (block, feature) the share of these tokens on which it fires].
-    """
+    """The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for
+    each (block, feature) the share of these tokens on which it fires]."""
     losses, values, indices = read(model, tokens)
-    scores = [losses[n_prompt - 1:].mean().item()]
-    for i, f in features:
-        s = list(model.saes()).index(i)
-        fires = ((indices[s] == f) & (values[s] != 0))[n_prompt:].any(-1)    # (n,)
-        scores.append(fires.float().mean().item())
-    return scores
+    code = dense(values, indices, model.config.n_features)[:, n_prompt:]     # (S, n, F)
+    shares = dict(zip(model.saes(), (code != 0).float().mean(1).tolist()))
+    return [losses[n_prompt - 1:].mean().item(), *(shares[i][f] for i, f in features)]
 
 # --------------------------------------------------------------------------------------------------
 # showing
@@ -149,7 +139,7 @@ def print_columns(left, right):
     table = Table.grid(Column(width=39, overflow='fold'), Column(width=37, overflow='fold'),
                        padding=(0, 2, 0, 0))
     table.add_row(left, right)
-    Console(width=80, markup=False, emoji=False, highlight=False).print(table)
+    screen().print(table)
 
 def print_features(model, tokens, names, n):
     """For each token and SAE layer the n features with the largest activations, in size."""

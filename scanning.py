@@ -2,7 +2,6 @@
 The scan: one pass of the model over val, the index that it leaves in out_dir, and what the viewer
 finds there: the numbers of one feature, of a regular expression.
 
-Where a `track` is asked for: rich.progress.track, or what stands for it.
 Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs, C
 n_embd, V vocabulary, P places where a feature fires, or pairs of a feature and a token type.
 """
@@ -21,7 +20,7 @@ from torch.nn.functional import normalize
 
 from data.dataset import encode_encoding, eval_batches, load_dataset, load_meta, load_tokenizer
 from features import (VERSION, codes, device_of, keep, load_npz, of_layer, open_run, safe, say,
-                      token_pairs, token_statistics)
+                      token_pairs, token_statistics, tracked)
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to the largest
@@ -29,10 +28,8 @@ SHOWN_FROM = 20               # with fewer firings an entropy says little
 ORDERS = ('coherence', 'entropy', 'density')
 
 def val_of(run, wanted):
-    """
-    The val of run.dataset and its sha256. Where another tokenizer made it, which is said, it is
-    encoded anew with the model's own, about `wanted` tokens of it. Raises ValueError.
-    """
+    """The val of run.dataset and its sha256. Where another tokenizer made it, which is said, about
+    `wanted` tokens of it are encoded anew with the model's own. Raises ValueError."""
     data = load_dataset(load_meta(run.dataset, run.checkpoint.get('data_sha256'))[0])
     other = load_tokenizer(data.dir, data.meta)
     if encode_encoding(other) == encode_encoding(run.tokenizer):
@@ -43,57 +40,46 @@ def val_of(run, wanted):
     tokens = run.tokenizer.encode(text, allowed_special='all')
     return np.array(tokens), data.meta['val_sha256']
 
-def scan_val(run, wanted, key, track):
+def scan_val(run, wanted, key):
     """
     Reads about `wanted` tokens of val, in windows of block_size -> the arrays of index.npz: tokens
-    (N,); for the SAE of each block L<block>.features (N, K), active on each, F where a slot is not
-    active, L<block>.values (N, K) and its statistics; all else as JSON. key: the checkpoint's.
+    (N,); all else as JSON, with the checkpoint's key; and of each SAE, beside token_statistics,
+    concepts and writing, L<block>.
+      features, values (N, K)  which are active on each token, F where a slot is not; how strongly
+      order (N * K,)           the slots n * K + k sorted by feature: where each one fires
+      max, rank (F,)           largest activation; place by entropy, of equals the densest first
     """
-    model, layers, T = run.model, list(run.model.saes()), run.model.config.block_size
+    model, T, F = run.model, run.model.config.block_size, run.model.config.n_features
     at_once = 32_768 if device_of(model).type == 'cuda' else 4096
     val, sha256 = val_of(run, wanted)
     batches = [x for x, _ in eval_batches(val, T, max(1, min(at_once, wanted) // T), wanted)]
-    tokens, features, values, fvu = codes(model, track(batches, "scanning"))
+    tokens, *by_layer = codes(model, tracked(batches, "scanning"))
     arrays = dict(tokens=tokens)
-    for s, layer in enumerate(layers):
-        found = dict(features=features[s], values=values[s], fvu=fvu[s])
-        found |= scan_statistics(run, features[s], values[s], tokens) | writing(model, layer)
+    for layer, features, values, fvu in zip(model.saes(), *by_layer):
+        pairs = token_pairs(features, tokens, F, len(run.names))
+        found = dict(features=features, values=values, fvu=fvu)
+        found |= writing(model, layer) | token_statistics(pairs, F)
+        count = found['count']
+        found |= concepts(count, len(tokens), pairs, tokens, run.names)
+        found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
+        found['max'] = np.zeros(F, np.float32)
+        np.maximum.at(found['max'], features[features < F], np.abs(values[features < F]))
+        by_entropy = np.lexsort((-count, found['entropy']))                  # nan comes last
+        found['rank'] = np.where(count > 0, by_entropy.argsort() + 1, 0)
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
-    site = model.saes()[layers[0]].site
+    site, eot = model.saes()[layer].site, run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
-    meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=layers,
-                site=site.name, place=site.place, F=model.config.n_features, K=features.shape[2],
-                T=T, N=len(tokens), eot=-1 if run.meta['eot'] is None else run.meta['eot'],
-                wanted=wanted, dataset=str(run.dataset), val_sha256=sha256,
-                trained_on=run.checkpoint['dataset'], names=names)
+    meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(model.saes()),
+                site=site.name, place=site.place, F=F, K=features.shape[1], T=T, N=len(tokens),
+                eot=-1 if eot is None else eot, wanted=wanted, dataset=str(run.dataset),
+                val_sha256=sha256, trained_on=run.checkpoint['dataset'], names=names)
     return arrays | dict(meta=json.dumps(meta))
-
-def scan_statistics(run, features, values, tokens):
-    """
-    Of one SAE: features (N, K), F where a slot is not active, and values (N, K) on tokens (N,).
-    Adds to token_statistics and concepts
-      order (N * K,)   the slots n * K + k sorted by feature: where each one fires
-      max, rank (F,)   the largest activation; the place by entropy, of equals the densest first
-    """
-    F = run.model.config.n_features
-    pairs = token_pairs(features, tokens, F, len(run.names))
-    found = token_statistics(pairs, F)
-    count = found['count']
-    found |= concepts(count, len(tokens), pairs, tokens, run.names)
-    found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
-    found['max'] = np.zeros(F, np.float32)
-    np.maximum.at(found['max'], features[features < F], np.abs(values[features < F]))
-    by_entropy = np.lexsort((-count, found['entropy']))                      # nan comes last
-    found['rank'] = np.where(count > 0, by_entropy.argsort() + 1, 0)
-    return found
 
 @torch.no_grad()
 def writing(model, layer):
-    """
-    Of the features of the SAE in that block, the first of each and their values, name_value:
-      up, down (F, 10)   the next tokens that a feature promotes and suppresses, in logits a unit
-      near (F, 5)        the features that write most like it, by cosine
-    """
+    """Of the features of the SAE in that block up, down (F, 10): the next tokens that each promotes
+    and suppresses, in logits a unit; near (F, 5): those that write most like it, by cosine; and
+    these numbers, as name_value."""
     wte = model.transformer.wte.weight[:model.config.vocab_size].float()     # (V, C)
     writes = model.writes(layer).float()                                     # (F, C)
     unit = normalize(writes, dim=-1)
@@ -115,8 +101,8 @@ def concepts(count, N, pairs, tokens, names):
     """
     What makes features nameable, found without labels or a judge: of each that fires 20 times or
     more and on at most 2 % of N positions, the words on which it fires far more often than they
-    occur, and how far these keep company. count (F,); pairs: f, token, times (P,), f rising;
-    tokens (n,): a text, in which words meet; names (V,) bytes ->
+    occur, and how far these keep company. count (F,); pairs: those of token_pairs; tokens (n,): a
+    text, in which words meet; names (V,) bytes ->
       words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
                        count * log(share of its firings / share of all tokens), one a stem; -1: none
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
@@ -135,17 +121,16 @@ def concepts(count, N, pairs, tokens, names):
 
     f, token, times = (x[is_word[pairs[1]]] for x in pairs)
     score = times * np.log(times / count[f] / often[token])
-    order = np.lexsort((-score, f))                          # by feature, the best word first
-    order = order[(times >= 3)[order] & (score > 0)[order]]
-    first = np.searchsorted(f[order], np.arange(len(count) + 1))
+    tells = (times >= 3) & (score > 0) & (count[f] >= 20) & (count[f] <= 0.02 * N)
+    order, stems = np.lexsort((-score, f)), {}               # {feature: {stem: its best pair}}
+    for pair in order[tells[order]].tolist():
+        stem = names[token[pair]].strip().lower()[:5]
+        stems.setdefault(f[pair], {}).setdefault(stem, pair)
     words = np.full((len(count), 8), -1, np.int32)
     coherence = np.full(len(count), np.nan, np.float32)
     told = np.zeros(len(count), np.float32)
-    for f in np.flatnonzero((count >= 20) & (count <= 0.02 * N)):
-        stems = {}
-        for pair in order[first[f]:first[f + 1]].tolist():
-            stems.setdefault(names[token[pair]].strip().lower()[:5], pair)
-        best = list(stems.values())[:8]
+    for f, best in stems.items():
+        best = list(best.values())[:8]
         chosen = token[best]
         words[f, :len(chosen)] = chosen
         told[f] = score[best].sum() / count[f]
@@ -160,10 +145,8 @@ def concepts(count, N, pairs, tokens, names):
     return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2)
 
 def coherence_curve(scan, timeline):
-    """
-    Mean coherence of an SAE's features at each snapshot, that of concepts, but of the 8 tokens on
-    which a feature fires most: a snapshot holds no others.
-    """
+    """Mean coherence of an SAE's features at each snapshot, by the 8 tokens on which each fires
+    most: a snapshot holds no others."""
     curve = []
     for count, tokens, times in zip(timeline.count, timeline.top_tokens, timeline.top_counts):
         f, place = np.nonzero(times)
@@ -198,28 +181,22 @@ def words_of(scan, f):
     return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
 def read_index(arrays):
-    """
-    The arrays of scan_val as {block: the scan of its SAE}, of which each is an attribute, with
-    layer and first (F,): where in order a feature begins. {} where they are missing or of another
-    version.
-    """
+    """The arrays of scan_val as attributes, {block: the scan of its SAE}, with layer, and first
+    (F,): where in order a feature begins. {} where they are missing or of another version."""
     meta = json.loads(str(arrays.get('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
     meta['names'] = [text.encode('latin-1') for text in meta['names']]
     index = {}
     for layer in meta['layers']:
-        scan = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta,
-                               **of_layer(arrays, layer))
-        scan.first = np.cumsum(scan.count) - scan.count
-        index[layer] = scan
+        index[layer] = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta,
+                                       **of_layer(arrays, layer))
+        index[layer].first = np.cumsum(index[layer].count) - index[layer].count
     return index
 
-def open_index(out_dir, dataset, device, scan_tokens, track):
-    """
-    read_index of out_dir/index.npz, after a scan where there is none that fits. dataset '' is that
-    of training, scan_tokens 0 takes what the index has. Raises ValueError, one sentence.
-    """
+def open_index(out_dir, dataset, device, scan_tokens):
+    """read_index of out_dir/index.npz, after a scan where there is none that fits. dataset '' is
+    that of training, scan_tokens 0 takes what the index has. Raises ValueError, one sentence."""
     path, key = Path(out_dir) / 'index.npz', []
     index = read_index(load_npz(path))
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
@@ -237,7 +214,7 @@ def open_index(out_dir, dataset, device, scan_tokens, track):
     run = open_run(out_dir, dataset, device)
     wanted = scan_tokens or (1_048_576 if device_of(run.model).type == 'cuda' else 131_072)
     say(f"{why}: reading {wanted:,} tokens of val, once; later views use these")
-    arrays = scan_val(run, wanted, key, track)
+    arrays = scan_val(run, wanted, key)
     keep(path, arrays)
     return read_index(arrays)
 
@@ -290,8 +267,7 @@ def feature_numbers(scan, f, seed):
       hist          of its activations, from 0 to max
       intervals     (low, high, share of the firings, a context or None), eighths of that
       joint         the features that fire with it: positions with both / with either
-      words, coherence, concept_rank    its words, as text; None without coherence; its place among
-                    the features that have one, which are `concepts`
+      concept_rank  its place among the features that have coherence, which are `concepts`
     """
     where, acts = firings(scan, f)                                           # (P,), (P,)
     size, count, largest = np.abs(acts), len(where), float(scan.max[f])
@@ -303,14 +279,14 @@ def feature_numbers(scan, f, seed):
     intervals = []
     for j in reversed(np.unique(eighth).tolist()):
         some = drawn[eighth[drawn] == j][-1:]                # the last: random has the first
-        example = contexts(scan, where, acts, some, 1)
+        example, = contexts(scan, where, acts, some, 1) or [None]
         intervals.append((j * largest / INTERVALS, (j + 1) * largest / INTERVALS,
-                          float(np.mean(eighth == j)), example[0] if example else None))
+                          float(np.mean(eighth == j)), example))
     share = joint(scan, where)                                               # (F,)
     share[f] = -1
     together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
     near = [] if scan.site == 'stream' else zipped(scan.near[f], scan.near_value[f])
-    has_coherence = not np.isnan(scan.coherence[f])
+    coherence = None if np.isnan(scan.coherence[f]) else float(scan.coherence[f])
     return dict(
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=largest, mean=float(acts.mean()) if count else 0.0,
@@ -321,16 +297,13 @@ def feature_numbers(scan, f, seed):
         joint=zipped(together, share[together]),
         top=contexts(scan, where, acts, strongest_first, TOP),
         random=contexts(scan, where, acts, drawn, RANDOM), words=words_of(scan, f),
-        coherence=float(scan.coherence[f]) if has_coherence else None,
-        concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
-        concepts=int((scan.concept == scan.concept).sum()))
+        coherence=coherence, concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
+        concepts=int((~np.isnan(scan.concept)).sum()))
 
 def contexts(scan, where, acts, peaks, n):
-    """
-    The text around the first peak in each of the first n windows that peaks visit, no further than
-    its window. Those with the same text around the peak are one, counted in `times`. where, acts
-    (P,): the feature's firings; peaks: places in these.
-    """
+    """The text around the first peak in each of the first n windows that peaks visit, no further
+    than its window. Those with the same text around the peak are one, counted in `times`. where,
+    acts (P,): the feature's firings; peaks: places in these."""
     windows, found = set(), {}
     for at in where[peaks].tolist():
         window = at // scan.T * scan.T
@@ -352,19 +325,16 @@ def find(scan, pattern):
     """
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
     the share of matches on some token of which it fires; and the numbers of matches and of tokens
-    inside them, i.e. with any byte inside. pattern: a compiled regular expression. It sees one
-    document at a time, and where a window cuts that, a character 0 in place of the unknown: there
-    is no line's beginning or end.
+    with any byte inside one. pattern: a compiled regular expression. It sees one document at a
+    time, and where a window cuts that, a character 0: there is no line's beginning or end.
     """
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
     n_bytes = lambda text: len(text.encode('utf-8', 'surrogateescape'))
     starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))
     for start, end in zip(starts, [*starts[1:], scan.N]):
-        pieces = [scan.names[token] for token in scan.tokens[start:end].tolist()]
+        pieces, before = [scan.names[token] for token in scan.tokens[start:end].tolist()], '\0'
         if scan.tokens[start] == scan.eot:
             pieces[0], before = b'', ''
-        else:
-            before = '\0'
         after = '\0' if end % scan.T == 0 else ''            # else an end-of-text token is there
         ends = len(before) + np.cumsum([len(piece) for piece in pieces]) # of the tokens, in bytes
         text = before + b''.join(pieces).decode('utf-8', 'surrogateescape') + after

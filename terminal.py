@@ -6,26 +6,19 @@ import functools
 import math
 import os
 import re
-import sys
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from features import caption, pieces
 from scanning import fires_on
 
-def screen(stderr=False):
+def screen():
     """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
-    return Console(stderr=stderr, width=min(80, Console().width), markup=False, emoji=False,
-                   highlight=False, color_system=None if os.environ.get('NO_COLOR') else 'auto')
-
-def tracked(items, description, total=None):
-    """rich's progress bar, where somebody watches."""
-    return track(items, description, total, console=screen(stderr=True), transient=True,
-                 disable=not sys.stderr.isatty())
+    return Console(width=min(80, Console().width), markup=False, emoji=False, highlight=False,
+                   color_system=None if os.environ.get('NO_COLOR') else 'auto')
 
 def show(console, parts):
     """Prints what a view yields, without the spaces with which rich fills its tables."""

@@ -10,7 +10,7 @@ import torch
 from sample import set_steering
 from test_features import make_model
 
-f = 7
+f, idx = 7, torch.arange(18).view(2, 9)
 
 @pytest.fixture
 def model():
@@ -21,39 +21,31 @@ def fires(code):
     return ((code.indices == f) * code.values).sum(-1, keepdim=True)
 
 @torch.no_grad()
-def set_to_3(model, idx):
-    """The logits with feature f set to 3, by the model's own means."""
+def check(model, values, logits):
+    """They are the SAE's, and those with feature f set to 3 by the model's own means."""
+    torch.testing.assert_close(values, model(idx)[2].values[0])
     set_steering(model, [(1, f, 0.0, 3.0)])
-    logits = model(idx)[0]
-    set_steering(model, [])
-    return logits
+    torch.testing.assert_close(logits, model(idx)[0])
 
 def test_forward_hooks(model):
     """A plain hook reads the code, and what it returns goes on through the model."""
-    idx, seen = torch.randint(50, (2, 9)), []
+    seen = []
 
     def hook(module, args, output):
         x, code = output
-        seen.append(code)
+        seen.append(code.values)
         return x + (3 - fires(code)) * model.writes(1)[f], code
 
-    want, out = set_to_3(model, idx), model(idx)[2]
     with model.get_submodule('transformer.h.1.sae').register_forward_hook(hook):
         logits = model(idx)[0]
-    assert torch.equal(seen[0].values, out.values[0])
-    assert torch.equal(seen[0].indices, out.indices[0])
-    torch.testing.assert_close(logits, want)
+    check(model, seen[0], logits)
 
 def test_nnsight(model):
     """The README's example."""
-    nnsight = pytest.importorskip('nnsight')
-    idx = torch.randint(50, (2, 9))
-    want, values = set_to_3(model, idx), model(idx)[2].values[0]
-    sight = nnsight.NNsight(model)
+    sight = pytest.importorskip('nnsight').NNsight(model)
     with sight.trace(idx):
         x, code = sight.transformer.h[1].sae.output
-        read = code.values.save()
+        values = code.values.save()
         x[:] = x + (3 - fires(code)) * model.writes(1)[f]
         logits = sight.output[0].save()
-    torch.testing.assert_close(read, values)
-    torch.testing.assert_close(logits, want)
+    check(model, values, logits)

@@ -5,6 +5,7 @@ tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU.
     python -m pytest tests/test_inspect.py
 """
 import copy
+import functools
 import html
 import json
 import re
@@ -26,8 +27,7 @@ import scanning
 from conftest import ROOT
 from model import load_checkpoint, load_model
 from sae import SITES
-from test_features import (harmless, index, make_run, out, refused, snapshots, # fixtures, too
-                           untracked)
+from test_features import harmless, index, make_run, out, refused, snapshots # fixtures, too
 
 def look(capsys, out, *argv):
     """What a view prints, and that it suits any screen."""
@@ -55,24 +55,26 @@ def test_sites(site, tmp_path, capsys):
     text = look(capsys, out, '--feature=L2.F3')
     assert ('Across layers' in text) == (site == 'stream') != ('Nearest' in text)
     look(capsys, out, f'--html={tmp_path}/page.html', '--feature=3')
+    if site == 'hidden':
+        assert 'site hidden is no TopK autoencoder' in refused(
+            capsys, view, f'--out_dir={out}', f'--export={tmp_path}/e')
 
 def test_feature_view(out, index, capsys):
     text = look(capsys, out, '--layer=1', '--feature=7', '--examples=4', '--effect=9')
     scan = index[1]
-    for n in range(1, 5):
-        assert (f'Layer 1 - Feature 7 - Example {n} - Rank {scan.rank[7]} - '
-                f'Token Entropy {scan.entropy[7]:.4f}\n') in text
-    assert text.count('Example ') == 4 and f'{scan.count[7]:,} of them' in text
+    lines = [f'Layer 1 - Feature 7 - Example {n} - Rank {scan.rank[7]} - Token Entropy '
+             f'{scan.entropy[7]:.4f}' for n in range(1, 5)]
+    assert [line for line in text.splitlines() if 'Example' in line] == lines
+    low, high = scan.down_value[7, 0], scan.up_value[7, 0]
+    assert f'{low:+.4f}   |   ' in text and f'{high:+.4f}\n' in text and low < high
     run = features.open_run(out, device='cpu')
     effect = explain.removal_effect(run.model, scan, 7, 9, view.DEFAULTS['seed'])
-    assert f"mean {effect['mean']:+.4f} nats" in text
-    squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█◌]', '', text)
+    assert f'{scan.count[7]:,} of them' in text and f"mean {effect['mean']:+.4f} nats" in text
+    squeeze = lambda text: re.sub(r'[\s▁▂▃▄▅▆▇█◌«»]', '', text)
     for c in scanning.feature_numbers(scan, 7, view.DEFAULTS['seed'])['top'][:4]:
-        pieces = features.pieces(scan, c) # each context is whole, but for line breaks and bars
-        shown = ''.join(f'«{text}»' if peak else text for text, _, peak in pieces)
-        assert squeeze(shown) in squeeze(text)
         whole = features.safe(b''.join(scan.names[t] for t in c['tokens']))
-        assert re.sub('[«»]', '', squeeze(shown)) == squeeze(whole)
+        assert squeeze(whole) in squeeze(text)               # but for line breaks and bars
+        assert [f'«{word}»' for word, _, peak in features.pieces(scan, c) if peak][0] in text
 
 def test_tokens_that_share_a_character_are_one_piece():
     scan = SimpleNamespace(names=[b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2',
@@ -89,8 +91,7 @@ def test_tokens_that_share_a_character_are_one_piece():
 def test_the_peak_stands_at_the_same_column():
     scan = SimpleNamespace(names=[b'a', b'-' * 50, '漢'.encode(), b' b', b'\n'])
     for tokens, peak in (([1, 2, 3, 1], 2), ([3, 1], 0), ([2] * 30 + [0] * 90, 30), ([4, 0], 1)):
-        acts = [float(i == peak) for i in range(len(tokens))]
-        context = dict(tokens=tokens, acts=acts, peak=peak)
+        context = dict(tokens=tokens, acts=[1.0] * len(tokens), peak=peak)
         line = view.one_line(scan, context, 1.0, 40).plain
         assert cell_len(line) <= 40 and not line.startswith('…')
         assert cell_len(line.partition('«')[0]) in (15, 16) # 15: half of 漢
@@ -101,18 +102,18 @@ def test_the_most_word_like_are_one_a_token(index, capsys):
     scan.count, scan.rank = np.full(scan.F, 100), np.arange(1, scan.F + 1)
     scan.entropy, scan.top_tokens = np.linspace(0, 3, scan.F), scan.top_tokens.copy()
     scan.top_tokens[:6, 0] = 7, 7, 8, 7, 9, 8
-    options, console = SimpleNamespace(**view.DEFAULTS | dict(rows=16)), view.screen()
-    view.show(console, view.overview_of(scan, options, console))
+    options = view.Options(**view.DEFAULTS | dict(rows=16, console=view.screen()))
+    view.show(options.console, view.overview(scan, options))
     text = capsys.readouterr().out
     assert f'the busiest 1 % of the features do {view.percent(1 / scan.F)} of all firing' in text
     lines = text.split('Most word-like')[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ['L2.F0', 'L2.F2', 'L2.F4']
+    assert text.split('Most abstract')[1].splitlines()[2].split()[0] == f'L2.F{scan.F - 1}'
 
 def test_captions_never_call_a_live_feature_dead(index):
     assert view.captions(index[1], 5) == 'dead'
-    tokens, counts = np.array([[1, 0]] * 2), np.array([[996, 4], [4, 3]])
-    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000, 1000], top_tokens=tokens,
-                           top_counts=counts)                # small shares are left out
+    scan = SimpleNamespace(names=[b'a', b' b'], count=[1000] * 2, top_tokens=np.array([[1, 0]] * 2),
+                           top_counts=np.array([[996, 4], [4, 3]])) # small shares are left out
     assert view.captions(scan, 0) == '·b 100%' and view.captions(scan, 1) == '·b 0%'
 
 def test_numbers_keep_three_or_four_digits():
@@ -130,9 +131,7 @@ def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
     """The same tokens, features and activations; test_sample.py has a plain forward pass."""
     (tmp_path / 'text').write_text(TEXT, 'utf-8')
     text = look(capsys, out, f'--prompt_file={tmp_path}/text', '--layer=2', '--top=2')
-    lines = text.split('fires on')[-1].splitlines()[1:]
-    cells = r' (\S*) +[▁▂▃▄▅▆▇█] +(\S+)  (L2\.F\d+) '
-    viewer = [re.search(cells, ' ' + line.replace('· ', '·')).groups() for line in lines if line]
+    viewer = re.findall(r'[▁▂▃▄▅▆▇█] +(\S+)  (L2\.F\d+) ', text)
     sample.main([f'--out_dir={out}', '--device=cpu', f'--prompt={TEXT}', '--show_features=2',
                  '--max_new_tokens=1'])
     text = capsys.readouterr().out.split('unsteered:\n')[1]
@@ -141,8 +140,8 @@ def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
     run = features.open_run(out, device='cpu')
     tokens = features.encode(run, TEXT)
     assert tokens.count(run.meta['eot']) == 2 and len(tokens) > 32
-    assert [f for _, _, f in viewer] == [f for f, _ in sampler] and len(viewer) == 2 * len(tokens)
-    assert all(abs(float(a[1]) - float(b[1])) < 0.006 for a, b in zip(viewer, sampler))
+    assert [f for _, f in viewer] == [f for f, _ in sampler] and len(viewer) == 2 * len(tokens)
+    assert all(abs(float(a) - float(b)) < 0.006 for (a, _), (_, b) in zip(viewer, sampler))
 
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
@@ -158,7 +157,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     last = snapshots(tmp_path, F=48)[-1]
     text, live = look(capsys, tmp_path, '--timeline=true'), last['count'] > 0
     line = [line.split() for line in text.splitlines() if line.strip().startswith('40 ')][0]
-    settled = features.settled_at(features.open_timeline(tmp_path, untracked)[1])
+    settled = features.settled_at(features.open_timeline(tmp_path)[1])
     assert line[1] == '4,000' and line[4] == str((settled[live] < 5).sum())
     assert f"{np.median(last['entropy'][live]):.2f}" in line
     assert f'{100 * live.mean():.1f}' in line
@@ -169,6 +168,7 @@ def test_timeline_views(out, index, tmp_path, capsys):
     text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
     assert f'L1.F{f} over training' in text
     assert f'took its final meaning at step {10 * settled[f]}:' in text
+    assert re.findall(r'\* (\d+) ', text) == [str(10 * settled[f])]
     text = look(capsys, tmp_path, f'--feature=F{f}')
     assert 'Timeline' in text and 'Top contexts' in text
 
@@ -177,13 +177,12 @@ def test_torn_and_foreign_snapshots(out, index, tmp_path, capsys):
     snapshots(tmp_path / 'other', F=11)
     whole = (tmp_path / 'features/0000040.npz').read_bytes()
     other = (tmp_path / 'other/features/0000010.npz').read_bytes()
-    for name, content in (('0000050.npz', whole[:len(whole) // 2]), ('0000025.npz', other),
-                          ('0000050.npz', whole[:200] + b'?' * 99 + whole[299:])):
-        bad = tmp_path / 'features' / name
+    bad = tmp_path / 'features/0000025.npz'
+    for content in whole[:len(whole) // 2], other, whole[:200] + b'?' * 99 + whole[299:]:
         bad.write_bytes(content)
-        assert f'{name} is no readable snapshot of this run' in refused(
+        assert '0000025.npz is no readable snapshot of this run' in refused(
             capsys, view, f'--out_dir={tmp_path}', '--timeline=true')
-        bad.unlink()
+    bad.unlink()
     shutil.copy(out / 'index.npz', tmp_path)                 # of a model with more features
     assert 'are of another model' in refused(capsys, view, f'--out_dir={tmp_path}', '--feature=3')
 
@@ -226,22 +225,19 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--layer=0'], 'layer=0 has no SAE; block 1, 2 has one'),
     (['--feature=L0.F1'], 'block 0 has no SAE'), (['--feature=x'], 'names no feature'),
     (['--feature=48'], 'out of range: block 1 has features 0 to 47'),
-    (['--feature=-1'], 'names no feature'), (['--find=('], 'is no regular expression'),
-    (['--prompt_file=/none'], 'cannot be read'), (['--prompt=a', '--prompt_file=b'], 'both given'),
-    (['--timeline=true'], 'there are no snapshots'),
-    (['--top=0'], 'top=0 must be at least 1'), (['--rows=-1'], 'rows=-1 must be at least 0'),
+    (['--prompt=a', '--prompt_file=b'], 'both given'), (['--find=('], 'is no regular expression'),
+    (['--timeline=true'], 'there are no snapshots'), (['--top=0'], 'top=0 must be at least 1'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),
     (['--html=/no/such/folder/x.html'], 'must be a file in a folder that can be written'),
     (['--plot=/'], 'plot=/ must be a file'), (['--export=/dev/null'], 'export=/dev/null must be a'),
     (['--find=a', '--prompt=b'], 'find and prompt do not go together'),
     (['--html=x', '--timeline=true'], 'html and timeline do not go together'),
-    (['--export=x', '--find=a', '--feature=3'], 'export and feature and find do not go'),
     (['--why=true'], "with --prompt write --why=true, without it --why=L6.F2386"),
     (['--why=L2.F1', '--prompt=a'], "with --prompt write --why=true"),
     (['--target=a', '--prompt=b'], 'takes --prompt and --why=true beside it'),
     (['--why=L1.F1'], 'L1.F1: no SAE lies below block 1'),
     (['--why=L2.F5'], 'L2.F5 fires nowhere in the scan'),
-    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'), (['--trace=x'], 'names no feature'),
+    (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
     (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
 def test_bad_input(out, index, argv, sentence, capsys):
     assert sentence in refused(capsys, view, f'--out_dir={out}', *argv)
@@ -256,12 +252,9 @@ def test_bad_probe_files(out, tmp_path, content, sentence, capsys):
         (tmp_path / 'p.tsv').write_text(content)
     assert sentence in refused(capsys, view, f'--out_dir={out}', f'--probe={tmp_path}/p.tsv')
 
-def test_no_checkpoint_and_no_export(tmp_path, capsys):
+def test_no_checkpoint(tmp_path, capsys):
     assert 'no checkpoint in' in refused(capsys, view, f'--out_dir={tmp_path}')
     assert capsys.readouterr() == ('', '') # that sentence is all
-    out = make_run(tmp_path / 'hidden', sae_site='hidden')
-    assert 'site hidden is no TopK autoencoder' in refused(
-        capsys, view, f'--out_dir={out}', f'--export={tmp_path}/e')
 
 # --------------------------------------------------------------------------------------------------
 # HTML and export
@@ -285,14 +278,14 @@ def test_html_has_the_same_numbers(index, page):
     for d in data['features']:
         scan = index[d['layer']]
         want = scanning.feature_numbers(scan, d['f'], view.DEFAULTS['seed'])
-        for name in ('count', 'density', 'entropy', 'rank', 'mean', 'max', 'hist'):
-            assert d[name] == pytest.approx(want[name], rel=1e-5)
+        for name in ('count', 'density', 'entropy', 'rank', 'mean', 'max', 'hist', 'words'):
+            assert d[name] == want[name]
         for kind in ('top', 'random'): # as many as --examples
-            for (parts, where, times), c in zip(d[kind], want[kind][:5], strict=True):
-                assert (where, times) == (c['where'], c['times'])
-                assert parts == json.loads(json.dumps(view.for_page(scan, c)[0]))
-                assert all(harmless(part if isinstance(part, str) else part[0]) for part in parts)
-        assert [x[:3] for x in d['intervals']] == [pytest.approx(x[:3]) for x in want['intervals']]
+            pages = json.loads(json.dumps([view.for_page(scan, c) for c in want[kind][:5]]))
+            assert d[kind] == pages
+            assert all(harmless(part if isinstance(part, str) else part[0])
+                       for parts, _, _ in pages for part in parts)
+        assert [x[:3] for x in d['intervals']] == [list(x[:3]) for x in want['intervals']]
         for name in ('fires_on', 'up', 'down'):
             assert [t for t, _ in d[name]] == [features.safe(scan.names[t]) for t, _ in want[name]]
     assert data['layers']['1']['l0'] == pytest.approx(index[1].count.sum() / index[1].N)
@@ -300,16 +293,21 @@ def test_html_has_the_same_numbers(index, page):
     assert data['sort'] == 'density' and data['why'] is None
 
 def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
-    path = tmp_path / 'DATA.html'
+    """The prompt is the template's own word; and why the model goes on as it does."""
+    path, run = tmp_path / 'DATA.html', features.open_run(out, device='cpu')
     view.main([f'--out_dir={out}', '--feature=L2.F9,7', '--effect=3', f'--html={path}'])
     some = data_of(path)['features']
     assert [(d['layer'], d['f']) for d in some] == [(2, 9), (1, 7)] and some[0]['effect']['n'] == 3
-    view.main([f'--out_dir={out}', '--prompt="DATA"', f'--html={path}']) # the template's word
+    view.main([f'--out_dir={out}', '--prompt="DATA"', '--why=true', f'--html={path}'])
     data = data_of(path)
+    want = explain.why_token(run.model, features.encode(run, '"DATA"'), [], [1, 2])
     assert [text for text, _ in data['prompt']] == ['<|endoftext|>', *'"DATA"']
-    named = {(d['layer'], d['f']) for d in data['features']}
-    assert named == {(int(layer), f) for _, by in data['prompt'] for layer in by
-                     for f, _ in by[layer]}
+    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in want['idx']]
+    named = {(int(layer), f) for _, by in data['prompt'] for layer in by for f, _ in by[layer]}
+    for kind in ('pro', 'con'):
+        assert data['why'][kind] == json.loads(json.dumps(want[kind]))
+        named |= {(layer, f) for _, layer, f, _ in want[kind]}
+    assert {(d['layer'], d['f']) for d in data['features']} == named
 
 def test_html_in_chromium(page, tmp_path):
     """Renders features, within a phone's width too, searches, walks by keyboard, turns the lights
@@ -363,6 +361,7 @@ setTimeout(() => parent.document.title = 'failed: ' + failed, 1000)
 def test_export(out, tmp_path):
     """The file, read by its specification; codes and reconstruction follow by a TopK SAE's formula;
     and SAELens, where it is installed, finds the same."""
+    alike = functools.partial(torch.allclose, atol=1e-6)
     view.main([f'--out_dir={out}', f'--export={tmp_path}/e'])
     for layer, sae in load_model(load_checkpoint(out)).saes().items():
         folder, w = tmp_path / 'e' / f'L{layer}', {}
@@ -374,19 +373,18 @@ def test_export(out, tmp_path):
         k = json.loads((folder / 'cfg.json').read_text())['k']
         h = torch.nn.functional.rms_norm(torch.randn(50, 16), (16,))
         values, indices = ((h - w['b_dec']) @ w['W_enc'] + w['b_enc']).relu().topk(k)
-        codes = torch.zeros(50, sae.n_features).scatter(-1, indices, values)
-        values, indices = sae.encode(h)
-        ours = torch.zeros_like(codes).scatter(-1, indices, values)
-        assert torch.allclose(codes, ours, atol=1e-6)
-        assert torch.allclose(codes @ w['W_dec'] + w['b_dec'], sae.decode(ours), atol=1e-6)
+        codes = features.dense(values, indices, sae.n_features)
+        ours = features.dense(*sae.encode(h), sae.n_features)
+        assert alike(codes, ours)
+        assert alike(codes @ w['W_dec'] + w['b_dec'], sae.decode(ours))
         try:
             from sae_lens import SAE
         except ImportError:
             continue
         theirs = SAE.load_from_disk(str(folder))
         assert type(theirs).__name__ == 'TopKSAE'
-        assert torch.allclose(theirs.encode(h), ours, atol=1e-6)
-        assert torch.allclose(theirs.decode(theirs.encode(h)), sae.decode(ours), atol=1e-6)
+        assert alike(theirs.encode(h), ours)
+        assert alike(theirs.decode(theirs.encode(h)), sae.decode(ours))
 
 def test_starts_light():
     """A view does not load torch's compiler, which takes longer than most views."""

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from rich.cells import cell_len
+from torch.nn.functional import cross_entropy
 
 import features
 import sample
 from model import load_checkpoint
 from sae import SITES
-from test_features import EOT, V, change, make_model, make_run, refused
+from test_features import EOT, V, change, make_model, make_run, refused, steered
 
 SETTINGS = SimpleNamespace(**sample.DEFAULTS | dict(max_new_tokens=12))
 
@@ -44,15 +45,15 @@ def test_parse_steering():
         ('L1.F3=x2 L1.F4=1', [(1, 3, 2.0, 0.0), (1, 4, 1.0, 1.0)]),
         ('L1.F3=off L1.F4=1', [(1, 3, 0.0, 0.0), (1, 4, 1.0, 1.0)])]
 
-@pytest.mark.parametrize('specs, part', [
-    (['L1.F3'], 'malformed'), (['L1F3=8'], 'names no feature'), (['L1.F3='], 'malformed'),
-    (['L-1.F3=8'], 'names no feature'), (['L1.F3=y2'], "'y2'"), (['L1.F3=nan'], "'nan'"),
-    (['L1.F3=xinf'], "'xinf'"), (['L1.F3=2e6'], "'2e6'"), (['L1.F3=1,,2'], "''"),
-    (['L3.F3=8'], 'block 3 has no SAE; block 1, 2 has one'), (['L0.F3=8'], 'block 0 has no SAE'),
-    (['L1.F48=8'], 'block 1 has features 0 to 47')])
-def test_parse_steering_refuses(specs, part):
+@pytest.mark.parametrize('spec, part', [
+    ('L1.F3', 'malformed'), ('L1F3=8', 'names no feature'), ('L-1.F3=8', 'names no feature'),
+    ('L1.F3=y2', "'y2'"), ('L1.F3=nan', "'nan'"), ('L1.F3=xinf', "'xinf'"),
+    ('L1.F3=2e6', "'2e6'"), ('L1.F3=1,,2', "''"),
+    ('L3.F3=8', 'block 3 has no SAE; block 1, 2 has one'),
+    ('L1.F48=8', 'block 1 has features 0 to 47')])
+def test_parse_steering_refuses(spec, part):
     with pytest.raises(ValueError, match=re.escape(part)):
-        sample.parse_steering(specs, make_model())
+        sample.parse_steering([spec], make_model())
 
 def test_alpha_0_cannot_be_steered(capsys, tmp_path):
     """Features that only watch; but those trained post hoc are spliced in."""
@@ -109,21 +110,14 @@ def test_cache_equals_recomputation(site, n):
         idx.append(torch.multinomial(p, 1, generator=generator).item())
     assert got == idx
 
-def codes(model, tokens, i):
-    """[{feature: activation}], one dict a token, of the SAE in block i."""
-    _, _, out = model(torch.tensor([tokens]))
-    s = list(model.saes()).index(i)
-    return [{f: v for f, v in zip(indices, values) if v != 0}
-            for indices, values in zip(out.indices[s, 0].tolist(), out.values[s, 0].tolist())]
-
-def brute_force(model, tokens, i, f):
-    """Loss and share of firing (%) of a sample whose prompt was end-of-text and one token."""
-    logp = model(torch.tensor([tokens]))[0][0].log_softmax(-1)
-    loss = -np.mean([logp[t - 1, tokens[t]].item() for t in range(2, len(tokens))])
-    return loss, 100 * np.mean([f in code for code in codes(model, tokens, i)[2:]])
-
 # --------------------------------------------------------------------------------------------------
 # what is printed
+
+def text_of(out, prompt):
+    """What is printed of a sample after a prompt, a token that is not shown."""
+    tokens = sample.sample(make_model(), prompt, SETTINGS, 1337)[1:]
+    text = b''.join(features.open_run(out).names[token] for token in tokens)
+    return sample.safe(text, keep='\n\t') + '\n'
 
 def test_plain(capsys, run):
     out = printed(capsys, run, '--prompt=ab')
@@ -134,9 +128,7 @@ def test_plain(capsys, run):
     assert one.rstrip('\n').endswith(out.rstrip('\n')) and '--- seed' not in out
     assert two == printed(capsys, run, '--prompt=ab', '--seed=1338')
     assert printed(capsys, run, '--prompt=<|endoftext|>') == printed(capsys, run) # begins a text
-    tokens = sample.sample(make_model(), [EOT], SETTINGS, 1337)[1:]
-    text = b''.join(features.open_run(run).names[token] for token in tokens)
-    assert printed(capsys, run) == sample.safe(text, keep='\n\t') + '\n' # without that end of text
+    assert printed(capsys, run) == text_of(run, [EOT])       # without that end of text
     (run / 'prompt.txt').write_text('ab', encoding='utf-8-sig') # with Windows' mark of UTF-8
     assert printed(capsys, run, f"--prompt_file={run / 'prompt.txt'}") == out
     greedy = printed(capsys, run, '--prompt=ab', '--temperature=0')
@@ -149,12 +141,13 @@ def test_show_features(site, tmp_path, capsys):
     lines = printed(capsys, run, '--prompt=a \n', '--show_features=3').splitlines()
     lines = lines[lines.index('strongest features of the text of seed 1337, unsteered:') + 1:]
     tokens = sample.sample(model, [EOT, 97, 32, 10], SETTINGS, 1337)
+    _, code = steered(model, tokens)                         # (S, T, F)
     assert len(lines) == 2 * len(tokens) # two SAE layers
     assert [line.split()[1] for line in lines[:8:2]] == ['<|endoftext|>', 'a', '·', '⏎']
     for n, line in enumerate(lines):
         t, s = divmod(n, 2)
-        strongest = sorted(codes(model, tokens, s + 1)[t].items(), key=lambda item: -abs(item[1]))
-        want = [(f'L{s + 1}.F{f}', f'{v:.2f}') for f, v in strongest[:3]]
+        strongest = code[s, t].abs().argsort(descending=True)[:3].tolist()
+        want = [(f'L{s + 1}.F{f}', f'{code[s, t, f]:.2f}') for f in strongest if code[s, t, f]]
         assert re.findall(r'(L\d\.F\d+) (-?[\d.]+)', line) == want and cell_len(line) <= 80
 
 def test_stop_at_the_end_of_a_text(capsys, run):
@@ -168,45 +161,40 @@ def test_stop_at_the_end_of_a_text(capsys, run):
     assert printed(capsys, run, '--prompt=a').startswith(
         printed(capsys, run, '--prompt=a', '--stop').rstrip('\n'))
 
-def test_compare(capsys, run):
-    model = make_model()
-    plain = sample.sample(model, [EOT, 97], SETTINGS, 1337)
-    f = next(iter(codes(model, plain, 1)[5])) # one that fires somewhere
-    spec = f'L1.F{f}=x-3'
-    turned = sample.sample(model, [EOT, 97], SETTINGS, 1337, [(1, f, -3.0, 0.0)])
-    out = printed(capsys, run, '--prompt=a', f'--steer={spec}', '--compare=true')
-    assert turned != plain and re.search(rf'unsteered +{spec}', out)
-    assert max(map(len, out.splitlines())) <= 80
-    for label, tokens in (('unsteered', plain), (spec, turned)):
-        loss, share = brute_force(model, tokens, 1, f)
-        assert re.search(rf'^{label} +{loss:.3f} +{share:.1f} %$', out, re.M)
-
-def test_sweep(capsys, run):
-    """Slots that are not active count for nothing."""
+@pytest.mark.parametrize('compare', (False, True))
+def test_sweep(compare, capsys, run):
+    """Side by side with the unsteered text, or below each other; and a table of their means. Slots
+    that are not active count for nothing."""
     model = make_model()
     _, values, indices = features.read(model, sample.sample(model, [EOT, 97], SETTINGS, 1337))
     f = indices[1, 2:][values[1, 2:] == 0][0].item()
-    out = printed(capsys, run, '--prompt=a', f'--steer=L2.F{f}=0,4', '--num_samples=2')
-    for strength in (0, 4):
-        texts = [sample.sample(model, [EOT, 97], SETTINGS, seed, [(2, f, 1.0, strength)])
-                 for seed in (1337, 1338)]
-        loss, share = np.mean([brute_force(model, tokens, 2, f) for tokens in texts], axis=0)
-        assert out.count(f', L2.F{f}={strength} ---') == 2
-        assert re.search(rf'^L2\.F{f}={strength} +{loss:.3f} +{share:.1f} %$', out, re.M)
-    assert out.count('unsteered') == 1 # in the title of the table
-    assert printed(capsys, run, '--prompt=a') in out # strength 0 changes nothing
+    out = printed(capsys, run, '--prompt=a', f'--steer=L2.F{f}=0,4', '--num_samples=2',
+                  f'--compare={compare}')
+    labels = {f'L2.F{f}=0': 0, f'L2.F{f}=4': 4} | ({'unsteered': 0} if compare else {})
+    for label, strength in labels.items():
+        losses, fires = [], []                               # of the tokens after the prompt
+        for seed in (1337, 1338):
+            tokens = sample.sample(model, [EOT, 97], SETTINGS, seed, [(2, f, 1.0, strength)])
+            logits, code = steered(model, tokens)
+            losses.append(cross_entropy(logits[1:-1], torch.tensor(tokens[2:])).item())
+            fires += (code[1, 2:, f] != 0).tolist()
+        numbers = f'{np.mean(losses):.3f} +{100 * np.mean(fires):.1f} %'
+        assert re.search(rf'^{label} +{numbers}$', out, re.M)
+    if compare:
+        assert len(re.findall(rf'unsteered +L2\.F{f}=', out)) == 4
+        assert max(map(cell_len, out.splitlines())) <= 80
+    else:
+        assert out.count(f', L2.F{f}=4 ---') == 2
+        assert printed(capsys, run, '--prompt=a') in out # strength 0 changes nothing
 
 def test_usual_activation(capsys, run):
+    path, arrays = run / 'features/0000007.npz', {'L2.count': [5] * 9, 'L2.mean': [2.5] * 9}
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
-    (run / 'features').mkdir()
-    count, mean = np.zeros((2, 48))
-    count[7], mean[7] = 5, 2.5
-    np.savez(run / 'features' / '0000007.npz', probed=200, **{'L2.count': count, 'L2.mean': mean})
-    out = printed(capsys, run, '--steer=L2.F7=4', '--steer=L2.F8=4')
-    where = 'on the residual stream after block 2'
-    assert f'L2.F7, {where}: usually 2.5 where it fires, on 2.50 % of tokens' in out
-    assert f'L2.F8, {where}: usually 0 where it fires, on 0.00 % of tokens' in out
-    (run / 'features' / '0000007.npz').write_bytes(b'torn')
+    features.save_npz(path, arrays | dict(probed=200))
+    out = printed(capsys, run, '--steer=L2.F7=4')
+    assert ('L2.F7, on the residual stream after block 2: usually 2.5 where it fires, on 2.50 % of '
+            'tokens') in out
+    path.write_bytes(b'torn')
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
 
 def test_hostile_text(capsys, run):
@@ -227,9 +215,7 @@ def test_hostile_text(capsys, run):
     ('--temperature=-1', 'temperature=-1.0'), ('--temperature=1e-9', 'temperature=1e-09'),
     ('--top_k=-1', 'top_k=-1'), ('--max_new_tokens=0', 'max_new_tokens=0'),
     ('--num_samples=0', 'num_samples=0'), ('--seed=-1', 'seed=-1'), ('--device=tpu9', "'tpu9'"),
-    ('--device=meta', "'meta'"), ('--compare=true', 'needs something to compare'),
-    ('--promt=x', "did you mean 'prompt'"),
-    ('--steer=L6.F1=8', 'block 6 has no SAE'), ('--steer=L1.F1', 'malformed')])
+    ('--compare=true', 'needs something to compare'), ('--steer=L1.F1', 'malformed')])
 def test_bad_options(capsys, run, arg, part):
     assert part in refused(capsys, sample, f'--out_dir={run}', arg)
 
@@ -248,7 +234,5 @@ def test_no_end_of_text(capsys, tmp_path):
     out = make_run(tmp_path)
     tokenizer = load_checkpoint(out)['tokenizer']
     change(out, tokenizer=tokenizer | dict(meta=tokenizer['meta'] | dict(eot=None)))
-    tokens = sample.sample(make_model(), [10], SETTINGS, 1337)
-    text = b''.join(features.open_run(out).names[token] for token in tokens[1:])
-    assert printed(capsys, out) == sample.safe(text, keep='\n\t') + '\n'
+    assert printed(capsys, out) == text_of(out, [10])
     assert printed(capsys, out, '--prompt=ab').startswith('ab')

@@ -18,26 +18,15 @@ import explain
 import features
 import inspect_features as view
 import scanning
-from sample import set_steering
 from sae import SITES
-from test_features import (index, make_model, out, refused, snapshots, # fixtures, too
-                           untracked)
-from test_inspect import data_of, look
+from test_features import index, make_model, out, refused, snapshots, steered # fixtures, too
+from test_inspect import look
 
 TEXT = 'ab c [red] a b\nab'
 
 @pytest.fixture(scope='module')
 def run(out):
     return features.open_run(out, device='cpu')
-
-def steered(model, tokens, off=()):
-    """Logits (T, V) and codes (S, T, F) of the whole model, with the features [(block, f)] off."""
-    set_steering(model, [(layer, f, 0.0, 0.0) for layer, f in off])
-    with torch.no_grad():
-        logits, _, seen = model(torch.tensor([tokens]))
-    set_steering(model, [])
-    z = torch.zeros(*seen.values.shape[:-1], model.config.n_features)
-    return logits[0], z.scatter(-1, seen.indices, seen.values)[:, 0]
 
 def same_as_by_hand(model, d, layers, measure):
     """The numbers of d are those of measure(logits, codes); every active feature is there."""
@@ -76,13 +65,12 @@ def test_effects_equal_those_of_steering_by_hand(site, monkeypatch):
     same_as_by_hand(model, explain.why_feature(model, tokens, 2, f), [1],
                     lambda _, z: z[1, -1, f].item())
 
+@torch.no_grad()
 def test_a_feature_that_does_not_fire_changes_nothing(run):
-    tokens = features.encode(run, TEXT)
-    idx, log_p = torch.tensor([tokens]), lambda x, _: x.sum((1, 2))
-    with torch.no_grad():
-        scales = explain.kept(run.model, [1], [[], [(1, 5)]])                # 5 is dead
-        as_it_is, without = explain.run_scaled(run.model, idx, scales, 3, log_p)
-    assert as_it_is == without
+    scales = explain.kept(run.model, [1], [[], [(1, 5)]])                    # 5 is dead
+    as_it_is, without = explain.run_scaled(run.model, torch.arange(9)[None], scales, 3,
+                                           lambda x, _: x)
+    assert torch.equal(as_it_is, without)
 
 def test_of_many_the_promising(run, monkeypatch):
     """They are those of gradient times activation, by differences; the whole is still the whole."""
@@ -91,17 +79,15 @@ def test_of_many_the_promising(run, monkeypatch):
     monkeypatch.setattr(explain, 'MOST', 6)
     some = explain.why_token(run.model, tokens, [97], [1, 2])
     assert some['whole'] == every['whole'] and some['active'] == every['active'] > 6
-    slopes = []
-    for _, layer, f, _ in every['effects']:
-        log_p = []
-        for scale in (0.99, 1.01):
-            set_steering(run.model, [(layer, f, scale, 0.0)])
-            with torch.no_grad():
-                logits = run.model(torch.tensor([tokens]))[0]
-            log_p.append(logits[0, -1].log_softmax(-1)[97].item())
-        slopes.append((-abs(log_p[1] - log_p[0]), layer, f))
-    set_steering(run.model, [])
-    assert {effect[1:3] for effect in some['effects']} == {(l, f) for _, l, f in sorted(slopes)[:6]}
+
+    def log_p(feature, scale):
+        logits, _ = steered(run.model, tokens, [feature], scale)
+        return logits[-1].log_softmax(-1)[97].item()
+
+    slope = {effect[1:3]: abs(log_p(effect[1:3], 1.01) - log_p(effect[1:3], 0.99))
+             for effect in every['effects']}
+    steepest = sorted(slope, key=slope.get)[-6:]
+    assert {effect[1:3] for effect in some['effects']} == set(steepest)
 
 def test_a_prompt_longer_than_the_model_reads(run):
     """What is read ends with it, and leaves room for the target."""
@@ -144,7 +130,7 @@ def test_why_view(out, run, index, capsys):
     assert f"Why ab: probability {view.percent(np.exp(d['base']))}" in text
     assert f"of {d['active']} active features all are" in words and 'nothing else passes' in words
     change, layer, f, at = d['effects'][0]
-    [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text)
+    [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text.partition('Against')[0])
     act, word = max((abs(act), features.caption(run.names[d['idx'][t]])) for t, act in at)
     assert f'{act:#.4g}' in row and word in row
     assert text.count('+') > 5 and f"{d['together']:+.4f}" in text and f"{d['whole']:+.4f}" in text
@@ -160,12 +146,14 @@ def test_why_a_feature_and_its_trace(out, index, capsys):
     assert 'L1.F' in text and 'its activation falls' in text
     f = int(index[1].count.argmax())
     text = look(capsys, out, f'--trace=L1.F{f}', '--rows=3')
-    assert 'in block 2' in text and 'Fires with' in text and 'Causes' in text
+    assert 'in block 2' in text and 'Fires with' in text
+    for title, sign in (('Causes', 1), ('Holds down', -1)):
+        rows = re.findall(r'L2\.F\d+ +\S+ +(\S+) +(\S+) ', text.split(title)[1].split('\n\n')[0])
+        assert rows and all(sign * (float(a) - float(b)) >= 0 for a, b in rows)
 
 @pytest.mark.parametrize('site, alpha, posthoc, rest', (
-    ('resid', 1, False, 'nothing else passes'), ('stream', 1, False, 'nothing else passes'),
-    ('mlp', 1, False, 'the stream passes beside them'),
-    ('resid', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
+    ('resid', 1, False, 'nothing else passes'), ('mlp', 1, False, 'the stream passes beside them'),
+    ('stream', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
 def test_what_else_passes(site, alpha, posthoc, rest):
     sae = SimpleNamespace(site=SITES[site], alpha=alpha, posthoc=posthoc)
     assert rest in explain.what_passes(sae, 3).partition(f'{SITES[site].place} 3: ')[2]
@@ -180,49 +168,17 @@ def test_sorted_lists(out, index, capsys):
     listed = [int(f) for f in re.findall(r'^ +L1.F(\d+)', text, re.M)]
     assert listed == scanning.in_order(index[1], 'density').tolist()
 
-def test_words_of_a_feature(index, out, capsys):
+def test_words_of_a_feature(index):
     """Its rank is its place as a concept."""
     scan = copy.deepcopy(index[1])
     scan.coherence[7], scan.concept[7], scan.words[7, :4] = 0.5, 0.4, (97, 98, 99, 256)
     scan.concept[[3, 9]] = 0.8, 0.1
     d = scanning.feature_numbers(scan, 7, 0)
-    assert (d['coherence'], d['concept_rank'], d['words']) == (0.5, 2, 'a, b, c, [red]')
-    assert d['concepts'] == (~np.isnan(scan.concept)).sum()
+    options = view.Options(**view.DEFAULTS, console=view.screen())
+    text = str(list(view.firing_panels(scan, d, options)))
+    some = (~np.isnan(scan.concept)).sum()
+    assert f'coherence 0.5000, rank 2 of {some} as a concept' in text and 'a, b, c, [red]' in text
     assert scanning.feature_numbers(scan, 5, 0)['coherence'] is None
-    options = SimpleNamespace(**view.DEFAULTS)
-    d |= dict(effect=None, timeline=None)
-    text = str(list(view.panels(scan, d, index, options, view.screen())))
-    assert 'coherence 0.5000, rank 2 of ' in text and 'a, b, c, [red]' in text
-
-def test_page_of_why(out, run, index, tmp_path):
-    page = tmp_path / 'page.html'
-    view.main([f'--out_dir={out}', f'--html={page}', f'--prompt={TEXT}', '--why=true'])
-    data = data_of(page)
-    d = explain.why_token(run.model, features.encode(run, TEXT), [], [1, 2])
-    for kind in ('pro', 'con'):
-        for got, want in zip(data['why'][kind], d[kind], strict=True):
-            assert got[:3] == [pytest.approx(want[0], abs=1e-5), *want[1:3]]
-            assert got[3] == [[t, pytest.approx(act, abs=1e-5)] for t, act in want[3]]
-    shown = {(x['layer'], x['f']) for x in data['features']}
-    assert {(layer, f) for _, layer, f, _ in d['pro'] + d['con']} <= shown
-    assert data['why']['tokens'] == [features.safe(run.names[token]) for token in d['idx']]
-
-def test_timeline_curves_by_brute_force(tmp_path):
-    """Live share, settled features, median entropy, and coherence of those tokens that a snapshot
-    holds."""
-    last = snapshots(tmp_path)[-1]
-    t = features.open_timeline(tmp_path, untracked)[1]
-    want = (100 * np.mean(last['count'] > 0), (features.settled_at(t) < 5).sum(),
-            np.nanmedian(last['entropy']))
-    assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(want)
-    t.probed = 2000                                          # of them 2 % are 40
-    names = [bytes([97 + i] * 3) for i in range(16)]
-    tokens = np.random.default_rng(0).integers(0, 16, 3000)
-    curve = scanning.coherence_curve(SimpleNamespace(tokens=tokens, names=names), t)
-    pairs = [(f, token, last['top_counts'][f, place]) for f in range(12)
-             for place, token in enumerate(last['top_tokens'][f]) if token >= 0]
-    found = scanning.concepts(last['count'], 2000, np.array(pairs).T, tokens, names)
-    assert curve[-1] == pytest.approx(np.nanmean(found['coherence']))
 
 def test_picture(out, index, tmp_path, capsys, monkeypatch):
     snapshots(tmp_path, F=48)
