@@ -1,7 +1,8 @@
 """
 How fast it is, beside the alternatives: minutes on one GPU, a tiny version on a CPU.
 
-    python bench.py > bench.jsonl        --step=false, --layer=false: one part only
+    python bench.py > bench.jsonl      a JSON a line; times in ms, None where memory does not do
+    python bench.py --step=false       the layer alone; --layer=false: the step alone
 
 layer   one SAE layer, forward and backward, in ms: kernels.py (fast; fast_skewed: some features
         fire often), sae.py's plain path; and the encoder's matmul alone

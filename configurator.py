@@ -22,7 +22,7 @@ EXPECTED = {
 def configure(defaults, argv, check=lambda config: [], given=None):
     """
     defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
-    same keys. --key alone is true; "1,2", "[1, 2]" or "3" are a tuple; a key whose default is a
+    same keys. An int is taken for a float. --key alone is true; "1,2", "[1, 2]" or "3" are a tuple; a key whose default is a
     list may come several times. check: config -> what else is wrong, in sentences with key=value.
     given: a set, to which the keys that argv names are added. All problems at once, exit code 2.
     """
@@ -70,7 +70,10 @@ def stop_if(problems):
         sys.exit(2)
 
 def run(main, *args):
-    """A script as a program: ValueError and OSError become a sentence and exit code 1."""
+    """
+    A script as a program: ValueError and OSError, which say what the user can mend, are a sentence
+    and exit code 1; Ctrl-C is 130; `| head` is no error.
+    """
     try:
         main(*args)
         sys.stdout.flush()
@@ -120,4 +123,7 @@ def convert(value, kind):
     return kind(value) if ok else None
 
 def show(value):
-    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    try:
+        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    except ValueError: # Python will not print more than 4,300 digits
+        return "a very long number"

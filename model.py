@@ -2,7 +2,7 @@
 A GPT in the style of nanoGPT's model.py, with the sparse layers of sae.py. Unlike GPT-2 it has
 - RoPE instead of learned positions, QK-norm, RMSNorm without parameters, ReLU^2 MLP, no biases
 - a token embedding that is normalised, and tied to the output head
-- in the blocks of `sae_layers` K of F features, through which what `sae_site` says must pass
+- in the blocks of `sae_layers` an SAE layer: what `sae_site` names must pass through K features
 With sae_layers = () it is a plain dense GPT, the twin that every SAE model is compared with.
 
 Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers,
@@ -43,13 +43,14 @@ class GPTConfig:
 
     @property
     def n_features(self):
+        # site stream has no ratio: one feature a channel
         return getattr(self, SITES[self.sae_site].ratio, 1) * self.n_embd
 
     def problems(self):
         """Everything that is wrong with this config, as a list of sentences; [] if it is sound."""
         found = []
         for field in fields(self):
-            value, low = getattr(self, field.name), int(field.type is int)
+            value, low = getattr(self, field.name), int(field.type is int) # whole numbers: from 1
             high = 1 if field.name == 'dropout' else math.inf
             if field.type in (int, float) and not low <= value < high:
                 found.append(f"{field.name}={value} must be at least {low} and below {high}")
@@ -72,7 +73,10 @@ class GPTConfig:
         return found
 
 def rotate(x, cos, sin):
-    """RoPE (arXiv 2104.09864): turns channels (i, i + D/2) of x (B, T, H, D) by their angles."""
+    """
+    RoPE (arXiv 2104.09864): turns channels (a, b) = (i, i + D/2) of x (B, T, H, D) by their angle, to
+    (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second.
+    """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # the other channel of each pair
     return (x * cos + swapped * sin).type_as(x)
 

@@ -50,7 +50,7 @@ def norm(x):
 
 class SAEOut(NamedTuple):
     """What an SAE layer saw in one forward pass. GPT.forward stacks its layers on a new axis S."""
-    values: torch.Tensor   # (B, T, K) activations of the chosen features, largest first; 0 = none
+    values: torch.Tensor   # (B, T, K) activations of the chosen features, by falling score; 0 = none
     indices: torch.Tensor  # (B, T, K) which features; means nothing where the value is 0
     fired: torch.Tensor    # (F,) int32, on how many tokens of this batch each feature is active
     l0: torch.Tensor       # () mean number of active features a token
@@ -110,12 +110,13 @@ class SAE(nn.Module):
             self.reset_parameters()
         else:
             self.register_buffer('b_enc', torch.zeros(self.n_features))
-        self.register_buffer('alpha', torch.ones(()))
+        self.register_buffer('alpha', torch.ones(())) # 1: nothing passes beside it
+        # the mean RMS of x in the last step with alpha 0; stays 1 where alpha was never 0
         self.register_buffer('scale', torch.ones(()))
         steps = torch.zeros(self.n_features, dtype=torch.long)
         self.register_buffer('silent', steps) # steps since a feature last fired
         share = torch.zeros(self.n_features)
-        self.register_buffer('share', share) # of tokens on which it fires, a mean over some steps
+        self.register_buffer('share', share) # of tokens on which it fires, a running mean
         # Interventions, for evaluation and sampling only: z <- scale * z + add in the code,
         # y <- gate * y + fill in what is written.
         self.steer = None # or (scale, add), each (F,)
@@ -129,7 +130,8 @@ class SAE(nn.Module):
         W_enc   rows are random unit vectors
         W_dec   rows are random, of length 1 / (1 + S / C), about 1/2. The K largest of F unit
                 Gaussians have squares near 2 ln(F/K), so S = 2 K ln(F/K) is how much of |h|^2 = C
-                a token's code reads: what an untrained decoder writes stays below the stream's size
+                a token's code reads. What an untrained decoder writes is then about sqrt(S) times
+                that length, at most sqrt(C)/2: it stays below the stream's size
         b_enc, b_dec   zeros
         """
         self.W_enc.copy_(F.normalize(torch.randn_like(self.W_enc), dim=-1))
@@ -143,7 +145,8 @@ class SAE(nn.Module):
         does is all in its activation.
         """
         C, F_, K = self.n_embd, self.n_features, self.k
-        length = 1 / (1 + 2 * K * math.log(max(F_ / K, 2)) / C)
+        S = 2 * K * math.log(max(F_ / K, 2)) # max: with K near F it would be 0
+        length = 1 / (1 + S / C)
         self.W_dec.copy_(length * F.normalize(self.W_dec, dim=-1))
 
     def encode(self, h):
@@ -208,8 +211,8 @@ class SAE(nn.Module):
     def after_step(self, fired, tokens, length):
         """
         Called once a step, after the model's optimizer. fired (F,): on how many of the step's
-        tokens, over all micro-steps and ranks, each feature was active; length (): the mean of
-        SAEOut's.
+        tokens, over all micro-steps and ranks, each feature was active; tokens: how many these
+        were; length (): the mean of SAEOut's.
         b_enc moves by `nudge`, without any gradient: up where a feature was silent over the last
         `silent_steps` steps, down where its share of tokens is above `cap` (the idea of loss-free
         balancing in mixtures of experts, arXiv 2408.15664).

@@ -246,7 +246,7 @@ anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} 
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
-    # all else decides a step
+    # these may change; max_iters too, which moves the schedules: so a run is made longer
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
@@ -274,7 +274,7 @@ def set_alpha(alpha):
     for sae in saes.values():
         sae.alpha.fill_(alpha)
 
-set_alpha(0.0) # a checkpoint may bring one that is further
+set_alpha(0.0) # a new layer has 1; a checkpoint, below, may bring its own
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
 # reads over many features, which then tell less. The SAE learns best in smaller batches than the
@@ -288,15 +288,20 @@ for group in model.optimizer_groups(weight_decay, sae_lr_factor):
 sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+# sums since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
 wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
-log_sums = torch.zeros(4, dtype=wide, device=device) # since the last log line: loss, L0 and FVU
-                                                     # (means over SAEs), micro-batches
+log_sums = torch.zeros(4, dtype=wide, device=device) # wide: no order of ranks shows in the log
 
 if checkpoint is not None:
     misfit = f"the weights in {source} do not fit this model"
     try:
         if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
+        args = checkpoint['model_args']
+        if saes and args['sae_layers'] and args['sae_site'] != sae_site:
+            raise ValueError(f"their SAEs are of site {args['sae_site']}, not {sae_site}")
+        if sae_posthoc and args['sae_layers'] and not was.get('sae_posthoc'):
+            raise ValueError("sae_posthoc takes a dense model, these have SAEs")
         missing = model.load_state_dict(checkpoint['model'], strict=resuming).missing_keys
         missing = [key for key in missing if '.sae.' not in key] # SAEs may be new
         if missing:
@@ -321,15 +326,16 @@ if compile:
     model = torch.compile(model)
 eval_model = model
 if ddp:
-    warnings.filterwarnings('ignore', message='`broadcast_buffers`') # 2.11 has no other name
-    wait_for_all() # above, only the first rank of a node reads all data
+    # torch warns that broadcast_buffers has a new name, which 2.11 does not know yet
+    warnings.filterwarnings('ignore', message='`broadcast_buffers`')
+    wait_for_all() # hashing the data, on one rank a node, may take longer than rank_timeout
     for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
         dist.broadcast(value, 0)
 if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
     names = [name for name, _ in model.named_parameters() if '.sae.' in name]
     DDP._set_params_and_buffers_to_ignore_for_model(model, names)
     model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True) # a copy of the gradients less
+                gradient_as_bucket_view=True) # saves a second copy of the gradients
 
 # ---------------------------------------------------------------------------------------- schedules
 
@@ -357,7 +363,7 @@ def set_schedules(step):
 # ------------------------------------------------------------------- evaluating, logging and saving
 
 def check_replicas():
-    """Every rank must hold the same parameters and buffers."""
+    """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
     sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
     low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
     high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
@@ -430,6 +436,7 @@ def step_saes():
     params = sae_optimizer.param_groups[0]['params']
     for p in params:
         all_reduce(p.grad).div_(world_size * scaler.get_scale())
+    # the loss was divided by all micro-batches: a part's gradient is 1/sae_steps of its mean
     norm = torch.nn.utils.clip_grad_norm_(params, (grad_clip or math.inf) / sae_steps) * sae_steps
     if not scaler.is_enabled() or norm.isfinite(): # no step where fp16 overflows
         sae_optimizer.step()
@@ -496,14 +503,14 @@ while True:
         if ddp:
             check_replicas()
         model.eval()
-        if sae_posthoc: # until the hand-over they only watch
+        alphas = [sae.alpha.item() for sae in saes.values()]
+        if sae_posthoc: # in training they only watch until the hand-over; evals splice them in
             set_alpha(1.0)
         batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
                                  rank, None, world_size) # this rank's share
         record = evaluate(eval_model, saes, batches, autocast, all_reduce)
-        if sae_posthoc:
-            set_alpha(0.0)
-            set_schedules(step)
+        for sae, alpha in zip(saes.values(), alphas):
+            sae.alpha.fill_(alpha)
         write_log(dict(event='eval', step=step, tokens=tokens, **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
@@ -543,7 +550,8 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
-            sae_norm = torch.hypot(sae_norm, step_saes()) # of all: none that broke is lost
+            # over all parts: what is not finite in one of them is seen in the sum
+            sae_norm = torch.hypot(sae_norm, step_saes())
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
@@ -553,7 +561,9 @@ while True:
     model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = torch.hypot(model_norm, sae_norm)
     for opt in model_optimizers:
-        scaler.step(opt)
+        # the scaler would skip only the optimizer whose own gradients overflowed
+        if not scaler.is_enabled() or model_norm.isfinite():
+            scaler.step(opt)
     if scaler.is_enabled() and model_norm.isfinite() and not sae_norm.isfinite():
         scaler.update(scaler.get_scale() / 2) # of the SAEs' overflows it knows nothing
     elif model_optimizers:
@@ -563,7 +573,8 @@ while True:
     all_reduce(lengths)
     for sae, counts, length in zip(saes.values(), fired, lengths):
         sae.after_step(counts, tokens_per_step, length)
-    # read only where the GPU is waited for anyway; an fp16 overflow is the scaler's business
+    # kept on the GPU: it is read above, where the loop waits for the GPU anyway; in fp16 a gradient
+    # may overflow, and the scaler skips the step
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)
     step += 1

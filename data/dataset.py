@@ -42,8 +42,9 @@ def token_dtype(vocab_size):
 
 def load_meta(name_or_path, sha256=None):
     """
-    (folder, its meta.json, how to prepare it), or ValueError. What is not there may lie beside the
-    code: data/mine, seen from another folder; or, by its last name, what has that train_sha256.
+    (folder, its meta.json, how to prepare it). Raises ValueError. A data set that is not there is
+    looked for in data/ beside the code, under its last name. It is taken if the path given was
+    data/<name>, or if its train.bin has this sha256.
     """
     path = data_dir(name_or_path)
     file = path / 'meta.json'
@@ -128,7 +129,7 @@ def epoch_starts(seed, epoch, n_tokens, block_size):
 def eval_batches(tokens, block_size, batch_size, n_tokens):
     """
     Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
-    batches have batch_size rows, but for one that is alone.
+    batches have batch_size rows, so that a model is compiled once; of fewer rows there is one batch.
     """
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin

@@ -50,6 +50,7 @@ def rows(size):
     # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
                    sae_cap=0.0)
+    # 'default-x' is the default without x
     return {
         'dense': dict(sae_layers=()),
         'dense adamw': dict(sae_layers=(), optimizer='adamw'),
@@ -93,7 +94,7 @@ def rows(size):
 def make(c, row, seed):
     """One run and its JSON. Returns None, or where it failed the file with what it printed."""
     size, steps = c['size'], c['steps']
-    name = f"{size}-{steps}-{row.replace(' ', '-')}-s{seed}"
+    name = f"{size}-{steps}-{row}-s{seed}".replace(' ', '-').replace('/', '')
     target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
     if target.exists():
         return None
@@ -110,7 +111,8 @@ def make(c, row, seed):
     command += [f'--{key}={value}' for key, value in options.items()]
     printed = f'{out_dir}.txt'
     with open(printed, 'w') as f:
-        failed = subprocess.call(command, stdout=f, stderr=f)
+        # not subprocess.call, which at Ctrl-C kills train.py before it has saved
+        failed = subprocess.Popen(command, stdout=f, stderr=f).wait()
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
         return printed
@@ -195,10 +197,11 @@ def compare(results):
     Adds what each result is beside dense and naive of its seed, its probes (means over sets), and
     two more rows: what random directions and channels of the dense models' streams tell.
     """
-    losses = {(r['size'], r['tokens'], r['seed'], r['row']): r['val_loss'] for r in results}
+    losses = {(r.get('dataset'), r['size'], r['tokens'], r['seed'], r['row']): r['val_loss']
+              for r in results}
     more = []
     for r in results:
-        same = r['size'], r['tokens'], r['seed']
+        same = r.get('dataset'), r['size'], r['tokens'], r['seed']
         if (*same, 'dense') in losses:
             r['price'] = r['val_loss'] - losses[(*same, 'dense')]
         r['to_naive'] = tokens_to(losses.get((*same, 'naive'), -1), r['curve'], r['tokens'])

@@ -160,6 +160,11 @@ def nan_gradient(function, *args, **kwargs):
     loss.register_hook(lambda grad: grad * float('nan'))
     return loss
 
+def matrix_overflows(mlp, x, W_fc, W_proj):
+    W_fc = W_fc.clone()
+    W_fc.register_hook(lambda grad: grad * float('inf'))
+    return mlp(x, W_fc, W_proj)
+
 def nan_and_terminate(function, *args, **kwargs):
     return nan(partial(terminate, function), *args, **kwargs)
 

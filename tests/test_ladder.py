@@ -1,6 +1,7 @@
 """results/ladder.py, but for its options' errors, which are in test_configurator.py."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,8 +48,8 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
     (results / 'tiny-4-dense-s3.json').unlink()
     def fails(command, stdout, **other):
         stdout.write(' '.join(map(str, command)))
-        return 1
-    monkeypatch.setattr(ladder.subprocess, 'call', fails)
+        return SimpleNamespace(wait=lambda: 1)
+    monkeypatch.setattr(ladder.subprocess, 'Popen', fails)
     with pytest.raises(SystemExit, match='tiny-4-dense-s3.txt'):
         ladder.main(argv)
     assert '--init_from=resume' in (out / 'tiny-4-dense-s3.txt').read_text()

@@ -174,7 +174,7 @@ def test_watching_changes_nothing(whole, tiny_data, tmp_path):
     evals = records(tmp_path, 'eval')
     assert [evals[step] for step in (0, 3, 6, 8)] == records(whole, 'eval')
 
-def test_fp16(whole, tiny_data, tmp_path):
+def test_fp16(whole, dense, tiny_data, tmp_path):
     """Gradients that overflow skip the update and halve the scale. They are clipped as they are,
     not as they were scaled. In the log, which is strict JSON, what is not finite is null."""
     accident = partial(at_loss, 9, partial(times, math.inf))
@@ -185,8 +185,16 @@ def test_fp16(whole, tiny_data, tmp_path):
     assert log[2]['loss'] is None and scale[1] == 2 * scale[2] and scale[2] == scale[-1]
     assert log[1]['grad_norm'] == pytest.approx(records(whole, 'log')[0]['grad_norm'], rel=0.02)
     finish(tmp_path / 'post hoc', tiny_data, accident, dtype='float16', log_interval=1,
-           sae_posthoc=True, init_from=whole) # whose scaler knows the SAE's gradients alone
+           sae_posthoc=True, init_from=dense) # whose scaler knows the SAE's gradients alone
     assert scale == [r['loss_scale'] for r in records(tmp_path / 'post hoc', 'log')]
+
+def test_fp16_overflow_of_one_optimizer(tiny_data, tmp_path):
+    """Of a matrix alone: the embedding, which another optimizer steps, stays too."""
+    accident = partial(at_call, 'kernels.mlp', 9, runs.matrix_overflows, None,
+                       torch.is_grad_enabled)
+    finish(tmp_path, tiny_data, accident, dtype='float16', grad_clip=0, log_interval=1)
+    assert None in [r['grad_norm'] for r in records(tmp_path, 'log')]
+    assert all(x.isfinite().all() for x in load_checkpoint(tmp_path)['model'].values())
 
 # ----------------------------------------------------------------------------------------- refusals
 
@@ -306,7 +314,7 @@ def dense(tiny_data, tmp_path_factory):
     finish(out, tiny_data, sae_layers='')
     return out
 
-def test_weights_of_another_run(dense, tiny_data, tmp_path):
+def test_weights_of_another_run(whole, dense, tiny_data, tmp_path):
     """--init_from=DIR takes weights, a dense run's for a model with an SAE; those that do not fit
     are refused, and weights alone are no run to resume."""
     out = tmp_path / 'out'
@@ -314,11 +322,14 @@ def test_weights_of_another_run(dense, tiny_data, tmp_path):
     # alpha is 0 at step 0: still the dense model
     assert records(dense, 'eval')[-1]['val_loss'] == records(out, 'eval')[0]['val_loss']
     named = runs.write_tiny_data(tmp_path / 'named', name='another')
-    for data, changes, reason in ((tiny_data, dict(n_embd=32), 'size mismatch for'),
-                                  (tiny_data, dict(n_layer=3), 'it lacks transformer.h.2.'),
-                                  (named, {}, 'their tokenizer is another than that of')):
-        refused(tmp_path / 'new', data, f'{dense} do not fit this model ({reason}', init_from=dense,
-                **changes)
+    for source, data, changes, reason in (
+            (dense, tiny_data, dict(n_embd=32), 'size mismatch for'),
+            (dense, tiny_data, dict(n_layer=3), 'it lacks transformer.h.2.'),
+            (dense, named, {}, 'their tokenizer is another than that of'),
+            (whole, tiny_data, dict(sae_site='mlp'), 'their SAEs are of site resid, not mlp'),
+            (whole, tiny_data, dict(sae_posthoc=True), 'sae_posthoc takes a dense model')):
+        refused(tmp_path / 'new', data, f'{source} do not fit this model ({reason}',
+                init_from=source, **changes)
     assert not (tmp_path / 'new').exists()
     save_checkpoint(out, {k: v for k, v in load_checkpoint(dense).items() if k != 'optimizers'})
     refused(out, tiny_data, 'holds weights alone', init_from='resume', sae_layers='')
@@ -348,6 +359,10 @@ def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
         last[start] = evals[-1]['val_loss'], evals[-1]['sae']['1']['fvu']
     assert last[1][1] < evals[0]['sae']['1']['fvu'] and last[1][1] < last[0.2][1]
     assert last[0.2][0] < last[1][0]
+    # made longer, it stays handed over, in evals too
+    resume(out, tiny_data, sae_posthoc='true', sae_recon=1, sae_nudge=0, learning_rate=0.01,
+           max_iters=160, sae_blend_start=0.2, sae_blend_end=0.2)
+    assert {r['alpha'] for r in records(out, 'log')[4:]} == {1}
     refused(tmp_path / 'hidden', tiny_data, 'a sae_site of resid, mlp, attn', 2, init_from=dense,
             sae_posthoc='true', sae_site='hidden') # it has nothing to train
 
