@@ -74,8 +74,8 @@ class GPTConfig:
 
 def rotate(x, cos, sin):
     """
-    RoPE (arXiv 2104.09864): turns channels (a, b) = (i, i + D/2) of x (B, T, H, D) by their angle, to
-    (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second.
+    RoPE (arXiv 2104.09864): turns channels (a, b) = (i, i + D/2) of x (B, T, H, D) by their angle,
+    to (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second.
     """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # the other channel of each pair
     return (x * cos + swapped * sin).type_as(x)

@@ -50,7 +50,7 @@ def norm(x):
 
 class SAEOut(NamedTuple):
     """What an SAE layer saw in one forward pass. GPT.forward stacks its layers on a new axis S."""
-    values: torch.Tensor   # (B, T, K) activations of the chosen features, by falling score; 0 = none
+    values: torch.Tensor   # (B, T, K) activations of the chosen features, best score first; 0: none
     indices: torch.Tensor  # (B, T, K) which features; means nothing where the value is 0
     fired: torch.Tensor    # (F,) int32, on how many tokens of this batch each feature is active
     l0: torch.Tensor       # () mean number of active features a token

@@ -129,7 +129,7 @@ def epoch_starts(seed, epoch, n_tokens, block_size):
 def eval_batches(tokens, block_size, batch_size, n_tokens):
     """
     Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
-    batches have batch_size rows, so that a model is compiled once; of fewer rows there is one batch.
+    batches have batch_size rows, so that a model is compiled once; fewer rows are one batch alone.
     """
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin
