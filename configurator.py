@@ -9,9 +9,12 @@ Keys and types are those of the script's defaults; in a file names with _ are it
 import ast
 import difflib
 import os
+import re
 import sys
 from contextlib import suppress
 from inspect import ismodule
+from pathlib import Path
+from textwrap import fill
 
 PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
          'results', 'plot') # of all scripts: keys in which ~ is the home folder
@@ -29,9 +32,13 @@ def configure(defaults, argv, check=lambda config: [], given=None):
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
-        print((sys.modules['__main__'].__doc__ or '').strip(),
+        main = sys.modules['__main__']
+        source = Path(main.__file__).read_text('utf-8')
+        about = dict(re.findall(r'^ *(\w+) ?=.*?  +# (.*)$', source, re.M)) # {key: its comment}
+        print((main.__doc__ or '').strip(),
               "\nConfig files and --key=value, later ones win. Keys and defaults:",
-              *(f"  --{key}={show(value)}" for key, value in defaults.items()), sep='\n')
+              *(fill(f"  --{key}={show(value)}".ljust(25) + about.get(key, ''), 80,
+                     subsequent_indent=25 * ' ') for key, value in defaults.items()), sep='\n')
         sys.exit(0)
     config, problems, unread = dict(defaults), [], []
     for arg in argv:

@@ -50,8 +50,8 @@ def kept(model, layers, removals):
 
 @torch.enable_grad()
 def promising(model, idx, fires, layers, end, measure):
-    """The MOST of the features with the largest gradient times activation, summed over positions:
-    the derivative by a factor that stands before all of a feature's activations."""
+    """MOST of the features: those with the largest gradient times activation, summed over
+    positions: the derivative by a factor that stands before all of a feature's activations."""
     scales = kept(model, layers, [[]])
     for scale in scales.values():
         scale.requires_grad_()
@@ -71,10 +71,12 @@ def explain(model, tokens, layers, end, measure):
       whole     change without any feature of these layers
       passes    in words: what the features are, and what passes beside them
     """
-    idx, fires = torch.tensor([tokens], device=device_of(model)), {}
+    idx = torch.tensor([tokens], device=device_of(model))                    # (1, T)
     _, out = model.blocks(idx, max(layers) + 1)
-    values, indices, blocks = out.values[:, 0].cpu(), out.indices[:, 0].cpu(), list(model.saes())
-    for s, t, k in values.nonzero().tolist():                                # (S, T, K)
+    values, indices = out.values[:, 0].cpu(), out.indices[:, 0].cpu()        # (S, T, K)
+    blocks = list(model.saes())
+    fires = {}                           # {(block, f): [(position, activation), ...]}
+    for s, t, k in values.nonzero().tolist():
         feature = blocks[s], indices[s, t, k].item()
         if blocks[s] in layers:
             fires.setdefault(feature, []).append((t, values[s, t, k].item()))
@@ -121,8 +123,8 @@ def logits_of(model, stream):
 def why_token(model, tokens, target, layers):
     """
     Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
-    log p(target), a sum over its tokens. Adds to explain target; idx, the ids that are read: the
-    last ones that fit into the model; likeliest, [(token, probability)] of 5 after tokens.
+    log p(target), a sum over its tokens. Only the last tokens that fit into the model are read.
+    Adds to what explain returns: target, and likeliest, [(token, probability)] of 5 after tokens.
     """
     T, device = model.config.block_size, device_of(model)
     p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
@@ -156,7 +158,8 @@ def loss_changes(model, layer, tokens, features, which, where):
     """tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how
     the loss of the token after where[p] changes without features[which[p]], in nats."""
     idx, sae = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model)), model.saes()[layer]
-    if sae.site.hook == 'attn' or sae.posthoc:   # the MLP reads it; it has each token's length
+    # at attn the MLP reads what the SAE writes; post hoc y has each token's length: run the block
+    if sae.site.hook == 'attn' or sae.posthoc:
         scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
         x = run_scaled(model, idx[None], scales, layer + 1, lambda x, _: x)  # (1 + n, T, C)
     else:                                # what features write is only added to the stream
@@ -172,9 +175,12 @@ def loss_changes(model, layer, tokens, features, which, where):
         streams.append(rows)
     streams = torch.cat(streams)
     which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
-    before, after = (cross_entropy(logits_of(model, streams[run, where]), idx[where + 1],
-                                   reduction='none') for run in (0 * which, which + 1))
-    return (after - before).cpu().numpy()
+
+    def losses(run):                     # run (P,): 0 is the model as it is, 1 + i lacks feature i
+        logits = logits_of(model, streams[run, where])                       # (P, V)
+        return cross_entropy(logits, idx[where + 1], reduction='none')
+
+    return (losses(which + 1) - losses(torch.zeros_like(which))).cpu().numpy()
 
 def removal_effect(model, scan, f, n, seed):
     """The change of the next token's loss, in nats, when a feature is taken away, at n of the
@@ -183,8 +189,9 @@ def removal_effect(model, scan, f, n, seed):
     where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
     changes = []
     for w in np.unique(where // T).tolist():
-        here, tokens = where[where // T == w] % T, scan.tokens[w * T:(w + 1) * T]
-        changes += loss_changes(model, scan.layer, tokens, [f], 0 * here, here).tolist()
+        here = where[where // T == w] % T
+        tokens = scan.tokens[w * T:(w + 1) * T]
+        changes += loss_changes(model, scan.layer, tokens, [f], np.zeros_like(here), here).tolist()
     if not changes:
         return None
     return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))
@@ -205,8 +212,8 @@ def trace(model, scan, above, f, seed, n=16):
     for w in windows[:n].tolist():
         at = where[where // scan.T == w] % scan.T                            # (p,)
         idx = torch.tensor(scan.tokens[w * scan.T:(w + 1) * scan.T][None].astype(int))
-        z = run_scaled(model, idx.to(device_of(model)), scales, above.layer + 1, codes)
-        total += z[:, at].sum(1).cpu().numpy()
+        z = run_scaled(model, idx.to(device_of(model)), scales, above.layer + 1, codes)  # (2, T, F)
+        total += z[:, at].sum(1).cpu().numpy()                               # (2, F)
         positions += len(at)
     as_it_is, without = total / max(1, positions)
     return dict(share=joint(above, where), as_it_is=as_it_is, without=without,

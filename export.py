@@ -25,9 +25,11 @@ def export_saes(run, folder):
                      dtype='float32', device='cpu', apply_b_dec_to_input=True,
                      normalize_activations='none', reshape_activations='none',
                      rescale_acts_by_decoder_norm=False, metadata=metadata)
-        (path / 'cfg.json').write_text(json.dumps(about, indent=1), 'utf-8')
         weights = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-        write_safetensors(path / 'sae_weights.safetensors', weights)
+        temporary = path / 'sae_weights.tmp' # whole or not at all; cfg.json comes last
+        write_safetensors(temporary, weights)
+        temporary.replace(path / 'sae_weights.safetensors')
+        (path / 'cfg.json').write_text(json.dumps(about, indent=1), 'utf-8')
         yield f'SAE of block {layer} -> {path}'
 
 def write_safetensors(path, tensors):

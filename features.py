@@ -59,9 +59,11 @@ def token_pairs(features, tokens, n_features, vocab_size):
 
 def token_statistics(pairs, n_features):
     """
-    Of token_pairs a dict of count (F,): on how many tokens each feature is active; entropy (F,):
-    token entropy in bits, the Shannon entropy of the token types of these (low: a detector of one
-    word; nan: dead); top_tokens, top_counts (F, 8): the most frequent types, -1 for none.
+    Of token_pairs a dict of
+      count (F,)                    on how many of the tokens each feature is active
+      entropy (F,)                  token entropy in bits: Shannon entropy of the distribution of
+                                    token types over these. Low: a detector of one word; nan: dead
+      top_tokens, top_counts (F, 8) the most frequent of these types; -1: none
     """
     f, token, times = pairs
     count = np.bincount(f, times, n_features)

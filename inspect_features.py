@@ -61,7 +61,7 @@ DEFAULTS = dict(
     rows=8,              # lines of a list
     effect=0,            # positions (64 is plenty) on which to measure the feature's removal
     prompt='',           # text to read with the model's eyes
-    prompt_file='',
+    prompt_file='',      # or the text is what this file holds
     top=3,               # features shown of each token of a prompt
     find='',             # regular expression, ^ and $ are a line's: which features fire on it?
     probe='',            # file of lines "label<tab>text": which features tell the labels apart?
@@ -111,6 +111,15 @@ class Options(SimpleNamespace):
     """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
     @cached_property
+    def console(self):
+        return screen()
+
+    @cached_property
+    def labels(self):
+        """Labels and texts of --probe."""
+        return read_labels(self.probe)
+
+    @cached_property
     def index(self):
         return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
 
@@ -140,12 +149,13 @@ class Options(SimpleNamespace):
 
     def features(self, key):
         """--key=L6.F2386,L6.F5 as [(scan, feature)]."""
-        parts, F = getattr(self, key).split(','), self.of_layer(self.index)[0].F
-        found = [parse_feature(part, self.index, F, self.layer) for part in parts]
+        F = self.of_layer(self.index)[0].F
+        found = [parse_feature(part, self.index, F, self.layer)
+                 for part in getattr(self, key).split(',')]
         return [(self.index[layer], f) for layer, f in found]
 
     def timeline_of(self, scan):
-        """None without any."""
+        """The timeline of an SAE; None for a run without snapshots."""
         t = self.timelines.get(scan.layer)
         if self.timelines and (t is None or t.count.shape[1] != scan.F):
             raise ValueError("the snapshots in features/ are of another model: remove them")
@@ -237,6 +247,8 @@ def feature_view(scan, f, options):
                                     "positions where it fires")
         yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
                f"standard deviation {e['std']:.4f}")
+    elif options.effect:
+        yield heading('Without it', 'it fires at no position that has a next token')
     if d['timeline']:
         yield from sparklines(d['timeline'])
     if count:
@@ -245,7 +257,7 @@ def feature_view(scan, f, options):
                    f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
 
 def firing_panels(scan, d, options):
-    """Those of where it fires."""
+    """The panels of a live feature: where it fires, and how strongly."""
     peak = lambda c: number(c['acts'][c['peak']])
     signed = ', by magnitude' if scan.site == 'stream' else ''
     yield heading('Activations', f"{d['count']:,} of them{signed}")
@@ -308,7 +320,7 @@ def feature_timeline_view(scan, f, options):
 
 def prompt_view(scan, options):
     yield bold(f'SAE of block {scan.layer}: the {options.top} strongest features of each token')
-    yield dim('activation, its bar of the largest in the scan, and what it fires on\n')
+    yield dim('bar and activation, full: the largest in the scan; what the feature fires on\n')
     cells = []
     for token, features in options.prompt_tokens:
         word = Text(caption(scan.names[token]))
@@ -355,7 +367,7 @@ def plot_view(options):
     yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
 
 def why_numbers(options):
-    """Of --why=true: explain.why_token, with its target as text, answer."""
+    """The numbers of --why=true: those of why_token, and answer, its target as text."""
     layers, run = [scan.layer for scan in options.of_layer(options.index)], options.run
     target = run.tokenizer.encode(options.target, allowed_special='all')
     d = explain.why_token(run.model, encode(run, prompt_text(options)), target, layers)
@@ -386,7 +398,7 @@ def why_feature_view(scan, f, options):
     yield from effects(d, 'its activation', options.index)
 
 def effects(d, what, index):
-    """Of what, the numbers d of explain.py."""
+    """The tables of d, numbers of explain.py. what: the measure, in words."""
     tried = 'all'
     if len(d['effects']) < d['active']:
         tried = f"the {len(d['effects'])} with the largest gradient times activation"
@@ -432,10 +444,10 @@ def trace_view(scan, f, options):
 
 def sorted_view(scan, options):
     some = in_order(scan, options.sort)[:options.rows]
-    yield from feature_table(f'SAE of block {scan.layer}', f'live features by {options.sort}',
-                             ('coherence', 'entropy', 'density'), [
-        (scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), *ranked(scan, f)[1:])
-        for f in some])
+    rows = [(bold(name(scan, f)), f'{scan.coherence[f]:.2f}'.replace('nan', '-'),
+             *ranked(scan, f)[1:], words_of(scan, f) or captions(scan, f)) for f in some]
+    yield heading(f'SAE of block {scan.layer}', f'live features by {options.sort}')
+    yield table_of(('feature', 'coherence', 'entropy', 'density', 'words, or fires on'), rows)
 
 def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
@@ -445,8 +457,8 @@ def find_view(scan, options):
     rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
              f'{f1[f]:.3f}')
             for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-    yield from feature_table('Features', 'precision: of its firings, in a match; recall: of '
-                             'the matches', ('fires', 'precision', 'recall', 'F1'), rows)
+    yield from feature_table('Features', 'precision: its firings in a match; recall: matches '
+                             'where it fires', ('fires', 'precision', 'recall', 'F1'), rows)
     if not rows:
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
@@ -465,9 +477,10 @@ def probe_view(scan, options):
         rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
     yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
     scores, best = found['features']
-    yield from feature_table('The best feature of each label', 'k=1', ('alone', 'label'), [
+    yield from feature_table('The best feature of each label', 'k=1, first split',
+                             ('alone', 'label'), [
         (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-        for (label, f), score in zip(best.items(), scores['B', 1].mean(1))])
+        for (label, f), score in zip(best.items(), scores['B', 1][:, 0])])
 
 # --------------------------------------------------------------------------------------------------
 # HTML and export
@@ -511,9 +524,12 @@ def page(options):
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
     temporary = Path(f'{options.html}.tmp')  # written whole or not at all
-    temporary.write_bytes(text)
-    temporary.replace(options.html)
-    yield f'{len(features):,} features -> {options.html}, {len(text) / 1e6:.1f} MB'
+    try:
+        temporary.write_bytes(text)
+        temporary.replace(options.html)
+    finally:
+        temporary.unlink(missing_ok=True)
+    yield f'features: {len(features):,} -> {options.html}, {len(text) / 1e6:.2f} MB'
 
 def for_page(scan, context):
     """[text, (text, activation, is it the peak), text, ...], where, times."""
@@ -528,8 +544,9 @@ def for_page(scan, context):
 def export(options):
     yield from export_saes(options.run, Path(options.export))
 
-# the options that choose it, in alphabetical order: the view, and what it shows one by one: the
-# SAEs of the index or of the timelines, the features that an option names; None: all at once
+# {the options that choose it, in alphabetical order: (the view, what it is called for)}. It is
+# called once for each SAE of the index or of the timelines, or for each feature that the named
+# option lists; None: once
 VIEWS = {
     '': (overview, 'index'),
     'export': (export, None),
@@ -573,8 +590,8 @@ def look(options):
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
-    options.console = screen()
-    options.labels = read_labels(options.probe) if options.probe else None   # or it says so, first
+    if options.probe:
+        options.labels                       # before a scan: a bad file is said at once
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")

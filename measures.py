@@ -95,9 +95,10 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
     """
     How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
     texts to train on -> {(protocol, k): held-out accuracy (classes, splits)} for columns, and
-    {class: its best column by protocol B}. Columns are ranked on the training part by the
-    difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the standard
-    deviation, A (SAEBench) does not. Of two classes one is probed.
+    {class: its best column by protocol B on the first split}. Columns are ranked on the training
+    part by the difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the
+    standard deviation, so that loud features have no advantage; A (SAEBench) does not. Of two
+    classes one is probed.
     """
     classes = np.unique(y)
     classes = classes[1:] if len(classes) == 2 else classes

@@ -31,11 +31,11 @@ DEFAULTS = dict(
     prompt='',            # after the end-of-text token, with which every document begins
     prompt_file='',       # or the prompt is what this file holds
     num_samples=1,        # the first from `seed`, the second from seed + 1, ...
-    max_new_tokens=200,
+    max_new_tokens=200,   # of each text
     temperature=0.8,      # 0: always the likeliest token
     top_k=200,            # only among the top_k likeliest; 0: among all
     stop=False,           # end a text where the model does, with its end-of-text token
-    seed=1337,
+    seed=1337,            # of the first text
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
     compare=False,        # steered and unsteered text side by side
@@ -127,7 +127,8 @@ def measure(model, tokens, n_prompt, features):
     """The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for
     each (block, feature) the share of these tokens on which it fires]."""
     losses, values, indices = read(model, tokens)
-    code = dense(values, indices, model.config.n_features)[:, n_prompt:]     # (S, n, F)
+    values, indices = values[:, n_prompt:], indices[:, n_prompt:]            # (S, n, K)
+    code = dense(values, indices, model.config.n_features)                   # (S, n, F)
     shares = dict(zip(model.saes(), (code != 0).float().mean(1).tolist()))
     return [losses[n_prompt - 1:].mean().item(), *(shares[i][f] for i, f in features)]
 
@@ -175,7 +176,7 @@ def write_samples(options):
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
     for i, f in steered:
         place = model.saes()[i].site.place
-        print(f"L{i}.F{f}, {place} {i}: {usual_activation(run, i, f)}")
+        print(f"L{i}.F{f}, {place} {i}:\n  {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
     titled = steer or options.num_samples > 1
     if options.compare:

@@ -42,9 +42,11 @@ def val_of(run, wanted):
 
 def scan_val(run, wanted, key):
     """
-    Reads about `wanted` tokens of val, in windows of block_size -> the arrays of index.npz: tokens
-    (N,); all else as JSON, with the checkpoint's key; and of each SAE, beside token_statistics,
-    concepts and writing, L<block>.
+    Reads about `wanted` tokens of val, in windows of block_size -> the arrays of index.npz:
+      tokens (N,)
+      meta                     all else, as JSON; key, the checkpoint's, is in it
+    and of the SAE of each block, as L<block>.name, fvu, what token_statistics, concepts and writing
+    return, and
       features, values (N, K)  which are active on each token, F where a slot is not; how strongly
       order (N * K,)           the slots n * K + k sorted by feature: where each one fires
       max, rank (F,)           largest activation; place by entropy, of equals the densest first
@@ -67,7 +69,8 @@ def scan_val(run, wanted, key):
         by_entropy = np.lexsort((-count, found['entropy']))                  # nan comes last
         found['rank'] = np.where(count > 0, by_entropy.argsort() + 1, 0)
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
-    site, eot = model.saes()[layer].site, run.meta['eot']
+    (site,) = {sae.site for sae in model.saes().values()}
+    eot = run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(model.saes()),
                 site=site.name, place=site.place, F=F, K=features.shape[1], T=T, N=len(tokens),
@@ -77,9 +80,12 @@ def scan_val(run, wanted, key):
 
 @torch.no_grad()
 def writing(model, layer):
-    """Of the features of the SAE in that block up, down (F, 10): the next tokens that each promotes
-    and suppresses, in logits a unit; near (F, 5): those that write most like it, by cosine; and
-    these numbers, as name_value."""
+    """
+    Of the features of a block's SAE
+      up, down (F, 10)   the next tokens that each promotes and suppresses
+      near (F, 5)        the features that write most like it
+    and up_value, down_value (logits a unit of activation), near_value (cosine).
+    """
     wte = model.transformer.wte.weight[:model.config.vocab_size].float()     # (V, C)
     writes = model.writes(layer).float()                                     # (F, C)
     unit = normalize(writes, dim=-1)
@@ -101,8 +107,8 @@ def concepts(count, N, pairs, tokens, names):
     """
     What makes features nameable, found without labels or a judge: of each that fires 20 times or
     more and on at most 2 % of N positions, the words on which it fires far more often than they
-    occur, and how far these keep company. count (F,); pairs: those of token_pairs; tokens (n,): a
-    text, in which words meet; names (V,) bytes ->
+    occur, and how far these keep company. count (F,); pairs: f, token, times (P,), as of
+    token_pairs; tokens (n,): a text, in which words meet; names (V,) bytes ->
       words (F, 8)     token types of three letters or more, on which it fires 3 times or more, by
                        count * log(share of its firings / share of all tokens), one a stem; -1: none
       coherence (F,)   mean over pairs of words of NPMI = log(p_ab / p_a p_b) / -log p_ab in windows
@@ -122,18 +128,19 @@ def concepts(count, N, pairs, tokens, names):
     f, token, times = (x[is_word[pairs[1]]] for x in pairs)
     score = times * np.log(times / count[f] / often[token])
     tells = (times >= 3) & (score > 0) & (count[f] >= 20) & (count[f] <= 0.02 * N)
-    order, stems = np.lexsort((-score, f)), {}               # {feature: {stem: its best pair}}
+    order = np.lexsort((-score, f))                          # by feature, the best word first
+    stems = {}                                               # {feature: {stem: its best pair}}
     for pair in order[tells[order]].tolist():
         stem = names[token[pair]].strip().lower()[:5]
         stems.setdefault(f[pair], {}).setdefault(stem, pair)
     words = np.full((len(count), 8), -1, np.int32)
     coherence = np.full(len(count), np.nan, np.float32)
     told = np.zeros(len(count), np.float32)
-    for f, best in stems.items():
-        best = list(best.values())[:8]
+    for feature, by_stem in stems.items():
+        best = list(by_stem.values())[:8]
         chosen = token[best]
-        words[f, :len(chosen)] = chosen
-        told[f] = score[best].sum() / count[f]
+        words[feature, :len(chosen)] = chosen
+        told[feature] = score[best].sum() / count[feature]
         if len(chosen) >= 4:
             present = np.stack([windows_with(word) for word in chosen]).astype(np.float32)
             joint = present @ present.T / len(present[0])                    # (n, n)
@@ -141,7 +148,7 @@ def concepts(count, N, pairs, tokens, names):
             with np.errstate(divide='ignore', invalid='ignore'):
                 npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
             npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
-            coherence[f] = npmi[np.triu_indices(len(chosen), 1)].mean()
+            coherence[feature] = npmi[np.triu_indices(len(chosen), 1)].mean()
     return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2)
 
 def coherence_curve(scan, timeline):
@@ -181,8 +188,8 @@ def words_of(scan, f):
     return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
 def read_index(arrays):
-    """The arrays of scan_val as attributes, {block: the scan of its SAE}, with layer, and first
-    (F,): where in order a feature begins. {} where they are missing or of another version."""
+    """The arrays of scan_val -> {block: the scan of its SAE}, in which each array is an attribute.
+    Added: layer, and first (F,): where in order a feature begins. {} for none, or an older one."""
     meta = json.loads(str(arrays.get('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
@@ -267,7 +274,8 @@ def feature_numbers(scan, f, seed):
       hist          of its activations, from 0 to max
       intervals     (low, high, share of the firings, a context or None), eighths of that
       joint         the features that fire with it: positions with both / with either
-      concept_rank  its place among the features that have coherence, which are `concepts`
+      coherence     None with fewer than four words
+      concept_rank  its place among the `concepts` features that have coherence
     """
     where, acts = firings(scan, f)                                           # (P,), (P,)
     size, count, largest = np.abs(acts), len(where), float(scan.max[f])
@@ -278,7 +286,7 @@ def feature_numbers(scan, f, seed):
     eighth = np.minimum(INTERVALS * size / (largest or 1), INTERVALS - 1).astype(int)  # (P,)
     intervals = []
     for j in reversed(np.unique(eighth).tolist()):
-        some = drawn[eighth[drawn] == j][-1:]                # the last: random has the first
+        some = drawn[eighth[drawn] == j][-1:]                # the last: `random` shows the first
         example, = contexts(scan, where, acts, some, 1) or [None]
         intervals.append((j * largest / INTERVALS, (j + 1) * largest / INTERVALS,
                           float(np.mean(eighth == j)), example))
@@ -326,13 +334,15 @@ def find(scan, pattern):
     Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
     the share of matches on some token of which it fires; and the numbers of matches and of tokens
     with any byte inside one. pattern: a compiled regular expression. It sees one document at a
-    time, and where a window cuts that, a character 0: there is no line's beginning or end.
+    time; where a window cuts it, a character 0 stands for the unknown, so that no line begins or
+    ends there.
     """
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
     n_bytes = lambda text: len(text.encode('utf-8', 'surrogateescape'))
     starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))
     for start, end in zip(starts, [*starts[1:], scan.N]):
-        pieces, before = [scan.names[token] for token in scan.tokens[start:end].tolist()], '\0'
+        pieces = [scan.names[token] for token in scan.tokens[start:end].tolist()]
+        before = '\0'                                        # the unknown
         if scan.tokens[start] == scan.eot:
             pieces[0], before = b'', ''
         after = '\0' if end % scan.T == 0 else ''            # else an end-of-text token is there

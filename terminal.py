@@ -136,6 +136,7 @@ def paragraph(console, scan, context, largest):
 def one_line(scan, context, largest, width):
     """A context cut to one line, the peak at the same column in all: to be read downwards."""
     text, begin = shaded(scan, context, largest)
+    width = max(width, 10)                   # a narrower one has no room for a context
     column = width * 2 // 5
     while cell_len(text.plain[:begin]) > column:
         text, begin = text[1:], begin - 1

@@ -7,7 +7,7 @@ often are nudged; evals ask what is lost without the features; checkpoints are a
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
 on 8 GPUs of one node:       $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
-on 2 nodes of 8, the first:  $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \
+on 2 nodes of 8, the first:  $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 \\
       --master_addr=IP train.py config/sae_gpt.py --batch_size=8 --gradient_accumulation_steps=64
 go on where a run stopped:   $ python train.py config/sae_gpt.py --init_from=resume
 
@@ -52,8 +52,7 @@ from sae import SITES, blend_alpha
 # a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
 # I/O
 out_dir = 'out'
-init_from = 'scratch'     # 'scratch', 'resume' (go on in out_dir), or another run's out_dir to
-                          # take weights from
+init_from = 'scratch'     # 'scratch', 'resume' (in out_dir), or weights of another run's out_dir
 eval_interval = 250       # steps; evaluates, and takes a snapshot of the features
 save_interval = 250       # steps; saves a checkpoint. The last step is always evaluated and saved
 eval_tokens = 1_048_576   # of val, the same ones each time
@@ -64,7 +63,7 @@ wandb_project = 'sae-gpt'
 # data
 dataset = 'fineweb'       # a folder of data/, or a path
 batch_size = 16           # sequences in a micro-batch
-gradient_accumulation_steps = 32 # micro-batches a step, over all ranks together
+gradient_accumulation_steps = 32  # micro-batches a step, over all ranks together
 # model: the keys of GPTConfig in model.py, with its defaults; vocab_size is the data's
 model_keys = [key for key in asdict(GPTConfig()) if key != 'vocab_size']
 globals().update({key: getattr(GPTConfig(), key) for key in model_keys})

@@ -192,8 +192,8 @@ def test_usual_activation(capsys, run):
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
     features.save_npz(path, arrays | dict(probed=200))
     out = printed(capsys, run, '--steer=L2.F7=4')
-    assert ('L2.F7, on the residual stream after block 2: usually 2.5 where it fires, on 2.50 % of '
-            'tokens') in out
+    assert ('L2.F7, on the residual stream after block 2:\n'
+            '  usually 2.5 where it fires, on 2.50 % of tokens\n') in out
     path.write_bytes(b'torn')
     assert 'usual activation is not known' in printed(capsys, run, '--steer=L2.F7=4')
 
