@@ -1,7 +1,5 @@
 """
 train.py on two ranks (gloo, CPU): they compute what one computes, and when one fails nobody hangs.
-
-    python -m pytest tests/test_ddp.py            --slow: also torchrun itself, and a slow save
 """
 import os
 import signal

@@ -1,8 +1,6 @@
 """
 features.py against brute force: every number is computed again here, by loops over the positions of
 a tiny random model, from nothing but what the model returns. Offline, on a CPU.
-
-    python -m pytest tests/test_features.py
 """
 import copy
 import functools
@@ -130,8 +128,7 @@ def brute(out, n_tokens):
 def truth(out, index):
     return brute(out, index[1].N)
 
-# --------------------------------------------------------------------------------------------------
-# the scan
+# ----------------------------------------------------------------------------------------- the scan
 
 def check_scan(index, windows, fires):
     """Every statistic and every context of every feature."""
@@ -304,8 +301,7 @@ def test_find_at_the_edges(regex, tokens):
     precision, _, _, n = scanning.find(scan, re.compile(regex, re.M))
     assert np.flatnonzero(precision).tolist() == tokens and n == len(tokens)
 
-# --------------------------------------------------------------------------------------------------
-# the one reader of a text
+# ------------------------------------------------------------------------- the one reader of a text
 
 def test_encode(out):
     """One end-of-text before every text; the word itself is the token."""
@@ -335,8 +331,7 @@ def test_read_against_one_pass_a_token(n, block_size):
             loss = cross_entropy(logits[0, -1:], torch.tensor(tokens[t + 1:t + 2]))
             torch.testing.assert_close(losses[t], loss, atol=1e-4, rtol=1e-4)
 
-# --------------------------------------------------------------------------------------------------
-# concepts
+# ----------------------------------------------------------------------------------------- concepts
 
 def test_concepts_by_brute_force():
     """Words, coherence and value as a concept against loops; features that fire too rarely, or on
@@ -382,8 +377,7 @@ def test_by_concept():
                                            [10, 11, 12, 13]]))
     assert scanning.by_concept(scan) == [0, 2]
 
-# --------------------------------------------------------------------------------------------------
-# probe
+# -------------------------------------------------------------------------------------------- probe
 
 def test_logistic_is_the_least_cost():
     """No other weights cost less: the cost is convex, so near ones are enough."""
@@ -432,8 +426,7 @@ def test_pooled_codes_by_brute_force(out):
             want = code[1:].mean(0).numpy()
             np.testing.assert_allclose(got[name][n::4], want[None].repeat(40, 0), 1e-3, 1e-4)
 
-# --------------------------------------------------------------------------------------------------
-# timeline
+# ----------------------------------------------------------------------------------------- timeline
 
 def snapshots(folder, F=12):
     """
@@ -502,8 +495,7 @@ def test_timeline(tmp_path):
     mean = np.nanmean(found['coherence'])
     assert scanning.coherence_curve(scan, t)[-1] == pytest.approx(mean)
 
-# --------------------------------------------------------------------------------------------------
-# the index
+# ---------------------------------------------------------------------------------------- the index
 
 def test_index_follows_the_checkpoint(tmp_path, capsys):
     """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
@@ -602,8 +594,7 @@ def test_two_viewers_scan_one_run(tmp_path, monkeypatch, capsys):
     assert said.count('reading') == 2 and 'cannot be written' not in said
     assert not list(out.glob('*.tmp'))
 
-# --------------------------------------------------------------------------------------------------
-# text
+# --------------------------------------------------------------------------------------------- text
 
 def harmless(text):
     """No control character but the line break, nothing invisible or direction-changing."""

@@ -1,8 +1,6 @@
 """
 Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches the
 user. Seeded: a failure names its case and comes again.
-
-    python -m pytest tests/test_fuzz.py             --slow: also damaged files, and more of each
 """
 import random
 import shutil

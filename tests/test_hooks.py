@@ -1,8 +1,6 @@
 """
 The model under other people's tools: a layer's output and code are the output of an ordinary
 module, transformer.h.<block>.sae, so that hooks read and set a feature.
-
-    python -m pytest tests/test_hooks.py
 """
 import pytest
 import torch

@@ -1,8 +1,6 @@
 """
 The viewer: what its views print of the numbers that test_features.py checks; screens of all kinds,
 tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU.
-
-    python -m pytest tests/test_inspect.py
 """
 import copy
 import functools
@@ -38,8 +36,7 @@ def look(capsys, out, *argv):
     assert max(cell_len(line) for line in text.splitlines() if '--out_dir' not in line) <= 80
     return text
 
-# --------------------------------------------------------------------------------------------------
-# views
+# -------------------------------------------------------------------------------------------- views
 
 @pytest.mark.parametrize('argv', (
     [], ['--rows=0'], ['--feature=L2.F5'], ['--feature=L1.F3,L2.F9', '--effect=4'],
@@ -186,8 +183,7 @@ def test_torn_and_foreign_snapshots(out, index, tmp_path, capsys):
     shutil.copy(out / 'index.npz', tmp_path)                 # of a model with more features
     assert 'are of another model' in refused(capsys, view, f'--out_dir={tmp_path}', '--feature=3')
 
-# --------------------------------------------------------------------------------------------------
-# screens
+# ------------------------------------------------------------------------------------------ screens
 
 def test_colours_on_a_terminal(out, index, monkeypatch, capsys):
     """Shades, no bars, hostile markup unparsed; without colour the same text, with bars."""
@@ -218,8 +214,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     assert re.search(f"\n  python inspect_features.py --out_dir='{out}' --feature=L1.F\\d+\n", text)
     assert f"--out_dir='{out}' --steer=L1.F3=" in look(capsys, out, '--feature=3')
 
-# --------------------------------------------------------------------------------------------------
-# errors
+# ------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize('argv, sentence', (
     (['--layer=0'], 'layer=0 has no SAE; block 1, 2 has one'),
@@ -256,8 +251,7 @@ def test_no_checkpoint(tmp_path, capsys):
     assert 'no checkpoint in' in refused(capsys, view, f'--out_dir={tmp_path}')
     assert capsys.readouterr() == ('', '') # that sentence is all
 
-# --------------------------------------------------------------------------------------------------
-# HTML and export
+# ---------------------------------------------------------------------------------- HTML and export
 
 @pytest.fixture(scope='module')
 def page(out, index, tmp_path_factory):

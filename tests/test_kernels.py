@@ -2,8 +2,6 @@
 kernels.py against float64 oracles: the selection exactly, values and gradients of the layer, the
 MLP and the loss; and what they promise of ties, NaN, empty slots, memory, equal bits, compilation.
 
-    python -m pytest tests/test_kernels.py
-
 On a GPU at real sizes too. Without one, test_under_interpreter runs this file again, in a second
 process (conftest.py), in Triton's interpreter: it takes a minute, the rest seconds.
 """

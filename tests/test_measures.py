@@ -1,7 +1,5 @@
 """
 measures.py: by brute force on tiny cases.
-
-    python -m pytest tests/test_measures.py
 """
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """
 The GPT with its SAE layers. The KV cache is tested in test_sample.py.
-
-    python -m pytest tests/test_model.py            --slow: also compiles with inductor (a minute)
 """
 import math
 import os

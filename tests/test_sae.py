@@ -1,8 +1,6 @@
 """
 The SAE layer alone: metrics, losses, interventions, revival of silent features, schedules. CPU,
 seconds. Its equations and gradients are compared in test_model.py.
-
-    python -m pytest tests/test_sae.py
 """
 import math
 
@@ -29,8 +27,7 @@ def make(site='resid', **changes):
 def inputs(width=C):
     return torch.randn(2, 8, width, generator=torch.Generator().manual_seed(1)) # (B, T, width)
 
-# --------------------------------------------------------------------------------------------------
-# what goes through
+# -------------------------------------------------------------------------------- what goes through
 
 def test_layer_metrics_by_hand():
     """L0, on how many tokens each feature fired, and FVU, |h - y|^2 / |h - mean|^2, equal loops
@@ -102,8 +99,7 @@ def test_another_selection_rule():
     sae.select = lambda a, score, k: (a, torch.arange(F).expand(a.shape))
     torch.testing.assert_close(sae(x)[0], want)
 
-# --------------------------------------------------------------------------------------------------
-# training
+# ----------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize('site', SITES)
 def test_reconstruction_loss(site):

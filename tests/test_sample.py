@@ -2,8 +2,6 @@
 sample.py: steering is the affine edit that it claims to be, with and without the KV cache, at all
 five sites; what is printed is safe, and true; every bad input is one sentence. How a text is read
 is tested in test_features.py. A random tiny model, offline, on a CPU.
-
-    python -m pytest tests/test_sample.py
 """
 import re
 import unicodedata
@@ -31,8 +29,7 @@ def printed(capsys, out_dir, *args):
     sample.main([f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=12', *args])
     return capsys.readouterr().out
 
-# --------------------------------------------------------------------------------------------------
-# steering
+# ----------------------------------------------------------------------------------------- steering
 
 def test_parse_steering():
     model = make_model()
@@ -110,8 +107,7 @@ def test_cache_equals_recomputation(site, n):
         idx.append(torch.multinomial(p, 1, generator=generator).item())
     assert got == idx
 
-# --------------------------------------------------------------------------------------------------
-# what is printed
+# ---------------------------------------------------------------------------------- what is printed
 
 def text_of(out, prompt):
     """What is printed of a sample after a prompt, a token that is not shown."""
@@ -208,8 +204,7 @@ def test_hostile_text(capsys, run):
         assert more or '\u241b[31m[red][/x]:smile:<U+202E><U+200D>宽' in out
     assert max(map(cell_len, out.splitlines())) <= 80 # of the two columns
 
-# --------------------------------------------------------------------------------------------------
-# errors
+# ------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize('arg, part', [
     ('--temperature=-1', 'temperature=-1.0'), ('--temperature=1e-9', 'temperature=1e-09'),

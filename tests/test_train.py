@@ -2,8 +2,6 @@
 train.py from end to end on one rank. Each run is a process of its own (runs.py) of 8 steps. The one
 that nobody disturbed is the fixture `whole`; all that goes wrong must end in the same weights,
 optimizer, SAE state and logged numbers.
-
-    python -m pytest tests/test_train.py            --slow: also 2 x 20 kills at random moments
 """
 import json
 import math

@@ -1,8 +1,6 @@
 """
 What made the model say it (explain.py) against the plain way: each feature steered off by hand, and
 the whole model run again. And its views. Tiny random models, offline, on a CPU.
-
-    python -m pytest tests/test_why.py
 """
 import copy
 import re
@@ -120,8 +118,7 @@ def test_trace_by_brute_force(run, index):
     few = explain.trace(model, scan, above, f, seed=0, n=2)
     assert few['windows'] == 2 and few['positions'] < len(where)
 
-# --------------------------------------------------------------------------------------------------
-# views
+# -------------------------------------------------------------------------------------------- views
 
 def test_why_view(out, run, index, capsys):
     d = explain.why_token(run.model, features.encode(run, TEXT), [97, 98], [1, 2])
