@@ -20,7 +20,6 @@ from rich.cells import cell_len
 import explain
 import features
 import inspect_features as view
-import sample
 import scanning
 from conftest import ROOT
 from model import load_checkpoint, load_model
@@ -124,21 +123,18 @@ def test_numbers_keep_three_or_four_digits():
 
 TEXT = 'ab c\n' * 12 + '<|endoftext|>[red] 漢字 b' # more than one window
 
-def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
-    """The same tokens, features and activations; test_sample.py has a plain forward pass."""
+def test_prompt_view(out, index, tmp_path, capsys):
+    """The strongest features of each token, as test_features.py has them read."""
     (tmp_path / 'text').write_text(TEXT, 'utf-8')
     text = look(capsys, out, f'--prompt_file={tmp_path}/text', '--layer=2', '--top=2')
-    viewer = re.findall(r'[▁▂▃▄▅▆▇█] +(\S+)  (L2\.F\d+) ', text)
-    sample.main([f'--out_dir={out}', '--device=cpu', f'--prompt={TEXT}', '--show_features=2',
-                 '--max_new_tokens=1'])
-    text = capsys.readouterr().out.split('unsteered:\n')[1]
-    lines = [line for line in text.splitlines() if 'L2.F' in line]
-    sampler = re.findall(r'(L2\.F\d+) (\S+)', '\n'.join(lines[:-1])) # without the sampled token
+    shown = re.findall(r'[▁▂▃▄▅▆▇█] +(\S+)  L2\.F(\d+) ', text)
     run = features.open_run(out, device='cpu')
     tokens = features.encode(run, TEXT)
     assert tokens.count(run.meta['eot']) == 2 and len(tokens) > 32
-    assert [f for _, f in viewer] == [f for f, _ in sampler] and len(viewer) == 2 * len(tokens)
-    assert all(abs(float(a) - float(b)) < 0.006 for (a, _), (_, b) in zip(viewer, sampler))
+    _, values, indices = features.read(run.model, tokens)
+    want = features.dense(values[1], indices[1], index[2].F).topk(2) # all are above 0 here
+    assert [int(f) for _, f in shown] == want.indices.flatten().tolist()
+    assert [float(a) for a, _ in shown] == pytest.approx(want.values.flatten().tolist(), rel=1e-3)
 
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
@@ -246,10 +242,6 @@ def test_bad_probe_files(out, tmp_path, content, sentence, capsys):
     if content is not None:
         (tmp_path / 'p.tsv').write_text(content)
     assert sentence in refused(capsys, view, f'--out_dir={out}', f'--probe={tmp_path}/p.tsv')
-
-def test_no_checkpoint(tmp_path, capsys):
-    assert 'no checkpoint in' in refused(capsys, view, f'--out_dir={tmp_path}')
-    assert capsys.readouterr() == ('', '') # that sentence is all
 
 # ---------------------------------------------------------------------------------- HTML and export
 

@@ -18,12 +18,9 @@ import sample
 from model import load_checkpoint
 from sae import SITES
 from test_features import EOT, V, change, make_model, make_run, refused, steered
+from test_features import out as run # a fixture
 
 SETTINGS = SimpleNamespace(**sample.DEFAULTS | dict(max_new_tokens=12))
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp('run'))
 
 def printed(capsys, out_dir, *args):
     sample.main([f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=12', *args])

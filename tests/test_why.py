@@ -77,11 +77,9 @@ def test_of_many_the_promising(run, monkeypatch):
     monkeypatch.setattr(explain, 'MOST', 6)
     some = explain.why_token(run.model, tokens, [97], [1, 2])
     assert some['whole'] == every['whole'] and some['active'] == every['active'] > 6
-
     def log_p(feature, scale):
         logits, _ = steered(run.model, tokens, [feature], scale)
         return logits[-1].log_softmax(-1)[97].item()
-
     slope = {effect[1:3]: abs(log_p(effect[1:3], 1.01) - log_p(effect[1:3], 0.99))
              for effect in every['effects']}
     steepest = sorted(slope, key=slope.get)[-6:]
