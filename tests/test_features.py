@@ -1,7 +1,4 @@
-"""
-features.py against brute force: every number is computed again here, by loops over the positions of
-a tiny random model, from nothing but what the model returns. Offline, on a CPU.
-"""
+"""features.py by brute force, from nothing but what a tiny random model returns. Offline."""
 import copy
 import functools
 import itertools
@@ -85,10 +82,10 @@ def open_aloud(capsys, out, *args):
     index = open_index(out, *args)
     return capsys.readouterr().err, index[1]
 
-def refused(capsys, script, *argv):
+def refused(capsys, script, out, *argv):
     """The one sentence with which a script refuses its arguments."""
     with pytest.raises(SystemExit) as e:
-        script.main(list(argv))
+        script.main([f'--out_dir={out}', *argv])
     said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
     assert e.value.code not in (0, None) and said.startswith('error: ') and '\n' not in said
     return said
@@ -296,27 +293,24 @@ def test_find_at_the_edges(regex, tokens):
 # ----------------------------------------------------------------------------------------- concepts
 
 def test_concepts_by_brute_force():
-    """Words, coherence and value as a concept against loops; features that fire too rarely, or on
-    more than 2 % of the tokens, have none."""
+    """Features that fire too rarely, or on more than 2 % of the tokens, have none."""
     rng = np.random.default_rng(0)
     names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
     tokens = rng.integers(0, len(names), 3000)
     tokens[:1200] = 6                                        # windows without a word
     tokens[:1984][tokens[:1984] == 2] = 6                    # two that never meet
     tokens[1984:][tokens[1984:] == 3] = 6
-    count, where = np.array([50, 10, 45, 200]), []
-    for n in count:
-        where.append(np.sort(rng.choice(np.arange(1000, 3000), n, replace=False)))
+    count = np.array([50, 10, 45, 200])
+    where = [rng.choice(np.arange(1000, 3000), n, replace=False) for n in count]
     pairs = features.token_pairs(np.repeat([0, 1, 2, 3], count)[:, None],
                                  tokens[np.concatenate(where)], 4, len(names))
     got = scanning.concepts(count, len(tokens), pairs, tokens, names)
     assert np.isnan(got['coherence'][[1, 3]]).all() and (got['words'][[1, 3]] == -1).all()
     windows = [set(tokens[i:i + 64].tolist()) for i in range(0, 3000, 64)]
     for f in (0, 2):
-        fires = tokens[where[f]].tolist()
-        words = [v for v in set(fires) if v not in (5, 6)]
-        score = {v: fires.count(v) * math.log(fires.count(v) / count[f] / np.mean(tokens == v))
-                 for v in words if fires.count(v) >= 3}
+        fires = Counter(tokens[where[f]].tolist())
+        score = {v: n * math.log(n / count[f] / np.mean(tokens == v))
+                 for v, n in fires.items() if n >= 3 and v not in (5, 6)}
         best = {} # one a stem
         for v in sorted(score, key=lambda v: (-score[v], v)):
             if score[v] > 0:
@@ -334,9 +328,8 @@ def test_concepts_by_brute_force():
 
 def test_by_concept():
     """Of features with more than half of their words in common one."""
-    scan = SimpleNamespace(concept=np.array([0.2, np.nan, 0.15, 0.1, -0.1]),
-                           words=np.array([[1, 2, 3, 4], [-1] * 4, [5, 6, 7, 8], [5, 6, 7, 9],
-                                           [10, 11, 12, 13]]))
+    scan = SimpleNamespace(concept=np.array([0.2, np.nan, 0.15, 0.1, -0.1]), words=np.array([
+        [1, 2, 3, 4], [-1] * 4, [5, 6, 7, 8], [5, 6, 7, 9], [10, 11, 12, 13]]))
     assert scanning.by_concept(scan) == [0, 2]
 
 # -------------------------------------------------------------------------------------------- probe
@@ -369,8 +362,7 @@ def test_probe_finds_what_holds_the_label():
 
 @torch.no_grad()
 def test_pooled_codes_by_brute_force(out):
-    """Texts of all lengths, in several batches, as if each were read alone, by the blocks up to the
-    SAE; end-of-text does not count."""
+    """Texts of all lengths in batches, as if each were read alone; end-of-text does not count."""
     run = features.open_run(out, device='cpu')
     texts = ['ab', 'cc c' * 9, 'a' * 25, 'b']
     got = measures.pooled_codes(run, 1, texts * 40, 3)
@@ -391,11 +383,8 @@ def test_pooled_codes_by_brute_force(out):
 # ----------------------------------------------------------------------------------------- timeline
 
 def snapshots(folder, F=12):
-    """
-    features/*.npz as in training, of layer 1, and the same without W_dec, as at site stream, of
-    layer 2. More and more features fire on their final tokens, and write what they will write;
-    feature 2 is silent. Returns layer 1 of each.
-    """
+    """features/*.npz of layer 1, which is returned, and of 2 without W_dec, as at stream. More and
+    more features fire on their final tokens, and write their final rows; feature 2 is silent."""
     rng, found = np.random.default_rng(0), []
     final = rng.standard_normal((F, 6))
     draw = lambda: dict(top_tokens=np.stack([np.append(rng.permutation(16)[:7], -1)
@@ -419,8 +408,7 @@ def snapshots(folder, F=12):
     return found
 
 def test_timeline(tmp_path):
-    """A feature's; and of all the live share, the settled, median entropy, and coherence of those
-    tokens that a snapshot holds."""
+    """A feature's; and of all the live share, the settled, median entropy, and coherence."""
     cosine = lambda a, b: a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
     want = snapshots(tmp_path)
     for again in range(2): # built, then from timeline.npz
@@ -588,9 +576,8 @@ def test_tokens_are_safe():
             assert harmless(text) and '\n' not in text and (text or not raw)
         assert len(features.caption(raw)) <= 16
     for raw, text in ((b'\x1b[31m', '␛[31m'), (b'a\nb\t', 'a⏎b⇥'), (b'\xe6\xbc', '<0xE6><0xBC>'),
-                      (b'[red]', '[red]'), ('漢字'.encode(), '漢字'), (b'\x7f', '␡'),
-                      ('\u202e'.encode(), '<U+202E>'),
-                      ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
+                      ('\u202e'.encode(), '<U+202E>'), (b'[red]', '[red]'), (b'\x7f', '␡'),
+                      ('漢字'.encode(), '漢字'), ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
         assert features.safe(raw) == text
     assert features.safe(b'a\n\t\r', keep='\n\t') == 'a\n\t␍'
     for raw, text in ((b'  a ', '··a·'), (b'   ', '···'), (b'', '(none)'),

@@ -1,7 +1,5 @@
-"""
-The model under other people's tools: a layer's output and code are the output of an ordinary
-module, transformer.h.<block>.sae, so that hooks read and set a feature.
-"""
+"""The model under other people's tools: a layer's output and code are the output of an ordinary
+module, transformer.h.<block>.sae, so that hooks read and set a feature."""
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
-"""
-The viewer: what its views print of the numbers that test_features.py checks; screens of all kinds,
-tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU.
-"""
+"""The viewer: what its views print of the numbers that test_features.py checks; screens of all
+kinds, tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU."""
 import copy
 import functools
 import html
@@ -52,8 +50,7 @@ def test_sites(site, tmp_path, capsys):
     assert ('Across layers' in text) == (site == 'stream') != ('Nearest' in text)
     look(capsys, out, f'--html={tmp_path}/page.html', '--feature=3')
     if site == 'hidden':
-        assert 'site hidden is no TopK autoencoder' in refused(
-            capsys, view, f'--out_dir={out}', f'--export={tmp_path}/e')
+        assert 'is no TopK auto' in refused(capsys, view, out, f'--export={tmp_path}/e')
 
 def test_feature_view(out, index, capsys):
     text = look(capsys, out, '--layer=1', '--feature=7', '--examples=4', '--effect=9')
@@ -154,8 +151,8 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert line[1] == '4,000' and line[4] == str((settled[live] < 5).sum())
     assert f"{np.median(last['entropy'][live]):.2f}" in line
     assert f'{100 * live.mean():.1f}' in line
-    assert 'no checkpoint in' in refused( # whose tokens have names
-        capsys, view, f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3')
+    said = refused(capsys, view, tmp_path, '--timeline=true', '--feature=F3')
+    assert 'no checkpoint in' in said # whose tokens have names
     shutil.copy(out / 'index.npz', tmp_path)
     f = np.flatnonzero((settled < 5) & (index[1].count > 0))[0]
     text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
@@ -173,11 +170,10 @@ def test_torn_and_foreign_snapshots(out, index, tmp_path, capsys):
     bad = tmp_path / 'features/0000025.npz'
     for content in whole[:len(whole) // 2], other, whole[:200] + b'?' * 99 + whole[299:]:
         bad.write_bytes(content)
-        assert '0000025.npz is no readable snapshot of this run' in refused(
-            capsys, view, f'--out_dir={tmp_path}', '--timeline=true')
+        assert '0000025.npz is no readable' in refused(capsys, view, tmp_path, '--timeline=true')
     bad.unlink()
     shutil.copy(out / 'index.npz', tmp_path)                 # of a model with more features
-    assert 'are of another model' in refused(capsys, view, f'--out_dir={tmp_path}', '--feature=3')
+    assert 'are of another model' in refused(capsys, view, tmp_path, '--feature=3')
 
 # ------------------------------------------------------------------------------------------ screens
 
@@ -231,7 +227,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
     (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
 def test_bad_input(out, index, argv, sentence, capsys):
-    assert sentence in refused(capsys, view, f'--out_dir={out}', *argv)
+    assert sentence in refused(capsys, view, out, *argv)
 
 @pytest.mark.parametrize('content, sentence', (
     ('', 'has these texts: none; it takes two labels'),
@@ -241,7 +237,7 @@ def test_bad_input(out, index, argv, sentence, capsys):
 def test_bad_probe_files(out, tmp_path, content, sentence, capsys):
     if content is not None:
         (tmp_path / 'p.tsv').write_text(content)
-    assert sentence in refused(capsys, view, f'--out_dir={out}', f'--probe={tmp_path}/p.tsv')
+    assert sentence in refused(capsys, view, out, f'--probe={tmp_path}/p.tsv')
 
 # ---------------------------------------------------------------------------------- HTML and export
 
@@ -296,8 +292,7 @@ def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
     assert {(d['layer'], d['f']) for d in data['features']} == named
 
 def test_html_in_chromium(page, tmp_path):
-    """Renders features, within a phone's width too, searches, walks by keyboard, turns the lights
-    off; errors fail the page."""
+    """Fits a phone, searches, walks by keyboard, turns the lights off; errors fail the page."""
     names = ('chromium', 'chromium-browser', 'google-chrome')
     chromium = next(filter(None, map(shutil.which, names)), None)
     if not chromium:
@@ -338,8 +333,7 @@ setTimeout(() => parent.document.title = 'failed: ' + failed, 1000)
     done = subprocess.run(
         [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
          '--virtual-time-budget=8000', f'--user-data-dir={tmp_path}/profile', '--dump-dom',
-         f'file://{tmp_path}/page.html'], capture_output=True, text=True, encoding='utf-8',
-        timeout=120)
+         f'file://{tmp_path}/page.html'], capture_output=True, encoding='utf-8', timeout=120)
     assert re.findall('<title>(.*?)</title>', done.stdout)[:1] == ['failed: ']
     assert 'CONSOLE' not in done.stderr
 

@@ -1,6 +1,4 @@
-"""
-The GPT with its SAE layers. The KV cache is tested in test_sample.py.
-"""
+"""The GPT with its SAE layers. The KV cache is tested in test_sample.py."""
 import math
 import os
 import re
@@ -11,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from runs import at_call, no_space, same, step_in
+from runs import at_call, interrupt, no_space, same, step_in
 from sae import SITES, norm
 
 TINY = GPTConfig(block_size=16, vocab_size=50, n_layer=3, n_head=2, n_embd=16, mlp_ratio=2,
@@ -158,8 +156,7 @@ def test_init():
 
 @pytest.mark.parametrize('site', SITES)
 def test_every_parameter_is_optimised_once(site):
-    """The GPT's matrices and embedding decay; the SAE's do not, and have a learning rate of their
-    own. Each parameter is in exactly one group."""
+    """The GPT's decay; the SAE's do not, and have a learning rate of their own."""
     model = make(sae_site=site)
     groups = {g['name']: g for g in model.optimizer_groups(0.1, 3.0)}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -185,9 +182,8 @@ def test_all_problems_of_a_config_at_once():
     assert keys() == [] == GPTConfig().problems() and keys(n_head=0) == ['n_head']
     with pytest.raises(ValueError, match='n_embd=15.*sae_layers.*3'):
         GPT(replace(TINY, n_embd=15, sae_layers=(1, 3)))
-    cases = dict(sae_k=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan,
-                 sae_layers=(1, 1), n_head=16, sae_ratio=0, block_size=-1, sae_silent_steps=0,
-                 sae_cap=0.0625)
+    cases = dict(sae_k=65, n_layer=0, sae_recon=-1.0, sae_nudge=math.nan, sae_layers=(1, 1),
+                 n_head=16, sae_ratio=0, block_size=-1, sae_silent_steps=0, sae_cap=0.0625)
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
@@ -220,8 +216,8 @@ def test_compiled_equals_eager_and_compiles_once(backend, rtol):
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-def checkpoint(step, model=None):
-    model = model or make(seed=step)
+def checkpoint(step):
+    model = make(seed=step)
     return dict(model=model.state_dict(), model_args=asdict(model.config), step=step)
 
 @pytest.fixture
@@ -232,20 +228,10 @@ def saved(tmp_path):
     return tmp_path
 
 def test_checkpoint_round_trip(saved):
-    """What is saved comes back to the bit, and the one before is kept."""
+    """What is saved comes back to the bit."""
     assert same(load_checkpoint(saved), checkpoint(2))
-    assert sorted(os.listdir(saved)) == ['ckpt.pt', 'ckpt_prev.pt']
     model = load_model(load_checkpoint(saved))
     assert model.config == TINY and not model.training
-
-def test_posthoc_saes_are_spliced_in(capsys):
-    """They were saved with alpha 0; a model that is loaded computes with them, and says so."""
-    model = make()
-    for sae in model.saes().values():
-        sae.alpha.zero_()
-    loaded = load_model(checkpoint(1, model) | dict(config=dict(sae_posthoc=True)))
-    assert all(sae.posthoc and sae.alpha == 1 for sae in loaded.saes().values())
-    assert 'post hoc' in capsys.readouterr().err
 
 class Malicious:
     def __reduce__(self):
@@ -259,8 +245,7 @@ DAMAGES = dict(empty=lambda raw: b'', cut=lambda raw: raw[:-1], flipped=flip)
 
 @pytest.mark.parametrize('what', [*DAMAGES, 'missing', 'foreign', 'malicious'])
 def test_damaged_checkpoint_falls_back(what, saved, capsys):
-    """It is named, the one before is used, and that is said. A pickle that calls os.system is
-    refused, not executed."""
+    """It is named, and the one before is used. A pickle that calls os.system is not executed."""
     path, evil = saved / 'ckpt.pt', Malicious()
     evil.mark = saved / 'executed'
     if what in DAMAGES:
@@ -275,9 +260,6 @@ def test_damaged_checkpoint_falls_back(what, saved, capsys):
         torch.load(path, weights_only=False) # the trap itself works
         assert evil.mark.exists()
 
-def killed(*args):
-    raise KeyboardInterrupt
-
 # torn: ckpt.pt was torn before, and ckpt_prev.pt is the only good one
 @pytest.mark.parametrize('torn', [True, False])
 @pytest.mark.parametrize('call, n', [('os.fsync', 1), ('os.replace', 1), ('os.replace', 2)])
@@ -285,7 +267,7 @@ def test_killed_between_any_two_steps_of_a_save(call, n, torn, saved, monkeypatc
     """At each call that changes the folder: a good checkpoint is left, and saves go on."""
     if torn:
         (saved / 'ckpt.pt').write_bytes(b'torn')
-    at_call(call, n, killed, put=monkeypatch.setattr)
+    at_call(call, n, interrupt, put=monkeypatch.setattr)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(saved, checkpoint(3))
     assert step_in(saved) in ((1, 3) if torn else (2, 3))
