@@ -70,7 +70,7 @@ def test_epoch_shows_every_window_once(n):
 @pytest.mark.parametrize("n,batch_size,n_tokens", [
     (1000, 4, 320), (1000, 4, 10**9), (40, 4, 320), (17, 4, 1), (1000, 1, 16)])
 def test_eval_batches(n, batch_size, n_tokens):
-    """Disjoint windows, from the first token to the last, in batches of one shape."""
+    """Disjoint windows, from the first token to the last, in batches of one shape, or an error."""
     tokens = np.arange(n, dtype=np.uint16)
     batches = [x for x, y in eval_batches(tokens, 16, batch_size, n_tokens) if (y == x + 1).all()]
     starts = [int(row[0]) for x in batches for row in x]
@@ -78,6 +78,8 @@ def test_eval_batches(n, batch_size, n_tokens):
     assert len(starts) * 16 <= max(16, min(n_tokens, n))
     assert len({x.shape for x in batches}) == 1
     assert len(starts) == 1 or starts[-1] == n - 17
+    with pytest.raises(ValueError, match="16 tokens are too few for block_size=16, .* 17"):
+        next(eval_batches(tokens[:16], 16, batch_size, n_tokens))
 
 # ------------------------------------------------------------------------------ reading and writing
 
