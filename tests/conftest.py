@@ -26,12 +26,10 @@ def pytest_collection_modifyitems(items): # last: it waits for the run below
 
 @pytest.fixture(scope='session', autouse=True)
 def interpreted(request):
-    """test_kernels.py in Triton's interpreter, a process beside all other tests: one after the
-    other they would take too long."""
+    """test_kernels.py in Triton's interpreter, a process beside all other tests, to save time."""
     import kernels
     process = None
-    device = 'cuda' if torch.cuda.is_available() else 'cpu' # as in that run itself
-    there = kernels.available(device)
+    there = kernels.available('cuda' if torch.cuda.is_available() else 'cpu')
     wanted = request.session.items[-1].name == 'test_under_interpreter'
     if wanted and kernels.triton and not there:
         command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',

@@ -1,9 +1,7 @@
-"""
-Runs train.py for the tests, on a tiny data set. A fresh Python needs seconds to import torch, so
+"""Runs train.py for the tests, on a tiny data set. A fresh Python needs seconds to import torch, so
 the runs are children of a fork server that imported it once; each is a process of its own with a
 real exit code, and can be killed. An `accident` is called in the child before train.py starts, e.g.
-partial(at_loss, 5, kill): what goes wrong, and when.
-"""
+partial(at_loss, 5, kill): what goes wrong, and when."""
 import importlib
 import json
 import multiprocessing
@@ -55,8 +53,7 @@ def arguments(out, data, **changes):
     return [f'--{k}={v}' for k, v in (dict(out_dir=out, dataset=data) | TINY | changes).items()]
 
 def train(out, data, accident=None, ranks=1, **changes):
-    """Runs train.py with TINY and the changes -> its exit code (a list of them for ranks > 1) and
-    all it printed."""
+    """train.py with TINY and changes -> exit code (of ranks > 1 a list), and all it printed."""
     return run_script('train.py', arguments(out, data, **changes), accident, ranks)
 
 def finish(out, data, accident=None, **changes):
@@ -173,6 +170,7 @@ def raising(error, *args, **kwargs):
 
 crash = partial(raising, RuntimeError("an accident"))
 out_of_memory = partial(raising, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+interrupt = partial(raising, KeyboardInterrupt())
 no_space = partial(raising, OSError(28, "No space left on device"))
 
 def no_compiler(*args, **kwargs):

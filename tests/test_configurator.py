@@ -36,14 +36,6 @@ def test_values_understood(arg, value):
     got, key = configure(DEFAULTS, ['--' + arg]), arg.partition('=')[0]
     assert got == DEFAULTS | {key: value} and type(got[key]) is type(value)
 
-def test_home_folder(monkeypatch, tmp_path):
-    """~ is the home folder, in keys that are paths, on the command line and in a file."""
-    monkeypatch.setenv('HOME', '/home/me')
-    path = write(tmp_path / 'c.py', "dataset = '~/set'\n")
-    got = configure(DEFAULTS | {'find': ''}, [path, '--out_dir=~/runs/a', '--find=~/x'])
-    assert got['dataset'] == '/home/me/set' and got['out_dir'] == '/home/me/runs/a'
-    assert got['find'] == '~/x'
-
 @pytest.mark.parametrize('arg, expected', [
     ('n_layer=2.0', 'a whole number'), ('n_layer=two', 'a whole number'),
     ('n_layer=', 'a whole number'), ('n_layer=True', 'a whole number'),
@@ -121,13 +113,18 @@ def test_ladder_results(tmp_path):
         assert code in (1, 2) and text.startswith(f'error: {said}') and text.count('\n') == 1, text
         said = f"{write(tmp_path / 'a.json', torn)} is torn"
 
-def test_files(tmp_path):
-    """A file may import, compute, use values set so far, define, and keep _names of its own."""
+def test_files(tmp_path, monkeypatch):
+    """A file may import, compute, use values set so far, define, and keep _names of its own. ~ is
+    the home folder, in keys that are paths, in a file and on the command line."""
+    monkeypatch.setenv('HOME', '/home/me')
     a = write(tmp_path / 'a.py', "\ufeffimport math\n_half = 4\nn_layer = 2 * _half\n"
                                  "learning_rate = math.sqrt(4)\nsae_layers = [1, 2]\n")
-    b = write(tmp_path / 'b.py', "n_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n")
-    got = configure(DEFAULTS, ['--n_layer=5', a, b, '--compile=true'])
-    assert got == DEFAULTS | dict(n_layer=9, learning_rate=2.0, sae_layers=(1, 2), compile=True)
+    b = write(tmp_path / 'b.py', "n_layer = n_layer + 1\ndef f():\n    return 1\ncompile = False\n"
+                                 "dataset = '~/set'\n")
+    argv = ['--n_layer=5', a, b, '--compile=true', '--out_dir=~/a', '--find=~/x']
+    assert configure(DEFAULTS | dict(find=''), argv) == DEFAULTS | dict(
+        n_layer=9, learning_rate=2.0, sae_layers=(1, 2), compile=True, find='~/x',
+        dataset='/home/me/set', out_dir='/home/me/a')
 
 @pytest.mark.parametrize('text', ["n_layer = ", "import no_such_module", "exit()", "\x00",
                                   "yield 1", "raise SystemExit", "globals().clear(); n_layer"])

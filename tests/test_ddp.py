@@ -1,8 +1,4 @@
-"""
-train.py on two ranks (gloo, CPU): they compute what one computes, and when one fails nobody hangs.
-
-    python -m pytest tests/test_ddp.py            --slow: also torchrun itself, and a slow save
-"""
+"""train.py on two ranks (gloo, CPU): they compute what one does; when one fails nobody hangs."""
 import os
 import signal
 import subprocess
@@ -37,8 +33,7 @@ def assert_close_run(a, b):
             assert r.pop('event') == q.pop('event') and r == pytest.approx(q, rel=1e-4)
 
 def test_two_ranks_equal_one(whole, pair):
-    """2 ranks x 2 micro-batches see the batches, dropout masks and fired features of 1 rank x 4.
-    Of 3 eval batches one has 2."""
+    """In batches, dropout masks, fired features. Of 3 eval batches one rank has 2."""
     assert_close_run(whole, pair)
 
 def at_step_4(action): # its first loss
@@ -51,8 +46,7 @@ def at_step_4(action): # its first loss
     (partial(at_call, 'torch.save', 2, disk_full), 'rank 0: no checkpoint could be saved in')],
     ids=['out of memory', 'lags', 'is killed', 'has a full disk'])
 def test_all_leave_when_one_fails(what, reason, pair, tiny_data, tmp_path):
-    """The other rank leaves within rank_timeout with the reason that the first one gave; what was
-    saved is there, and the resumed run is the same."""
+    """The other one leaves in time, with the first one's reason; resumed, it is the same run."""
     begin = time.time()
     codes, text = train(tmp_path, tiny_data, what, 2, rank_timeout=2 if '2 s' in reason else 60)
     assert time.time() - begin < 30

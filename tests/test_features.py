@@ -1,9 +1,4 @@
-"""
-features.py against brute force: every number is computed again here, by loops over the positions of
-a tiny random model, from nothing but what the model returns. Offline, on a CPU.
-
-    python -m pytest tests/test_features.py
-"""
+"""features.py by brute force, from nothing but what a tiny random model returns. Offline."""
 import copy
 import functools
 import itertools
@@ -87,10 +82,10 @@ def open_aloud(capsys, out, *args):
     index = open_index(out, *args)
     return capsys.readouterr().err, index[1]
 
-def refused(capsys, script, *argv):
+def refused(capsys, script, out, *argv):
     """The one sentence with which a script refuses its arguments."""
     with pytest.raises(SystemExit) as e:
-        script.main(list(argv))
+        script.main([f'--out_dir={out}', *argv])
     said = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip()
     assert e.value.code not in (0, None) and said.startswith('error: ') and '\n' not in said
     return said
@@ -109,102 +104,93 @@ def steered(model, tokens, off=(), scale=0.0):
     set_steering(model, [(layer, f, scale, 0.0) for layer, f in off])
     logits, _, seen = model(torch.tensor([tokens]))
     set_steering(model, [])
-    z = torch.zeros(*seen.values.shape[:-1], model.config.n_features)
-    return logits[0], z.scatter_add(-1, seen.indices, seen.values)[:, 0]
+    return logits[0], features.dense(seen.values, seen.indices, model.config.n_features)[:, 0]
 
 @torch.no_grad()
 def brute(out, n_tokens):
-    """Windows of tokens (n, T), {layer: {f: [(window, t, activation), ...]}}, and the model."""
+    """Windows of tokens (n, T), {layer: codes (F, n, T)}, and the model."""
     checkpoint = load_checkpoint(out)
     model = load_model(checkpoint)
     val = np.fromfile(Path(checkpoint['dataset']) / 'val.bin', '<u2')
     windows = torch.cat([x for x, _ in eval_batches(val, T, 1, n_tokens)])
     seen = model(windows)[2]
-    fires = {i: {f: [] for f in range(sae.n_features)} for i, sae in model.saes().items()}
-    for found, values, indices in zip(fires.values(), seen.values, seen.indices):
-        for w, t, k in values.nonzero().tolist():
-            found[indices[w, t, k].item()].append((w, t, values[w, t, k].item()))
-    return windows.numpy(), fires, model
+    codes = features.dense(seen.values, seen.indices, model.config.n_features)
+    return windows.numpy(), dict(zip(model.saes(), codes.double().movedim(-1, 1).numpy())), model
 
 @pytest.fixture(scope='module')
 def truth(out, index):
     return brute(out, index[1].N)
 
-# --------------------------------------------------------------------------------------------------
-# the scan
+# ----------------------------------------------------------------------------------------- the scan
 
-def check_scan(index, windows, fires):
+def check_scan(index, windows, codes):
     """Every statistic and every context of every feature."""
-    for layer in fires:
+    for layer in codes:
         scan, order = index[layer], []
         assert (scan.N, scan.T) == (windows.size, T)
-        for f, where in fires[layer].items():
-            d = scanning.feature_numbers(scan, f, 0)
-            assert scan.count[f] == d['count'] == len(where)
-            assert d['density'] == len(where) / scan.N
-            if not where:
+        for f, z in enumerate(codes[layer]):
+            d, signed = scanning.feature_numbers(scan, f, 0), z[z != 0]
+            n, a = len(signed), abs(signed)
+            assert scan.count[f] == d['count'] == n and d['density'] == n / scan.N
+            if not n:
                 assert math.isnan(scan.entropy[f]) and scan.rank[f] == 0
                 assert not d['top'] + d['random'] + d['intervals']
                 continue
-            signed = np.array([a for _, _, a in where])
-            a = abs(signed)
-            types = Counter(int(windows[w, t]) for w, t, _ in where)
-            p = np.array(list(types.values())) / len(where)
-            order.append((scan.entropy[f], -len(where), f))
+            types = Counter(windows[z != 0].tolist())
+            p = np.array(list(types.values())) / n
+            order.append((scan.entropy[f], -n, f))
             assert d['entropy'] == scan.entropy[f] == pytest.approx(p @ np.log2(1 / p), abs=1e-5)
             assert scan.max[f] == d['max'] == pytest.approx(a.max(), rel=1e-5)
             assert d['mean'] == pytest.approx(signed.mean(), rel=1e-4, abs=1e-4 * a.mean())
-            counts = [round(share * len(where)) for _, share in d['fires_on']]
+            counts = [round(share * n) for _, share in d['fires_on']]
             assert counts == [times for _, times in types.most_common(8)]
             assert counts == [types[token] for token, _ in d['fires_on']]
             hist = np.histogram(a, scanning.BINS, (0, a.max()))[0]
             assert np.abs(hist - d['hist']).sum() <= 2 # rounding may move one across an edge
-            check_contexts(d, scan, windows, where)
+            check_contexts(d, windows, z)
         assert [scan.rank[f] for _, _, f in sorted(order)] == list(range(1, len(order) + 1))
 
-def check_contexts(d, scan, windows, where):
-    eligible = {(w, t): abs(a) for w, t, a in where if 0 < t < T - 1 and windows[w, t] != EOT}
-    best, size = {}, lambda c: abs(c['acts'][c['peak']])
-    for (w, t), a in eligible.items():
-        best[w] = max(best.get(w, 0), a)
-    want = sorted(best.values(), reverse=True)[:scanning.TOP]
+def check_contexts(d, windows, z):
+    eligible, size = np.where(windows == EOT, 0, abs(z)), lambda c: abs(c['acts'][c['peak']])
+    eligible[:, [0, -1]] = 0
+    best = eligible.max(1)
+    want = np.sort(best[best > 0])[::-1][:scanning.TOP]
     assert sum(c['times'] for c in d['top']) == len(want)
-    assert sum(c['times'] for c in d['random']) == min(scanning.RANDOM, len(best))
+    assert sum(c['times'] for c in d['random']) == min(scanning.RANDOM, (best > 0).sum())
     if len(d['top']) == len(want): # none is folded
         assert list(map(size, d['top'])) == pytest.approx(want, rel=1e-4)
     for some in (d['top'], d['random']):
         assert len({c['where'] // T for c in some}) == len(some) # one a window
-    a, drawn = np.array([abs(a) for _, _, a in where]), []
+    a, drawn = abs(z[z != 0]), []
     assert sum(share for _, _, share, _ in d['intervals']) == pytest.approx(1)
     for low, high, share, c in d['intervals']:
         end = high if high < a.max() * 0.999 else np.inf     # the largest is in the last one
         assert share == pytest.approx(np.mean((low <= a) & (a < end)), abs=1.01 / len(a))
-        assert c or sum(low <= a < end for a in eligible.values()) <= 1      # rounded, maybe
+        inside = eligible[eligible > 0]
+        assert c or ((low <= inside) & (inside < end)).sum() <= 1            # rounded, maybe
         if c:
             drawn.append(c)
             assert low * 0.999 <= size(c) <= high * 1.001
-    code = {(w, t): a for w, t, a in where}
     for c in d['top'] + d['random'] + drawn: # the text and the activations around each peak
         w, t = divmod(c['where'], T)
-        assert (w, t) in eligible
         around = range(max(0, t - scanning.SIDE), min(T, t + scanning.SIDE + 1))
-        assert c['tokens'] == windows[w, around].tolist() and c['peak'] == t - around[0]
-        want = [code.get((w, i), 0) for i in around]
-        assert c['acts'] == pytest.approx(want, rel=1e-3, abs=1e-5)
+        assert eligible[w, t] and c['peak'] == t - around[0]
+        assert c['tokens'] == windows[w, around].tolist()
+        assert c['acts'] == pytest.approx(z[w, around], rel=1e-3, abs=1e-5)
 
 @pytest.mark.parametrize('site', SITES)
 def test_scan_and_snapshot_by_brute_force(site, tmp_path):
     """At every site; the snapshot of the same windows agrees."""
     out = make_run(tmp_path, seed=1, sae_site=site)
     index = open_index(out, 40 * T)
-    windows, fires, model = brute(out, 40 * T)
-    check_scan(index, windows, fires)
+    windows, codes, model = brute(out, 40 * T)
+    check_scan(index, windows, codes)
     got = features.snapshot(model, torch.from_numpy(windows).split(7))
     assert got['probed'] == windows.size and got['layers'] == [1, 2]
     for layer, scan in index.items():
         for name in ('count', 'entropy', 'top_tokens', 'top_counts'):
             np.testing.assert_array_equal(got[f'L{layer}.{name}'], getattr(scan, name))
-        mean = [np.mean([a for _, _, a in where] or [0]) for where in fires[layer].values()]
+        mean = codes[layer].sum((1, 2)) / np.maximum(1, scan.count)
         np.testing.assert_allclose(got[f'L{layer}.mean'], mean, rtol=1e-4, atol=1e-5)
         assert (f'L{layer}.W_dec' in got) == (site != 'stream')
         if site != 'stream':
@@ -232,15 +218,15 @@ def test_equal_texts_are_folded():
         assert [(c['where'], c['times']) for c in found] == want
 
 def test_logits_and_neighbours(index, truth):
-    _, fires, model = truth
+    _, codes, model = truth
     wte = model.transformer.wte.weight[:V].detach().double().numpy()
-    for layer in fires:
+    for layer in codes:
         W = model.writes(layer).detach().double().numpy()
         unit = W / np.linalg.norm(W, axis=1, keepdims=True)
-        places = [{x[:2] for x in where} for where in fires[layer].values()]
+        on = codes[layer].reshape(len(W), -1) != 0
         for f in range(len(W)):
             d = scanning.feature_numbers(index[layer], f, 0)
-            both = np.array([len(places[f] & p) / max(1, len(places[f] | p)) for p in places])
+            both = (on[f] & on).sum(1) / np.maximum(1, (on[f] | on).sum(1))
             for name, want, n in (('up', wte @ W[f], 10), ('down', -wte @ W[f], 10),
                                   ('near', unit @ unit[f], 5), ('joint', both, 5)):
                 if name in ('near', 'joint'):
@@ -253,13 +239,13 @@ def test_logits_and_neighbours(index, truth):
 @torch.no_grad()
 def test_removal_effect(index, truth):
     """Against a model whose W_dec row is 0, which writes the same as a code of 0."""
-    windows, fires, model = truth
-    f = min(fires[1], key=lambda f: abs(len(fires[1][f]) - 100))
+    windows, codes, model = truth
+    f = np.abs((codes[1] != 0).sum((1, 2)) - 100).argmin()
     without, x = copy.deepcopy(model), torch.from_numpy(windows)
     without.saes()[1].W_dec[f] = 0
     before, after = (cross_entropy(m(x)[0][:, :-1].transpose(1, 2), x[:, 1:], reduction='none')
                      for m in (model, without))              # (n, T - 1)
-    d = np.array([float(after[w, t] - before[w, t]) for w, t, _ in fires[1][f] if t < T - 1])
+    d = (after - before).numpy()[codes[1][f, :, :-1] != 0]
     want = dict(mean=d.mean(), std=d.std(), n=len(d))
     effect = functools.partial(explain.removal_effect, model, index[1])
     assert effect(f, 10**6, 0) == pytest.approx(want, abs=2e-5) and abs(d.mean()) > 1e-3
@@ -271,23 +257,23 @@ def test_removal_effect(index, truth):
 @pytest.mark.parametrize('regex', ('ab|c', r'\[red\]', r'(?i)A\s', '漢字?', 'é|<', 'x*',
                                    'no such text'))
 def test_find(index, truth, regex):
-    windows, fires, _ = truth
+    windows, codes, _ = truth
     names, matches = index[1].names, []
     for w, row in enumerate(windows):
         cuts = [-1, *np.flatnonzero(row == EOT), T]
         for begin, end in zip(cuts, cuts[1:]): # a document at a time
-            owner = [t for t in range(begin + 1, end) for _ in names[row[t]]] # of each byte
+            owner = [w * T + t for t in range(begin + 1, end) for _ in names[row[t]]] # of each byte
             text = b''.join(names[token] for token in row[begin + 1:end])
             text = text.decode('utf-8', 'surrogateescape')
             n_bytes = lambda part: len(part.encode('utf-8', 'surrogateescape'))
-            matches += [{(w, t) for t in owner[n_bytes(text[:m.start()]):n_bytes(text[:m.end()])]}
+            matches += [set(owner[n_bytes(text[:m.start()]):n_bytes(text[:m.end()])])
                         for m in re.finditer(regex, text) if m[0]]
     inside = set().union(*matches)
-    for layer in fires:
+    for layer in codes:
         precision, recall, n, n_tokens = scanning.find(index[layer], re.compile(regex))
         assert (n, n_tokens) == (len(matches), len(inside))
-        for f, where in fires[layer].items():
-            on = {(w, t) for w, t, _ in where}
+        for f, z in enumerate(codes[layer]):
+            on = set(np.flatnonzero(z))
             hits = sum(bool(on & match) for match in matches)
             assert precision[f] == pytest.approx(len(on & inside) / max(1, len(on)))
             assert recall[f] == pytest.approx(hits / max(1, n))
@@ -304,62 +290,27 @@ def test_find_at_the_edges(regex, tokens):
     precision, _, _, n = scanning.find(scan, re.compile(regex, re.M))
     assert np.flatnonzero(precision).tolist() == tokens and n == len(tokens)
 
-# --------------------------------------------------------------------------------------------------
-# the one reader of a text
-
-def test_encode(out):
-    """One end-of-text before every text; the word itself is the token."""
-    run = features.open_run(out, device='cpu')
-    assert features.encode(run, 'ab') == [EOT, 97, 98]
-    assert features.encode(run, '') == [EOT] == features.encode(run, '<|endoftext|>')
-    assert features.encode(run, 'a<|endoftext|>b') == [EOT, 97, EOT, 98]
-    bare = run._replace(meta=run.meta | dict(eot=None))
-    assert features.encode(bare, 'ab') == [97, 98] and features.encode(bare, '') == [10]
-
-@torch.no_grad()
-@pytest.mark.parametrize('n, block_size', [(1, 8), (7, 8), (8, 8), (9, 8), (30, 8), (9, 1)])
-def test_read_against_one_pass_a_token(n, block_size):
-    model = make_model(block_size=block_size)
-    tokens = torch.randint(V, (n,)).tolist()
-    losses, values, indices = features.read(model, tokens)
-    assert len(losses) == n - 1 and values.shape == indices.shape == (2, n, 4)
-    first = 0 # where the window of token t begins: a full window restarts at its last half
-    for t in range(n):
-        if t - first == block_size:
-            first = t - block_size // 2
-        logits, _, seen = model(torch.tensor([tokens[first:t + 1]]))
-        torch.testing.assert_close(values[:, t], seen.values[:, 0, -1])
-        active = values[:, t] != 0
-        assert torch.equal(indices[:, t][active], seen.indices[:, 0, -1][active])
-        if t + 1 < n:
-            loss = cross_entropy(logits[0, -1:], torch.tensor(tokens[t + 1:t + 2]))
-            torch.testing.assert_close(losses[t], loss, atol=1e-4, rtol=1e-4)
-
-# --------------------------------------------------------------------------------------------------
-# concepts
+# ----------------------------------------------------------------------------------------- concepts
 
 def test_concepts_by_brute_force():
-    """Words, coherence and value as a concept against loops; features that fire too rarely, or on
-    more than 2 % of the tokens, have none."""
+    """Features that fire too rarely, or on more than 2 % of the tokens, have none."""
     rng = np.random.default_rng(0)
     names = [b' cat', b'cats', b' dog', b' bird', b'fish', b' ab', b'1', b' horse', b' catty']
     tokens = rng.integers(0, len(names), 3000)
     tokens[:1200] = 6                                        # windows without a word
     tokens[:1984][tokens[:1984] == 2] = 6                    # two that never meet
     tokens[1984:][tokens[1984:] == 3] = 6
-    count, where = np.array([50, 10, 45, 200]), []
-    for n in count:
-        where.append(np.sort(rng.choice(np.arange(1000, 3000), n, replace=False)))
+    count = np.array([50, 10, 45, 200])
+    where = [rng.choice(np.arange(1000, 3000), n, replace=False) for n in count]
     pairs = features.token_pairs(np.repeat([0, 1, 2, 3], count)[:, None],
                                  tokens[np.concatenate(where)], 4, len(names))
     got = scanning.concepts(count, len(tokens), pairs, tokens, names)
     assert np.isnan(got['coherence'][[1, 3]]).all() and (got['words'][[1, 3]] == -1).all()
     windows = [set(tokens[i:i + 64].tolist()) for i in range(0, 3000, 64)]
     for f in (0, 2):
-        fires = tokens[where[f]].tolist()
-        words = [v for v in set(fires) if v not in (5, 6)]
-        score = {v: fires.count(v) * math.log(fires.count(v) / count[f] / np.mean(tokens == v))
-                 for v in words if fires.count(v) >= 3}
+        fires = Counter(tokens[where[f]].tolist())
+        score = {v: n * math.log(n / count[f] / np.mean(tokens == v))
+                 for v, n in fires.items() if n >= 3 and v not in (5, 6)}
         best = {} # one a stem
         for v in sorted(score, key=lambda v: (-score[v], v)):
             if score[v] > 0:
@@ -377,13 +328,11 @@ def test_concepts_by_brute_force():
 
 def test_by_concept():
     """Of features with more than half of their words in common one."""
-    scan = SimpleNamespace(concept=np.array([0.2, np.nan, 0.15, 0.1, -0.1]),
-                           words=np.array([[1, 2, 3, 4], [-1] * 4, [5, 6, 7, 8], [5, 6, 7, 9],
-                                           [10, 11, 12, 13]]))
+    scan = SimpleNamespace(concept=np.array([0.2, np.nan, 0.15, 0.1, -0.1]), words=np.array([
+        [1, 2, 3, 4], [-1] * 4, [5, 6, 7, 8], [5, 6, 7, 9], [10, 11, 12, 13]]))
     assert scanning.by_concept(scan) == [0, 2]
 
-# --------------------------------------------------------------------------------------------------
-# probe
+# -------------------------------------------------------------------------------------------- probe
 
 def test_logistic_is_the_least_cost():
     """No other weights cost less: the cost is convex, so near ones are enough."""
@@ -413,8 +362,7 @@ def test_probe_finds_what_holds_the_label():
 
 @torch.no_grad()
 def test_pooled_codes_by_brute_force(out):
-    """Texts of all lengths, in several batches, as if each were read alone, by the blocks up to the
-    SAE; end-of-text does not count."""
+    """Texts of all lengths in batches, as if each were read alone; end-of-text does not count."""
     run = features.open_run(out, device='cpu')
     texts = ['ab', 'cc c' * 9, 'a' * 25, 'b']
     got = measures.pooled_codes(run, 1, texts * 40, 3)
@@ -422,7 +370,7 @@ def test_pooled_codes_by_brute_force(out):
     rows = torch.randn(sae.n_features, 16, generator=torch.Generator().manual_seed(3))
     rows = rows / rows.norm(dim=1, keepdim=True)
     sae.register_forward_pre_hook(lambda _, args: before.append(args[0][0]))
-    dense = lambda values, indices: torch.zeros(len(h), sae.n_features).scatter(1, indices, values)
+    dense = functools.partial(features.dense, n_features=sae.n_features)
     for n, text in enumerate(texts):
         seen = run.model(torch.tensor([features.encode(run, text)[:T]]))[2]
         h = before[-1] / before[-1].square().mean(-1, keepdim=True).sqrt()
@@ -432,15 +380,11 @@ def test_pooled_codes_by_brute_force(out):
             want = code[1:].mean(0).numpy()
             np.testing.assert_allclose(got[name][n::4], want[None].repeat(40, 0), 1e-3, 1e-4)
 
-# --------------------------------------------------------------------------------------------------
-# timeline
+# ----------------------------------------------------------------------------------------- timeline
 
 def snapshots(folder, F=12):
-    """
-    features/*.npz as in training, of layer 1, and the same without W_dec, as at site stream, of
-    layer 2. More and more features fire on their final tokens, and write what they will write;
-    feature 2 is silent. Returns layer 1 of each.
-    """
+    """features/*.npz of layer 1, which is returned, and of 2 without W_dec, as at stream. More and
+    more features fire on their final tokens, and write their final rows; feature 2 is silent."""
     rng, found = np.random.default_rng(0), []
     final = rng.standard_normal((F, 6))
     draw = lambda: dict(top_tokens=np.stack([np.append(rng.permutation(16)[:7], -1)
@@ -464,8 +408,7 @@ def snapshots(folder, F=12):
     return found
 
 def test_timeline(tmp_path):
-    """A feature's; and of all the live share, the settled, median entropy, and coherence of those
-    tokens that a snapshot holds."""
+    """A feature's; and of all the live share, the settled, median entropy, and coherence."""
     cosine = lambda a, b: a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
     want = snapshots(tmp_path)
     for again in range(2): # built, then from timeline.npz
@@ -476,9 +419,7 @@ def test_timeline(tmp_path):
             density, entropy, cos, same = d['curves'].values()
             assert density == pytest.approx([s['count'][f] / 400 for s in want])
             assert entropy == np.nan_to_num([s['entropy'][f] for s in want]).tolist()
-            vectors = np.zeros((5, 16)) # counts of all token types
-            for v, s in zip(vectors, want):
-                np.add.at(v, s['top_tokens'][f], s['top_counts'][f])
+            vectors = [np.bincount(s['top_tokens'][f] % 16, s['top_counts'][f], 16) for s in want]
             assert same == pytest.approx([cosine(v, vectors[-1]) for v in vectors], abs=1e-6)
             W = [s['W_dec'][f].astype(float) for s in want]
             assert cos == pytest.approx([cosine(w, W[-1]) for w in W], abs=2e-3)
@@ -502,8 +443,7 @@ def test_timeline(tmp_path):
     mean = np.nanmean(found['coherence'])
     assert scanning.coherence_curve(scan, t)[-1] == pytest.approx(mean)
 
-# --------------------------------------------------------------------------------------------------
-# the index
+# ---------------------------------------------------------------------------------------- the index
 
 def test_index_follows_the_checkpoint(tmp_path, capsys):
     """Made again for another checkpoint, other tokens, another version, any damage; else kept."""
@@ -588,22 +528,38 @@ def test_caches_that_cannot_be_written(module, name, tmp_path, capsys, monkeypat
 def test_two_viewers_scan_one_run(tmp_path, monkeypatch, capsys):
     """Another process, whose scan ends within ours: both end, with one index that is whole."""
     out, savez = make_run(tmp_path), np.savez
-
     def meanwhile(file, **arrays):
         monkeypatch.undo()
         with monkeypatch.context() as other:
             other.setattr(features.os, 'getpid', lambda: 1)
             open_index(out)
         savez(file, **arrays)
-
     monkeypatch.setattr(np, 'savez', meanwhile)
     assert (open_index(out)[1].values == open_index(out)[1].values).all()
     said = capsys.readouterr().err                           # the third one read what was left
     assert said.count('reading') == 2 and 'cannot be written' not in said
     assert not list(out.glob('*.tmp'))
 
-# --------------------------------------------------------------------------------------------------
-# text
+# --------------------------------------------------------------------------------------------- text
+
+@torch.no_grad()
+@pytest.mark.parametrize('n, block_size', [(1, 8), (7, 8), (8, 8), (9, 8), (30, 8), (9, 1)])
+def test_read_against_one_pass_a_token(n, block_size):
+    model = make_model(block_size=block_size)
+    tokens = torch.randint(V, (n,)).tolist()
+    losses, values, indices = features.read(model, tokens)
+    assert len(losses) == n - 1 and values.shape == indices.shape == (2, n, 4)
+    first = 0 # where the window of token t begins: a full window restarts at its last half
+    for t in range(n):
+        if t - first == block_size:
+            first = t - block_size // 2
+        logits, _, seen = model(torch.tensor([tokens[first:t + 1]]))
+        torch.testing.assert_close(values[:, t], seen.values[:, 0, -1])
+        active = values[:, t] != 0
+        assert torch.equal(indices[:, t][active], seen.indices[:, 0, -1][active])
+        if t + 1 < n:
+            loss = cross_entropy(logits[0, -1:], torch.tensor(tokens[t + 1:t + 2]))
+            torch.testing.assert_close(losses[t], loss, atol=1e-4, rtol=1e-4)
 
 def harmless(text):
     """No control character but the line break, nothing invisible or direction-changing."""
@@ -620,9 +576,8 @@ def test_tokens_are_safe():
             assert harmless(text) and '\n' not in text and (text or not raw)
         assert len(features.caption(raw)) <= 16
     for raw, text in ((b'\x1b[31m', '␛[31m'), (b'a\nb\t', 'a⏎b⇥'), (b'\xe6\xbc', '<0xE6><0xBC>'),
-                      (b'[red]', '[red]'), ('漢字'.encode(), '漢字'), (b'\x7f', '␡'),
-                      ('\u202e'.encode(), '<U+202E>'),
-                      ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
+                      ('\u202e'.encode(), '<U+202E>'), (b'[red]', '[red]'), (b'\x7f', '␡'),
+                      ('漢字'.encode(), '漢字'), ('\u0301a\u0301'.encode(), '◌\u0301a\u0301')):
         assert features.safe(raw) == text
     assert features.safe(b'a\n\t\r', keep='\n\t') == 'a\n\t␍'
     for raw, text in ((b'  a ', '··a·'), (b'   ', '···'), (b'', '(none)'),

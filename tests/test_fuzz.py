@@ -1,9 +1,5 @@
-"""
-Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches the
-user. Seeded: a failure names its case and comes again.
-
-    python -m pytest tests/test_fuzz.py             --slow: also damaged files, and more of each
-"""
+"""Bad input of every kind, at random: nothing but the one sentence that is promised ever reaches
+the user. Seeded: a failure names its case and comes again."""
 import random
 import shutil
 from dataclasses import asdict
@@ -24,8 +20,7 @@ def times(few, many=10_000): # cases, without and with --slow
 
 @times(100)
 def test_strange_checkpoints(n, tmp_path):
-    """Files that are whole, of another version or program, with any value anywhere: a model, or
-    ValueError in one sentence."""
+    """Of another version or program, any value anywhere: a model, or ValueError in a sentence."""
     config = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4, sae_layers=(0,),
                        sae_ratio=2, sae_k=2, sae_cap=0)
     good = dict(model=GPT(config).state_dict(), model_args=asdict(config), step=1)
@@ -100,8 +95,7 @@ def damage(raw, rng):
                         '--feature=3 --effect=8')),
     (sample, ('--max_new_tokens=2', '--max_new_tokens=2 --steer=L1.F3=8'))))
 def test_views_of_damaged_files(module, views, tmp_path, capsys):
-    """Every file of a run and of the viewer's cache damaged in turn: seen through, mended, or named
-    in one sentence. Four minutes."""
+    """Each file of a run and of the viewer's cache: seen through, mended, or named. 4 minutes."""
     rng, sound = random.Random(7), make_run(tmp_path)
     snapshots(sound, F=48)
     inspect_features.main([f'--out_dir={sound}'])

@@ -1,9 +1,5 @@
-"""
-The model under other people's tools: a layer's output and code are the output of an ordinary
-module, transformer.h.<block>.sae, so that hooks read and set a feature.
-
-    python -m pytest tests/test_hooks.py
-"""
+"""The model under other people's tools: a layer's output and code are the output of an ordinary
+module, transformer.h.<block>.sae, so that hooks read and set a feature."""
 import pytest
 import torch
 
@@ -30,12 +26,10 @@ def check(model, values, logits):
 def test_forward_hooks(model):
     """A plain hook reads the code, and what it returns goes on through the model."""
     seen = []
-
     def hook(module, args, output):
         x, code = output
         seen.append(code.values)
         return x + (3 - fires(code)) * model.writes(1)[f], code
-
     with model.get_submodule('transformer.h.1.sae').register_forward_hook(hook):
         logits = model(idx)[0]
     check(model, seen[0], logits)

@@ -1,9 +1,5 @@
-"""
-The viewer: what its views print of the numbers that test_features.py checks; screens of all kinds,
-tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU.
-
-    python -m pytest tests/test_inspect.py
-"""
+"""The viewer: what its views print of the numbers that test_features.py checks; screens of all
+kinds, tokens that mean harm, the HTML page, the export, errors. Offline, on a CPU."""
 import copy
 import functools
 import html
@@ -22,7 +18,6 @@ from rich.cells import cell_len
 import explain
 import features
 import inspect_features as view
-import sample
 import scanning
 from conftest import ROOT
 from model import load_checkpoint, load_model
@@ -38,8 +33,7 @@ def look(capsys, out, *argv):
     assert max(cell_len(line) for line in text.splitlines() if '--out_dir' not in line) <= 80
     return text
 
-# --------------------------------------------------------------------------------------------------
-# views
+# -------------------------------------------------------------------------------------------- views
 
 @pytest.mark.parametrize('argv', (
     [], ['--rows=0'], ['--feature=L2.F5'], ['--feature=L1.F3,L2.F9', '--effect=4'],
@@ -56,8 +50,7 @@ def test_sites(site, tmp_path, capsys):
     assert ('Across layers' in text) == (site == 'stream') != ('Nearest' in text)
     look(capsys, out, f'--html={tmp_path}/page.html', '--feature=3')
     if site == 'hidden':
-        assert 'site hidden is no TopK autoencoder' in refused(
-            capsys, view, f'--out_dir={out}', f'--export={tmp_path}/e')
+        assert 'is no TopK auto' in refused(capsys, view, out, f'--export={tmp_path}/e')
 
 def test_feature_view(out, index, capsys):
     text = look(capsys, out, '--layer=1', '--feature=7', '--examples=4', '--effect=9')
@@ -127,21 +120,18 @@ def test_numbers_keep_three_or_four_digits():
 
 TEXT = 'ab c\n' * 12 + '<|endoftext|>[red] 漢字 b' # more than one window
 
-def test_viewer_and_sampler_read_a_text_alike(out, index, tmp_path, capsys):
-    """The same tokens, features and activations; test_sample.py has a plain forward pass."""
+def test_prompt_view(out, index, tmp_path, capsys):
+    """The strongest features of each token, as test_features.py has them read."""
     (tmp_path / 'text').write_text(TEXT, 'utf-8')
     text = look(capsys, out, f'--prompt_file={tmp_path}/text', '--layer=2', '--top=2')
-    viewer = re.findall(r'[▁▂▃▄▅▆▇█] +(\S+)  (L2\.F\d+) ', text)
-    sample.main([f'--out_dir={out}', '--device=cpu', f'--prompt={TEXT}', '--show_features=2',
-                 '--max_new_tokens=1'])
-    text = capsys.readouterr().out.split('unsteered:\n')[1]
-    lines = [line for line in text.splitlines() if 'L2.F' in line]
-    sampler = re.findall(r'(L2\.F\d+) (\S+)', '\n'.join(lines[:-1])) # without the sampled token
+    shown = re.findall(r'[▁▂▃▄▅▆▇█] +(\S+)  L2\.F(\d+) ', text)
     run = features.open_run(out, device='cpu')
     tokens = features.encode(run, TEXT)
     assert tokens.count(run.meta['eot']) == 2 and len(tokens) > 32
-    assert [f for _, f in viewer] == [f for f, _ in sampler] and len(viewer) == 2 * len(tokens)
-    assert all(abs(float(a) - float(b)) < 0.006 for (a, _), (_, b) in zip(viewer, sampler))
+    _, values, indices = features.read(run.model, tokens)
+    want = features.dense(values[1], indices[1], index[2].F).topk(2) # all are above 0 here
+    assert [int(f) for _, f in shown] == want.indices.flatten().tolist()
+    assert [float(a) for a, _ in shown] == pytest.approx(want.values.flatten().tolist(), rel=1e-3)
 
 def test_probe_view(out, index, tmp_path, capsys):
     """Texts of a and texts of b are told apart."""
@@ -161,8 +151,8 @@ def test_timeline_views(out, index, tmp_path, capsys):
     assert line[1] == '4,000' and line[4] == str((settled[live] < 5).sum())
     assert f"{np.median(last['entropy'][live]):.2f}" in line
     assert f'{100 * live.mean():.1f}' in line
-    assert 'no checkpoint in' in refused( # whose tokens have names
-        capsys, view, f'--out_dir={tmp_path}', '--timeline=true', '--feature=F3')
+    said = refused(capsys, view, tmp_path, '--timeline=true', '--feature=F3')
+    assert 'no checkpoint in' in said # whose tokens have names
     shutil.copy(out / 'index.npz', tmp_path)
     f = np.flatnonzero((settled < 5) & (index[1].count > 0))[0]
     text = look(capsys, tmp_path, '--timeline=true', f'--feature=F{f}')
@@ -180,14 +170,12 @@ def test_torn_and_foreign_snapshots(out, index, tmp_path, capsys):
     bad = tmp_path / 'features/0000025.npz'
     for content in whole[:len(whole) // 2], other, whole[:200] + b'?' * 99 + whole[299:]:
         bad.write_bytes(content)
-        assert '0000025.npz is no readable snapshot of this run' in refused(
-            capsys, view, f'--out_dir={tmp_path}', '--timeline=true')
+        assert '0000025.npz is no readable' in refused(capsys, view, tmp_path, '--timeline=true')
     bad.unlink()
     shutil.copy(out / 'index.npz', tmp_path)                 # of a model with more features
-    assert 'are of another model' in refused(capsys, view, f'--out_dir={tmp_path}', '--feature=3')
+    assert 'are of another model' in refused(capsys, view, tmp_path, '--feature=3')
 
-# --------------------------------------------------------------------------------------------------
-# screens
+# ------------------------------------------------------------------------------------------ screens
 
 def test_colours_on_a_terminal(out, index, monkeypatch, capsys):
     """Shades, no bars, hostile markup unparsed; without colour the same text, with bars."""
@@ -218,8 +206,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     assert re.search(f"\n  python inspect_features.py --out_dir='{out}' --feature=L1.F\\d+\n", text)
     assert f"--out_dir='{out}' --steer=L1.F3=" in look(capsys, out, '--feature=3')
 
-# --------------------------------------------------------------------------------------------------
-# errors
+# ------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize('argv, sentence', (
     (['--layer=0'], 'layer=0 has no SAE; block 1, 2 has one'),
@@ -240,7 +227,7 @@ def test_commands_can_be_pasted(tmp_path, capsys):
     (['--trace=L2.F1'], 'L2.F1: no SAE lies above block 2'),
     (['--sort=size'], "sort='size' must be one of coherence, entropy, density")))
 def test_bad_input(out, index, argv, sentence, capsys):
-    assert sentence in refused(capsys, view, f'--out_dir={out}', *argv)
+    assert sentence in refused(capsys, view, out, *argv)
 
 @pytest.mark.parametrize('content, sentence', (
     ('', 'has these texts: none; it takes two labels'),
@@ -250,14 +237,9 @@ def test_bad_input(out, index, argv, sentence, capsys):
 def test_bad_probe_files(out, tmp_path, content, sentence, capsys):
     if content is not None:
         (tmp_path / 'p.tsv').write_text(content)
-    assert sentence in refused(capsys, view, f'--out_dir={out}', f'--probe={tmp_path}/p.tsv')
+    assert sentence in refused(capsys, view, out, f'--probe={tmp_path}/p.tsv')
 
-def test_no_checkpoint(tmp_path, capsys):
-    assert 'no checkpoint in' in refused(capsys, view, f'--out_dir={tmp_path}')
-    assert capsys.readouterr() == ('', '') # that sentence is all
-
-# --------------------------------------------------------------------------------------------------
-# HTML and export
+# ---------------------------------------------------------------------------------- HTML and export
 
 @pytest.fixture(scope='module')
 def page(out, index, tmp_path_factory):
@@ -310,8 +292,7 @@ def test_page_of_some_features_and_of_a_prompt(out, index, tmp_path, capsys):
     assert {(d['layer'], d['f']) for d in data['features']} == named
 
 def test_html_in_chromium(page, tmp_path):
-    """Renders features, within a phone's width too, searches, walks by keyboard, turns the lights
-    off; errors fail the page."""
+    """Fits a phone, searches, walks by keyboard, turns the lights off; errors fail the page."""
     names = ('chromium', 'chromium-browser', 'google-chrome')
     chromium = next(filter(None, map(shutil.which, names)), None)
     if not chromium:
@@ -352,8 +333,7 @@ setTimeout(() => parent.document.title = 'failed: ' + failed, 1000)
     done = subprocess.run(
         [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
          '--virtual-time-budget=8000', f'--user-data-dir={tmp_path}/profile', '--dump-dom',
-         f'file://{tmp_path}/page.html'], capture_output=True, text=True, encoding='utf-8',
-        timeout=120)
+         f'file://{tmp_path}/page.html'], capture_output=True, encoding='utf-8', timeout=120)
     assert re.findall('<title>(.*?)</title>', done.stdout)[:1] == ['failed: ']
     assert 'CONSOLE' not in done.stderr
 

@@ -1,12 +1,8 @@
-"""
-kernels.py against float64 oracles: the selection exactly, values and gradients of the layer, the
+"""kernels.py against float64 oracles: the selection exactly, values and gradients of the layer, the
 MLP and the loss; and what they promise of ties, NaN, empty slots, memory, equal bits, compilation.
 
-    python -m pytest tests/test_kernels.py
-
 On a GPU at real sizes too. Without one, test_under_interpreter runs this file again, in a second
-process (conftest.py), in Triton's interpreter: it takes a minute, the rest seconds.
-"""
+process (conftest.py), in Triton's interpreter: it takes a minute, the rest seconds."""
 import os
 
 import pytest
@@ -50,9 +46,7 @@ def poison(monkeypatch):
 def make(N, C, F, k, dtype=torch.float32, device=DEVICE, shift=0.0):
     """Fresh inputs with gradients wanted, and output gradients."""
     g = torch.Generator().manual_seed(N + 7 * C + 31 * F + 101 * k)
-
-    def rand(*shape):
-        return torch.randn(*shape, generator=g).to(device)
+    rand = lambda *shape: torch.randn(*shape, generator=g).to(device)
     inputs = [rand(N, C).to(dtype), rand(F, C) / C**0.5, rand(F) * 0.1 + shift, rand(F, C) / C**0.5,
               rand(C) * 0.3]
     return [t.requires_grad_() for t in inputs], (rand(N, C).to(dtype), rand(N, k))

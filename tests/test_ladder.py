@@ -57,7 +57,6 @@ def test_tiny_ladder(tiny_data, tmp_path, capsys, monkeypatch):
 
 def test_log_of_a_resumed_run(tmp_path):
     """The last line of a step counts; torn lines are skipped."""
-    versions = dict(torch='2', gpu=None, commit='abc')
     start = dict(event='start', config=dict(seed=7), params=3, params_non_embedding=2,
                  flops_per_token=1, versions=dict(torch='2', gpu=None, commit='abc'))
     evals = [dict(event='eval', step=step, tokens=10 * step, val_loss=loss)

@@ -1,8 +1,4 @@
-"""
-measures.py: by brute force on tiny cases.
-
-    python -m pytest tests/test_measures.py
-"""
+"""measures.py: by brute force on tiny cases."""
 import numpy as np
 import pytest
 import torch
@@ -30,8 +26,7 @@ def test_duplicates_by_brute_force():
 @torch.no_grad()
 @pytest.mark.parametrize('site', [*SITES, 'posthoc'])
 def test_causal_share_by_brute_force(site):
-    """Each feature is steered off by hand, window by window; the interval is Student's without his
-    tables. A feature that writes nothing has no effect."""
+    """Each feature is steered off by hand. One that writes nothing has no effect."""
     name = 'resid' if site == 'posthoc' else site
     model = make_model(sae_site=name, block_size=12, vocab_size=31, sae_layers=(1,))
     sae, F = model.saes()[1], model.config.n_features

@@ -1,10 +1,7 @@
-"""
-sample.py: steering is the affine edit that it claims to be, with and without the KV cache, at all
-five sites; what is printed is safe, and true; every bad input is one sentence. How a text is read
-is tested in test_features.py. A random tiny model, offline, on a CPU.
-
-    python -m pytest tests/test_sample.py
-"""
+"""sample.py: steering is the affine edit that it claims to be, with and without the KV cache, at
+all five sites; what is printed is safe, and true; every bad input is one sentence. How a text is
+read is tested in test_features.py. A random tiny model, offline, on a CPU."""
+import functools
 import re
 import unicodedata
 from types import SimpleNamespace
@@ -17,22 +14,18 @@ from torch.nn.functional import cross_entropy
 
 import features
 import sample
-from model import load_checkpoint
+from model import load_checkpoint, load_model
 from sae import SITES
 from test_features import EOT, V, change, make_model, make_run, refused, steered
+from test_features import out as run # a fixture
 
 SETTINGS = SimpleNamespace(**sample.DEFAULTS | dict(max_new_tokens=12))
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp('run'))
 
 def printed(capsys, out_dir, *args):
     sample.main([f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=12', *args])
     return capsys.readouterr().out
 
-# --------------------------------------------------------------------------------------------------
-# steering
+# ----------------------------------------------------------------------------------------- steering
 
 def test_parse_steering():
     model = make_model()
@@ -56,13 +49,15 @@ def test_parse_steering_refuses(spec, part):
         sample.parse_steering([spec], make_model())
 
 def test_alpha_0_cannot_be_steered(capsys, tmp_path):
-    """Features that only watch; but those trained post hoc are spliced in."""
+    """Features that only watch; but those trained post hoc are spliced in, which is said."""
     out, steer = make_run(tmp_path), '--steer=L1.F3=9'
     model = load_checkpoint(out)['model']
     model['transformer.h.1.sae.alpha'].zero_()
     change(out, model=model)
-    assert 'alpha is 0' in refused(capsys, sample, f'--out_dir={out}', steer)
+    assert 'alpha is 0' in refused(capsys, sample, out, steer)
     change(out, config=dict(sae_posthoc=True))
+    sae = load_model(load_checkpoint(out)).saes()[1]
+    assert sae.posthoc and sae.alpha == 1 and 'post hoc' in capsys.readouterr().err
     assert printed(capsys, out, steer) != printed(capsys, out)
 
 @torch.no_grad()
@@ -110,8 +105,7 @@ def test_cache_equals_recomputation(site, n):
         idx.append(torch.multinomial(p, 1, generator=generator).item())
     assert got == idx
 
-# --------------------------------------------------------------------------------------------------
-# what is printed
+# ---------------------------------------------------------------------------------- what is printed
 
 def text_of(out, prompt):
     """What is printed of a sample after a prompt, a token that is not shown."""
@@ -163,8 +157,7 @@ def test_stop_at_the_end_of_a_text(capsys, run):
 
 @pytest.mark.parametrize('compare', (False, True))
 def test_sweep(compare, capsys, run):
-    """Side by side with the unsteered text, or below each other; and a table of their means. Slots
-    that are not active count for nothing."""
+    """Texts side by side, or below each other; a table of means, where only active slots count."""
     model = make_model()
     _, values, indices = features.read(model, sample.sample(model, [EOT, 97], SETTINGS, 1337))
     f = indices[1, 2:][values[1, 2:] == 0][0].item()
@@ -208,8 +201,7 @@ def test_hostile_text(capsys, run):
         assert more or '\u241b[31m[red][/x]:smile:<U+202E><U+200D>宽' in out
     assert max(map(cell_len, out.splitlines())) <= 80 # of the two columns
 
-# --------------------------------------------------------------------------------------------------
-# errors
+# ------------------------------------------------------------------------------------------- errors
 
 @pytest.mark.parametrize('arg, part', [
     ('--temperature=-1', 'temperature=-1.0'), ('--temperature=1e-9', 'temperature=1e-09'),
@@ -217,10 +209,10 @@ def test_hostile_text(capsys, run):
     ('--num_samples=0', 'num_samples=0'), ('--seed=-1', 'seed=-1'), ('--device=tpu9', "'tpu9'"),
     ('--compare=true', 'needs something to compare'), ('--steer=L1.F1', 'malformed')])
 def test_bad_options(capsys, run, arg, part):
-    assert part in refused(capsys, sample, f'--out_dir={run}', arg)
+    assert part in refused(capsys, sample, run, arg)
 
 def test_bad_files(capsys, tmp_path):
-    said = lambda out, *args: refused(capsys, sample, f'--out_dir={out}', *args)
+    said = functools.partial(refused, capsys, sample)
     assert 'no checkpoint in' in said(tmp_path)
     out, prompt = make_run(tmp_path, sae_layers=()), tmp_path / 'x'
     assert 'is dense' in said(out, '--steer=L1.F1=8')

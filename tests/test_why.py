@@ -1,9 +1,5 @@
-"""
-What made the model say it (explain.py) against the plain way: each feature steered off by hand, and
-the whole model run again. And its views. Tiny random models, offline, on a CPU.
-
-    python -m pytest tests/test_why.py
-"""
+"""What made the model say it (explain.py) against the plain way: each feature steered off by hand,
+and the whole model run again. And its views. Tiny random models, offline, on a CPU."""
 import copy
 import re
 import shutil
@@ -19,7 +15,7 @@ import features
 import inspect_features as view
 import scanning
 from sae import SITES
-from test_features import index, make_model, out, refused, snapshots, steered # fixtures, too
+from test_features import index, make_model, out, refused, snapshots, steered, truth # fixtures
 from test_inspect import look
 
 TEXT = 'ab c [red] a b\nab'
@@ -50,8 +46,7 @@ def same_as_by_hand(model, d, layers, measure):
 
 @pytest.mark.parametrize('site', SITES)
 def test_effects_equal_those_of_steering_by_hand(site, monkeypatch):
-    """Also of a lower SAE's feature, which changes what the upper one selects, of a target of
-    several tokens, and in several batches."""
+    """Also where the upper SAE then selects others, of several target tokens, in batches."""
     monkeypatch.setattr(explain, 'AT_ONCE', 60)
     model = make_model(sae_site=site)
     tokens = np.random.default_rng(0).integers(97, 101, 12).tolist()
@@ -68,9 +63,8 @@ def test_effects_equal_those_of_steering_by_hand(site, monkeypatch):
 @torch.no_grad()
 def test_a_feature_that_does_not_fire_changes_nothing(run):
     scales = explain.kept(run.model, [1], [[], [(1, 5)]])                    # 5 is dead
-    as_it_is, without = explain.run_scaled(run.model, torch.arange(9)[None], scales, 3,
-                                           lambda x, _: x)
-    assert torch.equal(as_it_is, without)
+    both = explain.run_scaled(run.model, torch.arange(9)[None], scales, 3, lambda x, _: x)
+    assert torch.equal(*both)
 
 def test_of_many_the_promising(run, monkeypatch):
     """They are those of gradient times activation, by differences; the whole is still the whole."""
@@ -79,11 +73,9 @@ def test_of_many_the_promising(run, monkeypatch):
     monkeypatch.setattr(explain, 'MOST', 6)
     some = explain.why_token(run.model, tokens, [97], [1, 2])
     assert some['whole'] == every['whole'] and some['active'] == every['active'] > 6
-
     def log_p(feature, scale):
         logits, _ = steered(run.model, tokens, [feature], scale)
         return logits[-1].log_softmax(-1)[97].item()
-
     slope = {effect[1:3]: abs(log_p(effect[1:3], 1.01) - log_p(effect[1:3], 0.99))
              for effect in every['effects']}
     steepest = sorted(slope, key=slope.get)[-6:]
@@ -98,7 +90,7 @@ def test_a_prompt_longer_than_the_model_reads(run):
     with pytest.raises(ValueError, match='do not fit'):
         explain.why_token(run.model, tokens, [97] * (T + 1), [1])
 
-def test_trace_by_brute_force(run, index):
+def test_trace_by_brute_force(run, index, truth):
     """Every window where it fires is read with and without it; the shares are those of the scan."""
     scan, above, model = index[1], index[2], run.model
     f = int(np.argmax(np.where(scan.count < 60, scan.count, 0)))
@@ -113,15 +105,13 @@ def test_trace_by_brute_force(run, index):
             row += steered(model, tokens, off)[1][1, at].sum(0).numpy() / len(where)
     assert d['as_it_is'] == pytest.approx(means[0], abs=1e-4)
     assert d['without'] == pytest.approx(means[1], abs=1e-4)
-    here = set(where.tolist())
-    for g in range(above.F):
-        theirs = set(scanning.firings(above, g)[0].tolist())
-        assert d['share'][g] == pytest.approx(len(theirs & here) / len(theirs | here))
+    here, theirs = truth[1][1][f] != 0, truth[1][2] != 0                     # (n, T), (F, n, T)
+    share = (here & theirs).sum((1, 2)) / (here | theirs).sum((1, 2))
+    assert d['share'] == pytest.approx(share)
     few = explain.trace(model, scan, above, f, seed=0, n=2)
     assert few['windows'] == 2 and few['positions'] < len(where)
 
-# --------------------------------------------------------------------------------------------------
-# views
+# -------------------------------------------------------------------------------------------- views
 
 def test_why_view(out, run, index, capsys):
     d = explain.why_token(run.model, features.encode(run, TEXT), [97, 98], [1, 2])
@@ -184,8 +174,7 @@ def test_picture(out, index, tmp_path, capsys, monkeypatch):
     snapshots(tmp_path, F=48)
     shutil.copy(out / 'index.npz', tmp_path)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert 'takes matplotlib: pip install matplotlib' in refused(
-        capsys, view, f'--out_dir={tmp_path}', '--plot=x.png')
+    assert 'takes matplotlib: pip' in refused(capsys, view, tmp_path, '--plot=x.png')
     monkeypatch.undo()
     pytest.importorskip('matplotlib')
     for argv in (['--timeline=true'], ['--feature=L1.F3,L1.F4']):
