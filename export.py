@@ -5,6 +5,8 @@ is left behind.
 """
 import json
 
+from features import write_whole
+
 HOOKS = dict(resid='hook_resid_post', mlp='hook_mlp_out', attn='hook_attn_out') # of SAELens
 
 def export_saes(run, folder):
@@ -15,7 +17,6 @@ def export_saes(run, folder):
                          "own): SAELens has no such SAE; resid, mlp and attn can be exported")
     for layer, sae in run.model.saes().items():
         path = folder / f'L{layer}'
-        path.mkdir(parents=True, exist_ok=True)
         metadata = dict(sae_lens_version='6.0.0',            # that of the format
                         hook_name=f'blocks.{layer}.{HOOKS[config.sae_site]}',
                         context_size=config.block_size, step=run.checkpoint['step'],
@@ -26,14 +27,13 @@ def export_saes(run, folder):
                      normalize_activations='none', reshape_activations='none',
                      rescale_acts_by_decoder_norm=False, metadata=metadata)
         weights = dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec)
-        temporary = path / 'sae_weights.tmp' # whole or not at all; cfg.json comes last
-        write_safetensors(temporary, weights)
-        temporary.replace(path / 'sae_weights.safetensors')
+        raw = safetensors(weights)
+        write_whole(path / 'sae_weights.safetensors', lambda file: file.write(raw))
         (path / 'cfg.json').write_text(json.dumps(about, indent=1), 'utf-8')
         yield f'SAE of block {layer} -> {path}'
 
-def write_safetensors(path, tensors):
-    """{name: tensor} as a safetensors file: length of the header, header in JSON, raw data."""
+def safetensors(tensors):
+    """{name: tensor} as the bytes of a safetensors file: length of the header, header in JSON, raw data."""
     header, data = {}, b''
     for key, x in tensors.items():
         raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
@@ -42,4 +42,4 @@ def write_safetensors(path, tensors):
         data += raw
     header = json.dumps(header).encode()
     header += b' ' * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + data)
+    return len(header).to_bytes(8, 'little') + header + data

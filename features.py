@@ -103,16 +103,20 @@ def tracked(items, description):
     return track(items, description, console=Console(stderr=True), transient=True,
                  disable=not sys.stderr.isatty())
 
-def save_npz(path, arrays, save=np.savez_compressed):
-    """Writes {name: array} whole or not at all. Raises OSError."""
+def write_whole(path, write):
+    """A file that write(file) fills, whole or not at all. Raises OSError."""
     temporary = Path(f'{path}.{os.getpid()}.tmp')            # others may write the same file now
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, 'wb') as file:
-            save(file, **arrays)
+            write(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+def save_npz(path, arrays, save=np.savez_compressed):
+    """{name: array} as an .npz. Raises OSError."""
+    write_whole(path, lambda file: save(file, **arrays))
 
 def keep(path, arrays):
     """save_npz of a cache: where it cannot be written, that is said."""

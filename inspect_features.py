@@ -45,7 +45,7 @@ import explain
 from export import export_saes
 from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
                       parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves,
-                      tracked)
+                      tracked, write_whole)
 from measures import pooled_codes, probe, read_labels
 from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
                       in_order, open_index, overview_numbers, words_of)
@@ -523,12 +523,7 @@ def page(options):
     text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
-    temporary = Path(f'{options.html}.tmp')  # written whole or not at all
-    try:
-        temporary.write_bytes(text)
-        temporary.replace(options.html)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(options.html, lambda file: file.write(text))
     yield f'features: {len(features):,} -> {options.html}, {len(text) / 1e6:.2f} MB'
 
 def for_page(scan, context):

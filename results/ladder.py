@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from configurator import configure, run, writable # noqa: E402
 from data.dataset import load_meta # noqa: E402
-from features import open_run # noqa: E402
+from features import open_run, write_whole # noqa: E402
 from measures import measure # noqa: E402
 from model import GPTConfig # noqa: E402
 
@@ -123,9 +123,7 @@ def make(c, row, seed):
         model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
         result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
-    temporary = target.with_suffix('.tmp')
-    temporary.write_text(json.dumps(result, indent=1), encoding='utf-8')
-    temporary.replace(target)
+    write_whole(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
     return None
 
 def summary(row, size, log):
