@@ -33,7 +33,7 @@ def export_saes(run, folder):
         yield f'SAE of block {layer} -> {path}'
 
 def safetensors(tensors):
-    """{name: tensor} as the bytes of a safetensors file: length of the header, header in JSON, raw data."""
+    """{name: tensor} -> bytes of a safetensors file: length of the header, header in JSON, data."""
     header, data = {}, b''
     for key, x in tensors.items():
         raw = x.detach().float().cpu().numpy().astype('<f4').tobytes()
