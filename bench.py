@@ -36,7 +36,8 @@ TRAIN = dict( # makes config/*_gpt.py tiny; 7 blocks, because the SAE is after t
     gradient_accumulation_steps=4, sae_ratio=8, sae_k=4, eval_tokens=128, compile=False)
 if GPU:
     SHAPES = [(768, 12288, 32), (768, 12288, 64), (768, 49152, 64), (512, 8192, 32)]
-    TRAIN = dict(max_iters=20, log_interval=5, eval_tokens=65_536)
+    TRAIN = dict(max_iters=20, log_interval=5, eval_tokens=65_536,
+                 batch_size=64, gradient_accumulation_steps=8) # as the README has it for one GPU
 
 def median_ms(fn):
     """

@@ -39,7 +39,7 @@ class GPTConfig:
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
     sae_nudge: float = 0.3        # a step of b_enc where one fires too rarely or too often
     sae_silent_steps: int = 4     # too rarely: not once in so many steps
-    sae_cap: float = 0.1          # too often: on a larger share of the tokens; 0 = no such bound
+    sae_cap: float = 0.08         # too often: on a larger share of the tokens; 0 = no such bound
 
     @property
     def n_features(self):

@@ -67,6 +67,7 @@ def rows(size):
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
         'cap 5%': dict(sae_cap=0.05),
+        'cap 10%': dict(sae_cap=0.1),
         'at 30%': dict(sae_blend_start=0.3, sae_blend_end=0.3),
         'at 50%': dict(sae_blend_start=0.5, sae_blend_end=0.5),
         'K=16': dict(sae_k=16),
