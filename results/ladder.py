@@ -1,6 +1,6 @@
 """
 The ladder: dense, naive, the default and its variants, at equal tokens and over seeds. Each run is
-one call of train.py and leaves one JSON in results/ladder/, of which table and plot are made.
+a call of train.py and leaves a JSON in results/ladder/, of which table and plot are made.
 
     python results/ladder.py --rows=dense,naive,default --seeds=1,2,3     65 M tokens a run
     python results/ladder.py --size=large --steps=3000                    196 M tokens, 124 M model
@@ -50,34 +50,24 @@ def rows(size):
     # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
                    sae_cap=0.0)
-    # 'default-x' is the default without x
-    return {
+    return { # 'default-x' is the default without x
         'dense': dict(sae_layers=()),
-        'dense adamw': dict(sae_layers=(), optimizer='adamw'),
         'naive': naive,
-        'naive adamw': naive | dict(optimizer='adamw'),
         'default': {},
         'posthoc': posthoc,
         'posthoc K=32': posthoc | dict(sae_k=32),
         'posthoc 95%': posthoc | dict(sae_blend_start=0.95, sae_blend_end=0.95),
         'posthoc 50%': posthoc | dict(sae_blend_start=0.5, sae_blend_end=0.5),
         'default-steps': one_step,
-        'default with a blend': dict(sae_blend_end=0.75),
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
         'cap 5%': dict(sae_cap=0.05),
         'cap 10%': dict(sae_cap=0.1),
-        'at 30%': dict(sae_blend_start=0.3, sae_blend_end=0.3),
-        'at 50%': dict(sae_blend_start=0.5, sae_blend_end=0.5),
-        'K=16': dict(sae_k=16),
         'K=32': dict(sae_k=32),
-        'K=128': dict(sae_k=128, sae_cap=0.3),
-        'F=4x': dict(sae_ratio=4, sae_cap=0.2),
         'F=64x': dict(sae_ratio=64),
         'first block': dict(sae_layers=(0,)),
         'later block': dict(sae_layers=(3 * L // 4 - 1,)),
-        'last block': dict(sae_layers=(L - 1,)),
         'two blocks': dict(sae_layers=(L // 4, L // 2)),
         'four blocks': dict(sae_layers=every[::max(1, L // 4)]),
         'all blocks': dict(sae_layers=every),
@@ -90,8 +80,6 @@ def rows(size):
         'a block more': dict(n_layer=L + 1),
     }
 
-# ------------------------------------------------------------------------------------------------
-
 def make(c, row, seed):
     """One run and its JSON. Returns None, or where it failed the file with what it printed."""
     size, steps = c['size'], c['steps']
@@ -99,11 +87,11 @@ def make(c, row, seed):
     target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
     if target.exists():
         return None
-    evals = 4 if size == 'cpu' else 10
-    options = dict(warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // evals),
-                   save_interval=10 ** 9, probe_tokens=0)
+    options = dict(
+        seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir, probe_tokens=0,
+        warmup_iters=max(1, steps // 20), save_interval=10**9,
+        eval_interval=max(1, steps // (4 if size == 'cpu' else 10)))
     options |= SIZES[size] | rows(size)[row]
-    options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir)
     if 'sae_posthoc' in options:
         options['init_from'] = Path(c['out'], f'{size}-{steps}-dense-s{seed}')
     if (out_dir / 'ckpt.pt').exists():
@@ -125,7 +113,6 @@ def make(c, row, seed):
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
         result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
     write_whole(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
-    return None
 
 def summary(row, size, log):
     """
@@ -142,9 +129,8 @@ def summary(row, size, log):
     saes = last.get('sae', {}).values()
     mean = {key: statistics.mean(sae[key] for sae in saes) if saes else None
             for key in ('live', 'busiest', 'l0', 'fvu')}
-    start |= start.pop('versions')
-    copied = ('params', 'params_non_embedding', 'flops_per_token', 'torch', 'gpu', 'commit',
-              'config')
+    start |= start['versions']
+    copied = 'params params_non_embedding flops_per_token torch gpu commit config'.split()
     return dict(
         row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'],
         train_loss=logs[-1]['loss'], val_loss=last['val_loss'],
@@ -154,7 +140,7 @@ def summary(row, size, log):
         tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), # the first compile
         curve=[[r['tokens'], r['val_loss']] for r in evals], **{key: start[key] for key in copied})
 
-# ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- table and picture
 
 NEEDED = {'row', 'size', 'seed', 'tokens', 'val_loss', 'config', 'curve'}
 LOSSES = ( # heading, key of a result, factor, format
@@ -206,8 +192,8 @@ def compare(results):
         r['to_naive'] = tokens_to(losses.get((*same, 'naive'), -1), r['curve'], r['tokens'])
         r |= r.get('probe_mean', {})
         for name in 'random', 'channels':
-            shared = {key: r[key] for key in ('size', 'tokens', 'seed', 'config')}
             if f'probe_{name}_mean' in r:
+                shared = {key: r[key] for key in ('size', 'tokens', 'config')}
                 more.append(shared | r[f'probe_{name}_mean'] | dict(row=name))
     return more + results
 
@@ -275,14 +261,12 @@ def plot(results, c):
     axes.grid(alpha=0.3)
     figure.savefig(c['plot'], dpi=130, bbox_inches='tight')
 
-# ------------------------------------------------------------------------------------------------
-
 def problems(c):
     """What is wrong with the options c, as a list of sentences."""
-    sound, training = c['size'] in SIZES, not c['table']
-    known = rows(c['size'] if sound else 'small')
-    found = [] if sound else [f"size={c['size']!r} must be one of {', '.join(SIZES)}"]
-    if training:
+    found, known = [], rows('small') # the same at every size
+    if c['size'] not in SIZES:
+        found.append(f"size={c['size']!r} must be one of {', '.join(SIZES)}")
+    if not c['table']:
         found += [f"rows={row!r} is unknown: known are {', '.join(known)}"
                   for row in c['rows'].split(',') if row not in known]
         found += [f"{key}={c[key]} must be a folder that can be written"
@@ -307,7 +291,6 @@ def main(argv):
     failed = []
     if not c['table']:
         load_meta(c['dataset']) # for its error
-        os.makedirs(c['results'], exist_ok=True)
         os.makedirs(c['out'], exist_ok=True)
         jobs = [(row, seed) for seed in c['seeds'] for row in c['rows'].split(',')]
         jobs.sort(key=lambda job: 'posthoc' in job[0]) # which needs its dense twin's checkpoint
