@@ -29,7 +29,7 @@ from data.dataset import write_dataset # noqa: E402
 # (possessive, as tiktoken writes it: the same words, found faster)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # folders that hold no library code, or character tables only (encodings)
-SKIP = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings', '__pycache__'}
+SKIP = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings'}
 # a line that begins with a string or a number, brackets aside, but not with a docstring: tables
 # (html/entities.py, locale.py, _sysconfigdata...) have 0.34 to 1.0 of them, code up to 0.28
 LITERAL = re.compile(r"^[ \t]*[\[({]*(?!\"\"\"|''')['\"\d]", re.MULTILINE)
@@ -90,7 +90,6 @@ def train_bpe(texts, vocab_size):
             break # what occurs once is no pattern
         new = chr(len(tokens)) # a new spelling: where an older ab+c was joined, no a+bc is left
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        grown = set()
         for w in where.pop(pair):
             word = words[w]
             for old in zip(word, word[1:]):
@@ -100,9 +99,7 @@ def train_bpe(texts, vocab_size):
                 pair_count[now] += counts[w]
                 if new in now:
                     where[now].add(w)
-                    grown.add(now)
-        for now in grown:
-            heapq.heappush(heap, (-pair_count[now], now))
+                    heapq.heappush(heap, (-pair_count[now], now))
     return {token: i for i, token in enumerate(tokens)}
 
 def prepare(out='stdlib', vocab_size=4096):
