@@ -20,17 +20,17 @@ from statistics import median
 import numpy as np
 import torch
 
-import data.dataset
 import kernels
 from configurator import configure, run
+from data.dataset import write_dataset
 from model import GPTConfig
 from sae import SAE
 
 GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if GPU else 'cpu'
-N = 32_768 if GPU else 256               # tokens through the layer
-V = 50_257 if GPU else 500               # vocabulary of the step's tokens
-SHAPES = [(32, 256, 4)]                  # C, F, K
+N = 32_768 if GPU else 256    # tokens through the layer
+V = 50_257 if GPU else 500    # vocabulary of the step's tokens
+SHAPES = [(32, 256, 4)]       # C, F, K
 TRAIN = dict( # makes config/*_gpt.py tiny; 7 blocks, because the SAE is after the seventh
     max_iters=4, log_interval=1, n_layer=7, n_head=2, n_embd=16, block_size=32, batch_size=2,
     gradient_accumulation_steps=4, sae_ratio=8, sae_k=4, eval_tokens=128, compile=False)
@@ -40,10 +40,7 @@ if GPU:
                  batch_size=64, gradient_accumulation_steps=8) # as the README has it for one GPU
 
 def median_ms(fn):
-    """
-    Median time of fn() after warm-up, on a GPU with a cold L2 cache. A sleep lets the host queue
-    four calls ahead, as in training; else small shapes show Python's speed.
-    """
+    """Median time of fn() after warm-up, on a GPU with a cold L2 cache."""
     for _ in range(3):
         fn()
     if not GPU:
@@ -51,7 +48,8 @@ def median_ms(fn):
     flush = torch.empty(2**28, dtype=torch.int8, device=DEVICE) # larger than any card's L2
     times = []
     for _ in range(8):
-        torch.cuda._sleep(20_000_000) # clock cycles, about 10 ms
+        # about 10 ms, in which the host queues four calls: else small shapes show Python's speed
+        torch.cuda._sleep(20_000_000)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(4)]
         for a, b in events:
             flush.zero_()
@@ -82,7 +80,7 @@ def bench_layer(C, F, K):
         with torch.autocast(DEVICE, torch.bfloat16):
             values, indices = layer.encode(h)
             z = torch.zeros(N, F, device=DEVICE).scatter(-1, indices, values)
-            return (z @ layer.W_dec + layer.b_dec).type_as(h)
+            return layer.decode(z).type_as(h)
 
     if kernels.fits(N, F, C, K, h.dtype, h.device):
         measure('fast', lambda: kernels.topk_autoencode(h, *P, K)[0], *P)
@@ -95,7 +93,7 @@ def bench_layer(C, F, K):
     # a CPU may come without a C++ compiler
     compiled = torch.compile(plain, dynamic=False, backend='inductor' if GPU else 'eager')
     measure('plain_compiled', compiled, *P)
-    x, W = h.detach(), P[0].detach().bfloat16()
+    x, W = h.detach(), layer.W_enc.detach().bfloat16()
     row['encoder'] = median_ms(lambda: x @ W.t())
     return row
 
@@ -116,7 +114,7 @@ def bench_step():
     tokens = (V**u).astype(np.int64) - 1 # Zipf's frequencies: P(id) falls as 1/id
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        data.dataset.write_dataset(folder, [tokens], [tokens], V, 'gpt2', 'random, Zipf', None)
+        write_dataset(folder, [tokens], [tokens], V, 'gpt2', 'random, Zipf', None)
         for kind in ['dense', 'sae'] * (2 if GPU else 1): # in turns, as clocks drift
             found[kind] += train(folder, kind, folder / f'{kind}-{len(found[kind])}')
     dense, sae = median(found['dense']), median(found['sae'])
@@ -127,8 +125,9 @@ def main(argv):
     torch.set_float32_matmul_precision('high') # as train.py
     print(json.dumps(dict(gpu=torch.cuda.get_device_name() if GPU else 'CPU',
                           torch=torch.__version__)))
-    for shape in SHAPES if options['layer'] else ():
-        print(json.dumps(bench_layer(*shape)), flush=True)
+    if options['layer']:
+        for shape in SHAPES:
+            print(json.dumps(bench_layer(*shape)), flush=True)
     if options['step']:
         print(json.dumps(bench_step()))
 
