@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from configurator import configure, run, writable # noqa: E402
 from data.dataset import load_meta # noqa: E402
 from features import open_run, write_whole # noqa: E402
-from measures import measure # noqa: E402
+from measures import mean_of, measure # noqa: E402
 from model import GPTConfig # noqa: E402
 
 SIZES = {
@@ -127,8 +127,7 @@ def summary(row, size, log):
     (start,), logs, evals = (list(records.values()) for records in steps.values())
     last = evals[-1]
     saes = last.get('sae', {}).values()
-    mean = {key: statistics.mean(sae[key] for sae in saes) if saes else None
-            for key in ('live', 'busiest', 'l0', 'fvu')}
+    mean = mean_of(saes) if saes else dict.fromkeys(('live', 'busiest', 'l0', 'fvu'))
     start |= start['versions']
     copied = 'params params_non_embedding flops_per_token torch gpu commit config'.split()
     return dict(
