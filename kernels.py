@@ -4,15 +4,13 @@ mlp, a block's MLP; linear_cross_entropy, the output head and the loss. These tw
 PyTorch where there is no Triton or no GPU.
 
 Of the SAE layer only the encoder's product is dense. The rest touches K of F features a token:
-
     forward   cuBLAS, or on Hopper _matmul, writes the product of some rows to a small buffer;
               _select finds each row's K largest, _gather_sum adds K rows of W_dec, _sort_pairs
               sorts the active (feature, token) pairs by feature
     backward  _pair_sums walks each feature's tokens for d values, dW_dec, dW_enc and db_enc
               together; _gather_sum adds K rows of W_enc for dh
-
-Kept for backward: h, values, indices and the pairs' order; nothing of size (N, F). No atomics: sums
-run in a fixed order, so two runs on one card agree to the bit.
+Nothing of size (N, F) is kept for backward. No atomics: sums run in a fixed order, so two runs on
+one card agree to the bit.
 
 Shapes: N tokens (= B*T), C n_embd, F features, K active features a token.
 W_enc (F, C), b_enc (F,), W_dec (F, C), b_dec (C,).
@@ -91,8 +89,7 @@ def _key(a):
 def _collect(pre, b_enc, groups, n_groups, found, above, F: tl.constexpr, G: tl.constexpr,
              EIGHTS: tl.constexpr, LIST: tl.constexpr, CAP: tl.constexpr):
     """Write the listed groups' entries > above (int64; int32: whose key is) to found, CAP at most
-    -> how many there are. An entry is key << 32 | (2^31 - 1 - index): larger is better, and no two
-    are equal."""
+    -> how many there are. An entry is key << 32 | (2^31 - 1 - index): the best is the largest."""
     n = 0
     for start in range(0, F, 8 * EIGHTS * G):
         first = 0
@@ -120,16 +117,14 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
     One row of pre (fp32 sum with b_enc, relu) -> its K largest, exactly, ties by lowest index.
 
     Bytes: the row once, 0.8 GB at N=32768, F=12288 in bf16. To bisect it all is slower, so
-    1. one maximum for each of G groups (8 adjacent elements in every slab of 8 G): about three
-       instructions an element, all within a thread; or, from the encoder, of 8 EIGHTS adjacent
-       elements, so that the row itself is not read;
-    2. the K-th largest of the G maxima, by bisection, bounds the row's K-th largest from below,
-       and only groups whose maximum reaches it can hold one of the K: list them (about K of G);
-    3. read only the listed groups again and keep what reaches the bound: with G = 8 K about 1.07 K
-       elements, when the large ones are not crowded into few groups;
-    4. more than CAP kept (crowded, or many ties): bisect for a bound that K to CAP of the listed
-       groups' elements pass. Always right, merely slower;
-    5. sort the CAP kept; where fewer than K are positive, fill up with the first inactive features.
+    1. one maximum for each of G groups (8 adjacent elements in every slab of 8 G), or, from the
+       encoder, of 8 EIGHTS adjacent elements, so that the row itself is not read;
+    2. the K-th largest of the G maxima bounds the row's K-th largest from below, and only groups
+       whose maximum reaches it can hold one of the K: list them (about K of G);
+    3. read only these again and keep what reaches the bound: with G = 8 K about 1.07 K elements;
+    4. more than CAP kept (the large ones crowded in few groups, or many ties): bisect for a bound
+       that K to CAP of them pass. Always right, merely slower;
+    5. sort what is kept; where fewer than K are positive, fill up with the first inactive features.
     """
     row = tl.program_id(0).to(tl.int64)
     pre += row * F
@@ -150,7 +145,7 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
         best = tl.load(maxima + row * in_row + g, mask=g < in_row, other=0.0)
     best_key = _key(best)
 
-    # 2. the largest bound that at least K of the maxima reach; any bound with exactly K will do
+    # 2. bisect for the largest bound that at least K maxima reach; any with exactly K will do
     top = tl.max(best_key, axis=0)
     bound = top * 0
     most = top
@@ -202,10 +197,9 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
 
 def select(pre, b_enc, values, indices, maxima=None):
     """
-    The K largest of each row of relu(pre + b_enc), from the largest down, ties by lowest index, NaN
-    first. Fills values (n, K) fp32 and indices (n, K) int32 from pre (n, F), contiguous, and b_enc
-    (F,) fp32; a slot beyond a row's positive ones gets 0 and a feature that is not active.
-    maxima (n, ceil(F / SPAN)) fp32: what _matmul's epilogue found.
+    The K largest of each row of relu(pre + b_enc), NaN first: fills values and indices, both (n, K),
+    as topk_autoencode returns them. pre (n, F), contiguous; b_enc (F,) fp32; maxima
+    (n, ceil(F / SPAN)) fp32: what _matmul's epilogue found.
     """
     (n, F), K = pre.shape, values.shape[1]
     KP = triton.next_power_of_2(K)
@@ -273,12 +267,11 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
         dv = gy[n] . W_dec[f] + gvalues[n, k]         dvalues[n, k] = dv, for dh later
         dW_dec[f] = sum v gy[n]    dW_enc[f] = sum dv (h[n] - b_dec)    db_enc[f] = sum dv
 
-    Bytes: walking by feature gathers gy and h once (2 N K C of bf16: 3.2 GB at N=32768, K=32,
-    C=768, most of it L2 hits as neighbouring programs meet the same tokens), holds W_dec[f] and
-    both sums in registers, and needs no other pass for dv. Program p < RUNS takes the first PART
-    pairs of run p, which is feature p % F in one chunk of tokens (see _sort_pairs). Some features
-    fire on a third of all tokens, so the rest is cut into further parts, programs RUNS + e, whose
-    sums _add_parts adds in order. h - b_dec is summed as sum dv h - b_dec sum dv: no copy is kept.
+    Bytes: gy and h are gathered once (2 N K C of bf16: 3.2 GB at N=32768, K=32, C=768, most of it
+    L2 hits as neighbouring programs meet the same tokens); W_dec[f] and both sums are in registers.
+    Program p < RUNS takes the first PART pairs of run p, which is feature p % F in one chunk of
+    tokens (see _sort_pairs). Some features fire on a third of all tokens, so the rest is cut into
+    further parts, programs RUNS + e, whose sums _add_parts adds in order.
     """
     p = tl.program_id(0)
     run = p
@@ -291,8 +284,8 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
     begin = tl.load(starts + run) + part * PART
     end = tl.minimum(begin + PART, tl.load(starts + run + 1))
 
-    # A row of C is TILES blocks of one program's width, in tuples: C = 768 is not a power of two,
-    # and a block of 1024 on four warps would leave one idle and need barriers for the dot product.
+    # a row of C is TILES blocks, in tuples: C = 768 is not a power of two, and a block of 1024 on
+    # four warps would leave one idle and need barriers for the dot product
     w, enc, dec, b = (), (), (), 0.0
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
@@ -335,7 +328,7 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
         bias = tl.load(b_dec + c, mask=c < C, other=0.0)
-        tl.store(sum_enc + at + c, enc[t] - b * bias, mask=c < C)
+        tl.store(sum_enc + at + c, enc[t] - b * bias, mask=c < C)   # sum dv (h - b_dec)
         tl.store(sum_dec + at + c, dec[t], mask=c < C)
     tl.store(sum_b + p, b)
 
@@ -343,8 +336,8 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
 def _add_parts(first, ends, sum_enc, sum_dec, sum_b, dW_enc, dW_dec, db_enc, F: tl.constexpr,
                CHUNKS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """
-    Add feature f's runs, one a chunk of tokens, and their further parts, which come after all runs,
-    in order. At most N K / PART rows of 2 C fp32 are parts: 50 MB at N=32768, K=32, C=768.
+    Add feature f's runs, one a chunk of tokens, and their further parts, in order. At most N K /
+    PART rows of 2 C fp32 are parts: 50 MB at N=32768, K=32, C=768.
     """
     f = tl.program_id(0)
     if (tl.load(first + f) == tl.load(ends + f)) & (CHUNKS == 1):
@@ -416,11 +409,11 @@ def _matmul(a, b, act, bias, out, maxima, M, N: tl.constexpr, K: tl.constexpr,
         backward   out = (a b) 2 sqrt(act), what relu^2 sends back; here b is (K, N)
         maxima     out = a b^T; maxima[m, g] = the largest of SPAN columns of out[m] + bias, fp32
 
-    Bytes: relu^2 in a kernel of its own would read and write 0.8 GB at M=65536, N=3072 in bf16, and
-    its backward 1.2; here nothing, and act once. The maxima spare _select the row: 0.1 GB in place
-    of 1.6 at N=12288. a, b, act and out are tensor descriptors (Hopper's TMA), which read zeros
-    and write nothing out of bounds. PROGRAMS programs take EACH tiles in turns, GROUP rows of tiles
-    at a time so that they meet in the L2; what is left over at the end is the last tile again.
+    Bytes: relu^2 in a kernel of its own would read and write 0.8 GB at M=65536, N=3072 in bf16, its
+    backward 1.2. The maxima spare _select the row: 0.1 GB in place of 1.6 at N=12288.
+    a, b, act, out: descriptors (Hopper's TMA), which read zeros and write nothing out of bounds.
+    PROGRAMS programs take EACH tiles in turns, GROUP rows of tiles at a time, which so meet in the
+    L2; spare turns do the last tile again.
     """
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
     in_row: tl.constexpr = (N + SPAN - 1) // SPAN   # maxima
@@ -568,10 +561,9 @@ def _(gy, gvalues, h, W_enc, W_dec, b_dec, values, indices, order, starts):
     return dh, dW_enc, values.new_empty(len(W_enc)), dW_dec
 
 def _setup(ctx, inputs, output):
-    h, W_enc, b_enc, W_dec, b_dec, _ = inputs
+    h, W_enc, _, W_dec, b_dec, _ = inputs
     _, values, indices, _, order, starts = output
     ctx.set_materialize_grads(False)   # mostly only y is used: then the values' gradient is None
-    ctx.bias_types = b_enc.dtype, b_dec.dtype
     ctx.save_for_backward(h, W_enc, W_dec, b_dec, values, indices, order, starts)
 
 def _backward(ctx, gy, gvalues, *_):
@@ -580,7 +572,7 @@ def _backward(ctx, gy, gvalues, *_):
     dh, dW_enc, db_enc, dW_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
     # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
     db_dec = gy.sum(0, dtype=torch.float32) - (db_enc[:, None] * W_enc).sum(0)
-    return dh, dW_enc, db_enc.to(ctx.bias_types[0]), dW_dec, db_dec.to(ctx.bias_types[1]), None
+    return dh, dW_enc, db_enc, dW_dec, db_dec, None
 
 _autoencode.register_autograd(_backward, setup_context=_setup)
 
@@ -650,8 +642,7 @@ def _softmax_loss(logits, targets, losses, scale, V: tl.constexpr, V_PAD: tl.con
     One row of logits -> its loss and (GRAD), in place, scale (softmax - onehot), 0 in the padding.
 
     Bytes: each logit once from memory, once from the L2, and written once: 6.6 GB at N=32768,
-    V=50304 in bf16. One exp a logit and pass: the maximum is the row's so far, a scalar, so that
-    rescaling the sums takes one more exp a block, not one a logit.
+    V=50304 in bf16. The maximum is the row's so far, a scalar: rescaling takes an exp a block.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V_PAD
@@ -682,8 +673,8 @@ def _softmax_loss(logits, targets, losses, scale, V: tl.constexpr, V_PAD: tl.con
 @torch.library.custom_op("sae::linear_cross_entropy", mutates_args=())
 def _linear_loss(x: Tensor, W: Tensor, targets: Tensor, vocab_size: int, grads: bool,
                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss and, where grads are wanted, its gradients for x and W: the forward pass has the
-    logits in hand, and what they leave behind is 16 times smaller (N=32768: 0.2 GB, not 3.3)."""
+    """-> loss and, where grads are wanted, its gradients for x and W: they are 16 times smaller
+    than the logits, which the forward pass has in hand (N=32768: 0.2 GB, not 3.3)."""
     x, targets, W_x = x.contiguous(), targets.contiguous(), W.to(x.dtype).contiguous()
     N, V_PAD = x.shape[0], W.shape[0]
     slices = _slices(N, V_PAD * x.element_size(), LOGITS_MB)
