@@ -197,8 +197,8 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
 
 def select(pre, b_enc, values, indices, maxima=None):
     """
-    The K largest of each row of relu(pre + b_enc), NaN first: fills values and indices, both (n, K),
-    as topk_autoencode returns them. pre (n, F), contiguous; b_enc (F,) fp32; maxima
+    The K largest of each row of relu(pre + b_enc), NaN first: fills values and indices (n, K) as
+    topk_autoencode returns them. pre (n, F), contiguous; b_enc (F,) fp32; maxima
     (n, ceil(F / SPAN)) fp32: what _matmul's epilogue found.
     """
     (n, F), K = pre.shape, values.shape[1]
@@ -495,15 +495,14 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
     buffer = torch.empty(slices[0].stop, F, dtype=h.dtype, device=h.device)
     # few K and groups, or _select's lists grow long
     fused = _fits_matmul(h, C, F) and 2 * SPAN * k <= F <= 2**17
-    with torch.autocast(h.device.type, enabled=False):
-        for s in slices:
-            pre, maxima = buffer[:s.stop - s.start], None                   # (rows, F)
-            if fused:
-                maxima = torch.empty(len(pre), triton.cdiv(F, SPAN), device=h.device)
-                _fused_matmul("maxima", h[s], W, pre, ENCODER_TILE, bias=bias, maxima=maxima)
-            else:
-                torch.mm(h[s], W.t(), out=pre)
-            select(pre, bias, values[s], indices[s], maxima)
+    for s in slices:
+        pre, maxima = buffer[:s.stop - s.start], None                       # (rows, F)
+        if fused:
+            maxima = torch.empty(len(pre), triton.cdiv(F, SPAN), device=h.device)
+            _fused_matmul("maxima", h[s], W, pre, ENCODER_TILE, bias=bias, maxima=maxima)
+        else:
+            torch.mm(h[s], W.t(), out=pre)   # autocast leaves what has an out= alone
+        select(pre, bias, values[s], indices[s], maxima)
     del buffer, pre, W   # room for what follows
     y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
     chunks = _chunks(h, F, k)
@@ -683,19 +682,18 @@ def _linear_loss(x: Tensor, W: Tensor, targets: Tensor, vocab_size: int, grads: 
     dx = torch.empty(x.shape if grads else 0, dtype=x.dtype, device=x.device)
     dW = torch.empty(W.shape if grads else 0, device=x.device)
     BLOCK = min(LOSS_BLOCK, triton.next_power_of_2(V_PAD))
-    with torch.autocast(x.device.type, enabled=False):
-        for s in slices:
-            logits = torch.mm(x[s], W_x.t(), out=buffer[:s.stop - s.start])  # (rows, V_PAD)
-            _softmax_loss[(len(logits),)](
-                logits, targets[s], losses[s], 1 / N, V=vocab_size, V_PAD=V_PAD, BLOCK=BLOCK,
-                GRAD=grads, num_warps=max(1, min(4, BLOCK // 32)))
-            if grads:   # the buffer holds d loss / d logits now
-                torch.mm(logits, W_x, out=dx[s])
-                a, b, beta = logits.t(), x[s], int(s.start > 0)   # 0: dW is not read
-                if x.is_cuda and x.dtype == torch.bfloat16:   # bf16 into fp32 sums: cuBLAS only
-                    torch.addmm(dW, a, b, beta=beta, out=dW, out_dtype=torch.float32)
-                else:
-                    torch.addmm(dW, a.float(), b.float(), beta=beta, out=dW)
+    for s in slices:
+        logits = torch.mm(x[s], W_x.t(), out=buffer[:s.stop - s.start])     # (rows, V_PAD)
+        _softmax_loss[(len(logits),)](
+            logits, targets[s], losses[s], 1 / N, V=vocab_size, V_PAD=V_PAD, BLOCK=BLOCK,
+            GRAD=grads, num_warps=max(1, min(4, BLOCK // 32)))
+        if grads:   # the buffer holds d loss / d logits now
+            torch.mm(logits, W_x, out=dx[s])
+            a, b, beta = logits.t(), x[s], int(s.start > 0)   # 0: dW is not read
+            if x.is_cuda and x.dtype == torch.bfloat16:   # bf16 into fp32 sums: cuBLAS only
+                torch.addmm(dW, a, b, beta=beta, out=dW, out_dtype=torch.float32)
+            else:
+                torch.addmm(dW, a.float(), b.float(), beta=beta, out=dW)
     return losses.mean(), dx, dW.to(W.dtype)
 
 @_linear_loss.register_fake

@@ -146,7 +146,7 @@ def gather(tokens, starts, block_size):
     rows = torch.from_numpy(rows.astype(np.int64)) # (B, T+1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-# ------------- tokenizers: always a tiktoken Encoding, by its name or from a file beside the tokens
+# --------------------------------------------------------------------------------------- tokenizers
 
 def load_tokenizer(folder, meta):
     """The tiktoken.Encoding of the data set in `folder`. Raises ValueError."""

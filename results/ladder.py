@@ -231,8 +231,8 @@ def print_table(results):
           "dense%: fire on a tenth of the tokens.")
     for size, tokens in sorted({(r['size'], r['tokens']) for r in results}):
         part = [r for r in results if (r['size'], r['tokens']) == (size, tokens)]
-        known = ['random', 'channels', *rows(size)]
-        order = known + sorted({r['row'] for r in part} - set(known))
+        found = sorted(r['row'] for r in part)
+        order = dict.fromkeys(['random', 'channels', *rows(size), *found])
         print(f"\n{size}, {tokens / 1e6:.1f} M tokens; losses in nats")
         print_part(part, LOSSES, order)
         if any('k1' in r for r in part):

@@ -157,12 +157,13 @@ def test_encoder_that_gives_maxima(N, C, F, k, monkeypatch):
 
 @needs_kernels
 def test_autocast_rounds_nothing():
-    """Under autocast h alone decides the precision, that of b_dec's share of it all too."""
+    """Under autocast h alone decides the precision, of b_dec's share too; x that of the loss."""
     inputs, grads = make(5, 20, 30, 3)
     with torch.no_grad():
         inputs[4] += 10
     with torch.autocast(DEVICE, torch.bfloat16):
         check_layer(inputs, grads, 3, 1e-5)
+        check_head(*make_head(4, 12, 100), 100, 1e-5)
 
 @needs_kernels
 @pytest.mark.parametrize("chunks", [1, 2, 7])   # of 5 tokens
