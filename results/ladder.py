@@ -245,7 +245,7 @@ def plot(results, c):
     figure, axes = plt.subplots(figsize=(7, 4.2))
     probed = [r for r in results if 'k1' in r
               and (r['size'], r['config']['max_iters']) == (c['size'], c['steps'])]
-    for row in dict.fromkeys(r['row'] for r in probed):
+    for i, row in enumerate(dict.fromkeys(r['row'] for r in probed)):
         runs = [r for r in probed if r['row'] == row]
         y = statistics.mean(r['k1'] for r in runs)
         if row in ('random', 'channels'):
@@ -254,7 +254,8 @@ def plot(results, c):
         elif all('price' in r for r in runs):
             x = statistics.mean(r['price'] for r in runs)
             axes.plot(x, y, 'o', color='C3' if row == 'default' else 'C0')
-            axes.annotate(row, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
+            below = -10 if i % 2 else 3 # of neighbours one
+            axes.annotate(row, (x, y), xytext=(4, below), textcoords='offset points', fontsize=8)
     axes.set(xlabel='loss minus dense, nats', ylabel='accuracy of probes with one feature')
     axes.legend()
     axes.grid(alpha=0.3)
