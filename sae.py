@@ -7,18 +7,11 @@ The sparse autoencoder (SAE) layer: a place in a GPT through which only K of F f
     y = z W_dec + b_dec
     x <- (1 - alpha) x + alpha scale y
 
-It is part of the model: after the hand-over (alpha = 1) the language model's own loss trains it,
-and there is no reconstruction error to explain away. Before (alpha = 0) it only watches, and learns
-to reconstruct h; scale is the RMS of x, as it was then. Rows of W_dec have one length.
-This file knows nothing of GPTs; model.py calls it.
+Before the hand-over (alpha = 0) it only watches, and learns to reconstruct h; scale is the RMS of
+x, as it was then. Afterwards (alpha = 1) the language model's own loss trains it. Row f of W_enc
+(F, C) is what feature f reads, row f of W_dec (F, C), all of one length, what it writes.
 
 Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*T, S SAE layers.
-Row f of W_enc (F, C) is what feature f reads, row f of W_dec (F, C) is what it writes.
-
-The training strategies: the blend in blend_alpha(), held in a buffer, so that changing it never
-recompiles; the reconstruction loss in SAE.forward(); the rows of W_dec in SAE.normalize_rows();
-scale, and the nudge of features that fire too rarely or too often, in SAE.after_step(). train.py
-gives the layer several steps of its own in each step of the model.
 """
 import math
 from typing import NamedTuple
@@ -58,15 +51,12 @@ class SAEOut(NamedTuple):
     length: torch.Tensor   # () mean length of x, over sqrt(C)
     loss: torch.Tensor     # () sae_recon * fvu while alpha is 0, then 0
 
-# --------------------------------------------------------------------------------------------------
-# selection
+# --------------------------------------------------------------------------------------- selection
 
 def topk(a, score, k):
     """
-    The selection rule: a, score (..., F) -> values (..., k) of a, indices (..., k), the largest
-    score first. TopK SAEs: arXiv 2406.04093.
-    It chooses per token. Batch-level TopK would let later tokens decide which features an earlier
-    token may use: it leaks the future into a causal model.
+    a, score (..., F) -> values (..., k) of a, indices (..., k), the largest score first (arXiv
+    2406.04093). Per token: TopK over a batch lets later tokens decide what an earlier one may use.
     """
     indices = torch.topk(score, k, dim=-1).indices
     return a.gather(-1, indices), indices
@@ -76,8 +66,7 @@ def count_fired(values, indices, n_features):
     counts = torch.zeros(n_features, dtype=torch.int32, device=values.device)
     return counts.scatter_add(0, indices.flatten(), (values != 0).flatten().int())
 
-# --------------------------------------------------------------------------------------------------
-# the layer
+# --------------------------------------------------------------------------------------- the layer
 
 class SAE(nn.Module):
     """
@@ -88,61 +77,40 @@ class SAE(nn.Module):
       stream            of the stream's own C channels the K largest by magnitude: a feature is a
                         channel, the same one in every layer (TopK LMs, arXiv 2506.21468)
     At the last two z takes the place of y, and b_enc counts in the selection only.
-
-    config: GPTConfig, of which this reads n_embd, n_features and what begins with sae_.
     """
     select = staticmethod(topk) # another rule goes here; the kernels know topk alone
 
     def __init__(self, config):
         super().__init__()
-        self.site = SITES[config.sae_site]
-        self.n_embd, self.n_features = config.n_embd, config.n_features
-        self.k = config.sae_k
+        self.config, self.site = config, SITES[config.sae_site]
+        self.n_embd, self.n_features, self.k = config.n_embd, config.n_features, config.sae_k
+        C, F_ = self.n_embd, self.n_features
         self.recon = config.sae_recon if self.site.own else 0.0
-        self.nudge, self.cap = config.sae_nudge, config.sae_cap
-        self.silent_steps = config.sae_silent_steps
-        width = self.n_embd if self.site.own else self.n_features # of h and y
         if self.site.own:
-            self.W_enc = nn.Parameter(torch.empty(self.n_features, self.n_embd))
-            self.b_enc = nn.Parameter(torch.zeros(self.n_features))
-            self.W_dec = nn.Parameter(torch.empty(self.n_features, self.n_embd))
-            self.b_dec = nn.Parameter(torch.zeros(self.n_embd))
-            self.reset_parameters()
+            self.W_enc = nn.Parameter(F.normalize(torch.randn(F_, C), dim=-1))
+            self.b_enc = nn.Parameter(torch.zeros(F_))
+            self.W_dec = nn.Parameter(torch.randn(F_, C))
+            self.b_dec = nn.Parameter(torch.zeros(C))
+            self.normalize_rows()
         else:
-            self.register_buffer('b_enc', torch.zeros(self.n_features))
-        self.register_buffer('alpha', torch.ones(())) # 1: nothing passes beside it
-        # the mean RMS of x in the last step with alpha 0; stays 1 where alpha was never 0
-        self.register_buffer('scale', torch.ones(()))
-        steps = torch.zeros(self.n_features, dtype=torch.long)
-        self.register_buffer('silent', steps) # steps since a feature last fired
-        share = torch.zeros(self.n_features)
-        self.register_buffer('share', share) # of tokens on which it fires, a running mean
-        # Interventions, for evaluation and sampling only: z <- scale * z + add in the code,
-        # y <- gate * y + fill in what is written.
+            self.register_buffer('b_enc', torch.zeros(F_))
+        self.register_buffer('alpha', torch.ones(())) # a buffer: to change it never recompiles
+        self.register_buffer('scale', torch.ones(())) # RMS of x in the last step with alpha 0
+        self.register_buffer('silent', torch.zeros(F_, dtype=torch.long)) # steps since it fired
+        self.register_buffer('share', torch.zeros(F_)) # of tokens on which it fires, running mean
+        # Interventions, not in training: z <- scale * z + add, then y <- gate * y + fill
         self.steer = None # or (scale, add), each (F,)
         self.register_buffer('gate', torch.ones(()), persistent=False)
-        self.register_buffer('fill', torch.zeros(width), persistent=False)
-        self.posthoc = False # trained on a frozen model: spliced in, y gets the length of x
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        """
-        W_enc   rows are random unit vectors
-        W_dec   rows are random, of length 1 / (1 + S / C), about 1/2. The K largest of F unit
-                Gaussians have squares near 2 ln(F/K), so S = 2 K ln(F/K) is how much of |h|^2 = C
-                a token's code reads. What an untrained decoder writes is then about sqrt(S) times
-                that length, at most sqrt(C)/2: it stays below the stream's size
-        b_enc, b_dec   zeros
-        """
-        self.W_enc.copy_(F.normalize(torch.randn_like(self.W_enc), dim=-1))
-        self.W_dec.normal_()
-        self.normalize_rows()
+        self.register_buffer('fill', torch.zeros(C if self.site.own else F_), persistent=False)
+        self.posthoc = False # trained on a frozen model: y gets the length of x
 
     @torch.no_grad()
     def normalize_rows(self):
         """
-        After each of the SAE's steps: gives the rows of W_dec their length, so that what a feature
-        does is all in its activation.
+        Gives the rows of W_dec their length, so that what a feature does is all in its activation.
+        The K largest of F unit Gaussians have squares near 2 ln(F/K), so S = 2 K ln(F/K) is how
+        much of |h|^2 = C a code reads. With the length 1 / (1 + S/C), about 1/2, an untrained
+        decoder writes at most sqrt(C)/2: less than h.
         """
         C, F_, K = self.n_embd, self.n_features, self.k
         S = 2 * K * math.log(max(F_ / K, 2)) # max: with K near F it would be 0
@@ -210,34 +178,29 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, fired, tokens, length):
         """
-        Called once a step, after the model's optimizer. fired (F,): on how many of the step's
-        tokens, over all micro-steps and ranks, each feature was active; tokens: how many these
-        were; length (): the mean of SAEOut's.
-        b_enc moves by `nudge`, without any gradient: up where a feature was silent over the last
-        `silent_steps` steps, down where its share of tokens is above `cap` (the idea of loss-free
-        balancing in mixtures of experts, arXiv 2408.15664).
+        After the model's step. fired (F,): on how many of the step's tokens, over all micro-batches
+        and ranks, each feature was active; tokens: how many these were; length (): SAEOut's mean.
+        b_enc of features that fire too rarely rises, of those that fire too often it falls, without
+        a gradient (as in loss-free balancing of mixtures of experts, arXiv 2408.15664).
         """
         if self.site.own:
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
         self.share.lerp_(fired / tokens, 0.1)
-        self.b_enc.add_(self.nudge * self.is_silent())
-        if self.cap:
-            self.b_enc.sub_(self.nudge * (self.share > self.cap))
+        self.b_enc.add_(self.config.sae_nudge * self.is_silent())
+        if self.config.sae_cap:
+            self.b_enc.sub_(self.config.sae_nudge * (self.share > self.config.sae_cap))
 
     def is_silent(self):
-        return self.silent >= self.silent_steps
+        return self.silent >= self.config.sae_silent_steps
 
 def fraction_unexplained(h, y):
     """FVU: |h - y|^2 / |h - mean h|^2, both (..., C), sums in fp32. 0 is perfect, 1 the mean."""
     h, y = h.float().flatten(0, -2), y.float().flatten(0, -2)
     return (h - y).square().sum() / (h - h.mean(0)).square().sum().clamp_min(1e-12)
 
-# --------------------------------------------------------------------------------------------------
-# schedule, as a function of the share of training done
-
 def blend_alpha(progress, start, end):
-    """0 up to `start`, then linearly to 1 at `end`, then 1. start = end = 0: 1 from step 0 on."""
+    """alpha by the share of training done: 0 up to `start`, then linearly to 1 at `end`, then 1."""
     if progress >= end:
         return 1.0
     return 0.0 if progress < start else (progress - start) / (end - start)

@@ -155,7 +155,7 @@ def test_balance_by_hand():
         assert key in ('silent', 'share', 'b_enc', 'W_dec') or torch.equal(t, before[key])
 
 def test_init_table():
-    """The table in reset_parameters() is true, and an untrained SAE writes less than it reads."""
+    """Rows of W_enc have length 1, W_dec theirs; untrained it writes less than it reads."""
     torch.manual_seed(0)
     C, F, k = 256, 4096, 32
     sae = SAE(GPTConfig(n_embd=C, sae_ratio=F // C, sae_k=k))
