@@ -3,17 +3,16 @@ A GPT in the style of nanoGPT's model.py, with the sparse layers of sae.py. Unli
 - RoPE instead of learned positions, QK-norm, RMSNorm without parameters, ReLU^2 MLP, no biases
 - a token embedding that is normalised, and tied to the output head
 - in the blocks of `sae_layers` an SAE layer: what `sae_site` names must pass through K features
-With sae_layers = () it is a plain dense GPT, the twin that every SAE model is compared with.
 
-Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, L layers, S SAE layers,
-F features, K active.
+Shapes: B batch, T time, C n_embd, H heads, D = C/H, V vocabulary, S SAE layers, F features,
+K active.
 """
 import math
 import os
 import sys
 import zipfile
-from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -43,11 +42,10 @@ class GPTConfig:
 
     @property
     def n_features(self):
-        # site stream has no ratio: one feature a channel
-        return getattr(self, SITES[self.sae_site].ratio, 1) * self.n_embd
+        return getattr(self, SITES[self.sae_site].ratio, 1) * self.n_embd # without a ratio: C
 
     def problems(self):
-        """Everything that is wrong with this config, as a list of sentences; [] if it is sound."""
+        """Everything that is wrong with this config, as a list of sentences."""
         found = []
         for field in fields(self):
             value, low = getattr(self, field.name), int(field.type is int) # whole numbers: from 1
@@ -63,13 +61,11 @@ class GPTConfig:
                          "size (RoPE turns pairs)")
         layers, K, F_ = list(self.sae_layers), self.sae_k, self.n_features
         if len(set(layers) & set(range(self.n_layer))) < len(layers):
-            found.append(f"sae_layers={layers} must be different block indices in "
-                         f"0..{self.n_layer - 1}")
+            found.append(f"sae_layers={layers} must be different blocks of 0..{self.n_layer - 1}")
         if layers and K > F_:
             found.append(f"sae_k={K} must not exceed the {F_} features of site {self.sae_site}")
         elif layers and 0 < self.sae_cap <= K / F_:
-            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {K} / {F_}, how "
-                         "often a feature fires on average")
+            found.append(f"sae_cap={self.sae_cap} must be 0 (off) or above K/F = {K} / {F_}")
         return found
 
 def rotate(x, cos, sin):
@@ -77,7 +73,7 @@ def rotate(x, cos, sin):
     RoPE (arXiv 2104.09864): turns channels (a, b) = (i, i + D/2) of x (B, T, H, D) by their angle,
     to (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second.
     """
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # the other channel of each pair
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # (b, a)
     return (x * cos + swapped * sin).type_as(x)
 
 class Attention(nn.Module):
@@ -99,7 +95,7 @@ class Attention(nn.Module):
             cache[self.layer] = k, v
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 class MLP(nn.Module):
@@ -159,26 +155,21 @@ class GPT(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         self.register_buffer('cos', torch.cat((cos, cos), -1), persistent=False) # (T, 1, D)
         self.register_buffer('sin', torch.cat((sin, -sin), -1), persistent=False)
-        self.init_weights()
-
-    def init_weights(self):
         nn.init.normal_(self.transformer.wte.weight, std=0.02) # as the input it is normalised
         for name, p in self.named_parameters():
             if name.endswith(('c_attn.weight', 'c_fc.weight')):
-                nn.init.normal_(p, std=self.config.n_embd ** -0.5)
+                nn.init.normal_(p, std=C ** -0.5)
             elif name.endswith('c_proj.weight'):
                 nn.init.zeros_(p) # every block starts as the identity
 
     def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
-
-        loss     mean cross-entropy in nats, without the SAEs' reconstruction loss (SAEOut.loss);
-                 with targets logits is None, without them loss is
+        loss     mean cross-entropy in nats, without the SAEs' own (SAEOut.loss); with targets
+                 logits is None, without them loss is
         SAEOut   its fields stacked along a new first axis, by block; None if dense
         cache    {} at first: keeps k and v (B, H, T, D) of each block; then one token at a time
                  continues it. Logits are the last position's only
-
         Raises ValueError for more tokens than block_size.
         """
         x, out = self.blocks(idx, cache=cache)
@@ -189,10 +180,7 @@ class GPT(nn.Module):
         return None, loss, out
 
     def blocks(self, idx, upto=None, cache=None):
-        """
-        The stream (B, T, C) after the first `upto` blocks, with a cache the last position's alone,
-        and their SAEOut. All else as in forward.
-        """
+        """forward up to the stream (B, T, C) after the first `upto` blocks, and their SAEOut."""
         B, T = idx.size()
         pos = cache[0][0].size(2) if cache else 0
         assert pos == 0 or T == 1, "a filled cache takes one token at a time"
@@ -216,12 +204,12 @@ class GPT(nn.Module):
 
     def writes(self, layer):
         """What each feature of the SAE in that block writes, in rows (F, C)."""
-        sae = self.transformer.h[layer].sae
-        if sae.site.own:
-            return sae.scale * sae.W_dec
-        if sae.site.name == 'hidden':
-            return self.transformer.h[layer].mlp.c_proj.weight.T
-        return torch.eye(sae.n_features, device=sae.alpha.device) # stream: a feature is a channel
+        block = self.transformer.h[layer]
+        if block.sae.site.own:
+            return block.sae.scale * block.sae.W_dec
+        if block.sae.site.name == 'hidden':
+            return block.mlp.c_proj.weight.T
+        return torch.eye(block.sae.n_features, device=block.sae.alpha.device) # stream: channels
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
@@ -251,9 +239,9 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward: 6 a matmul weight, 12 L C T for attention (PaLM, arXiv 2204.02311,
-        appendix B). Of an SAE only the encoder's forward is dense (2 F C); decoding and the four
-        gradients touch K rows (10 K C).
+        Forward and backward: 6 a matmul weight, 12 n_layer C T for attention (PaLM, arXiv
+        2204.02311, appendix B). Of an SAE the encoder's forward alone is dense (2 F C); decoding
+        and the four gradients touch K rows (10 K C).
         """
         c = self.config
         matmul = sum(p.numel() for n, p in self.named_parameters() if '.c_' in n or 'wte' in n)
@@ -263,9 +251,8 @@ class GPT(nn.Module):
 
     def optimizer_groups(self, weight_decay, sae_lr_factor):
         """
-        Groups of the parameters that are not frozen: the matrices of the blocks and the embedding
-        decay; the SAE's parameters do not (decay would silence rare features, which get few
-        gradients). The learning rate of a group is lr_factor times the model's.
+        Of the parameters that are not frozen. Those of the SAE have no decay, which would silence
+        rare features: they get few gradients. lr_factor: of the model's learning rate.
         """
         groups = dict(matrices=[], embedding=[], sae=[])
         for name, p in self.named_parameters():
@@ -281,41 +268,37 @@ class GPT(nn.Module):
 CHECKPOINTS = ('ckpt.pt', 'ckpt.tmp', 'ckpt_prev.pt') # the newest whole one is the first of these
 
 def save_checkpoint(out_dir, checkpoint):
-    """
-    Whole or not at all: a temporary file, synced, then renamed. At every moment one of the three
-    files is whole. Raises OSError, e.g. for a full disk.
-    """
-    path, tmp, prev = (os.path.join(out_dir, name) for name in CHECKPOINTS)
+    """Whole or not at all: at every moment one of the three files is whole. Raises OSError."""
+    path, tmp, prev = (Path(out_dir, name) for name in CHECKPOINTS)
     try:
         with open(tmp, 'wb') as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e: # on a full disk torch raises RuntimeError: unexpected pos
-        with suppress(OSError):
-            os.remove(tmp)
+        tmp.unlink(missing_ok=True)
         raise OSError(f"no checkpoint could be saved in {out_dir}, is the disk full? "
                       f"({str(e).splitlines()[0]})") from None
-    if os.path.exists(path):
-        try:
+    try:
+        if path.exists():
             os.replace(path, prev)
-        except OSError as e: # no reason to end a run
-            print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
+    except OSError as e: # no reason to end a run
+        print(f"warning: {prev} could not be replaced ({e}): it is older than it should be")
     os.replace(tmp, path)
 
 def load_checkpoint(out_dir):
     """
     The newest whole checkpoint in out_dir, a dict on the CPU; if it is not the last one, that is
-    said. Raises ValueError if there is none. Only tensors and plain values are unpickled.
+    said. Raises ValueError if there is none.
     """
     problems = []
     for name in CHECKPOINTS:
-        path = os.path.join(out_dir, name)
+        path = Path(out_dir, name)
         try:
             with zipfile.ZipFile(path) as z:
                 if z.testzip(): # every record's CRC: torch.load alone misses a flipped bit
                     raise ValueError("a record is damaged")
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True) # runs no code
             if not {'model', 'model_args', 'step'} <= set(checkpoint):
                 raise ValueError("another program's file")
         except FileNotFoundError:
