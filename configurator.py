@@ -25,10 +25,9 @@ EXPECTED = {
 def configure(defaults, argv, check=lambda config: [], given=None):
     """
     defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
-    same keys. An int is taken for a float; --key alone is true; "1,2", "[1, 2]" or "3" are a tuple;
-    a key whose default is a list may come several times. check: config -> what else is wrong, in
-    sentences with key=value. given: a set, to which the keys that argv names are added. All
-    problems at once, exit code 2.
+    same keys. --key alone is true; a key whose default is a list may come several times. check:
+    config -> what else is wrong, in sentences with key=value. given: a set, to which the keys that
+    argv names are added. All problems at once, exit code 2.
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
@@ -41,13 +40,13 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                      subsequent_indent=25 * ' ') for key, value in defaults.items()), sep='\n')
         sys.exit(0)
     config, problems, unread = dict(defaults), [], []
+    given = set() if given is None else given
     for arg in argv:
         key, equals, value = arg.removeprefix('--').partition('=')
         where, named = "on the command line", {key: value if equals else True}
         if not arg.startswith('--'):
             where, named = f"in {arg}", read_file(arg, config, problems)
-        if given is not None:
-            given.update(named)
+        given.update(named)
         for key, value in named.items():
             kind = type(defaults.get(key))
             if key not in defaults:
@@ -78,14 +77,11 @@ def stop_if(problems):
         sys.exit(2)
 
 def run(main, *args):
-    """
-    A script as a program: ValueError and OSError, which say what the user can mend, are a sentence
-    and exit code 1; Ctrl-C is 130; `| head` is no error.
-    """
+    """A script as a program: ValueError and OSError are a sentence and exit code 1, Ctrl-C 130."""
     try:
         main(*args)
         sys.stdout.flush()
-    except BrokenPipeError: # what is still to be written goes nowhere
+    except BrokenPipeError: # `| head` is no error: what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
@@ -131,7 +127,4 @@ def convert(value, kind):
     return kind(value) if ok else None
 
 def show(value):
-    try:
-        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    except ValueError: # Python will not print more than 4,300 digits
-        return "a very long number"
+    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -48,14 +48,12 @@ def problems(config):
     found = [f"{key}={config[key]} must be at least {low}" for key, low in at_least.items()
              if config[key] < low]
     if config['temperature'] != 0 and not 1e-3 <= config['temperature'] <= 1e3:
-        found.append(f"temperature={config['temperature']} must be 0 (always the likeliest token) "
-                     "or lie in 0.001..1000")
+        found.append(f"temperature={config['temperature']} must be 0 or lie in 0.001..1000")
     if config['compare'] and not config['steer']:
         found.append("compare=true needs something to compare with, e.g. --steer=L6.F2386=8")
     return found
 
-# --------------------------------------------------------------------------------------------------
-# steering
+# ---------------------------------------------------------------------------------------- steering
 
 def parse_steering(specs, model):
     """The values of --steer -> [(label, edits)], one for each strength of a sweep (of two: for each
@@ -65,8 +63,7 @@ def parse_steering(specs, model):
         name, _, strengths = spec.strip().partition('=')
         i, f = parse_feature(name, model.saes(), model.config.n_features)
         if model.saes()[i].alpha == 0:
-            raise ValueError(f"{name}: alpha is 0 in this checkpoint, its features do not act on "
-                             "the text yet: train on, then steer")
+            raise ValueError(f"{name} does not act yet, alpha is 0: train on, then steer")
         choices.append([(f"L{i}.F{f}={text}", (i, f, *parse_strength(text, spec)))
                         for text in map(str.strip, strengths.split(','))])
     return [(' '.join(label for label, _ in chosen) or 'unsteered', [edit for _, edit in chosen])
@@ -79,9 +76,8 @@ def parse_strength(text, spec):
     except ValueError:
         number = np.nan
     if not abs(number) <= 1e6: # beyond it, squares in the norms could overflow
-        raise ValueError(f"--steer={spec!r} is malformed: {text!r} is neither a number to add, x "
-                         "and a number to scale by (both from -1e6 to 1e6), nor off; a sweep is "
-                         "=0,2,4,8")
+        raise ValueError(f"--steer={spec!r} is malformed: {text!r} is neither a number to add, nor "
+                         "x and one to scale by (-1e6 to 1e6), nor off; a sweep is =0,2,4,8")
     return (number, 0.0) if text.startswith(('x', 'off')) else (1.0, number)
 
 def set_steering(model, edits):
@@ -95,7 +91,7 @@ def set_steering(model, edits):
         adds[f] = adds[f] * scale + add
 
 def usual_activation(run, i, f):
-    """What training noted of the feature at this checkpoint's eval, if it noted anything."""
+    """What training noted of the feature at this checkpoint's eval."""
     snapshot = load_npz(f"{run.out_dir}/features/{run.checkpoint['step']:07d}.npz")
     try:
         mean = snapshot[f'L{i}.mean'][f]
@@ -104,8 +100,7 @@ def usual_activation(run, i, f):
         return "its usual activation is not known"
     return f"usually {mean:.3g} where it fires, on {100 * share:.2f} % of tokens"
 
-# --------------------------------------------------------------------------------------------------
-# sampling, and reading what was sampled
+# ---------------------------------------------------------- sampling, and reading what was sampled
 
 def sample(model, prompt, options, seed, edits=(), stop=None):
     """prompt, a list of ids -> the same with max_new_tokens more, or fewer where `stop` ends it.
@@ -132,13 +127,12 @@ def measure(model, tokens, n_prompt, features):
     shares = dict(zip(model.saes(), (code != 0).float().mean(1).tolist()))
     return [losses[n_prompt - 1:].mean().item(), *(shares[i][f] for i, f in features)]
 
-# --------------------------------------------------------------------------------------------------
-# showing
+# ----------------------------------------------------------------------------------------- showing
 
 def print_columns(left, right):
     """Two texts side by side, in 80 columns whatever characters they hold."""
-    table = Table.grid(Column(width=39, overflow='fold'), Column(width=37, overflow='fold'),
-                       padding=(0, 2, 0, 0))
+    columns = Column(width=39, overflow='fold'), Column(width=37, overflow='fold')
+    table = Table.grid(*columns, padding=(0, 2, 0, 0))
     table.add_row(left, right)
     screen().print(table)
 
@@ -163,10 +157,7 @@ def print_table(scores, features):
         loss, *shares = np.mean(rows, axis=0)
         print(f"{label:{width}}{loss:8.3f}" + ''.join(f"{100 * x:11.1f} %" for x in shares))
 
-# --------------------------------------------------------------------------------------------------
-
 def write_samples(options):
-    """Does what the options ask for."""
     given, steer = prompt_text(options), options.steer
     run = open_run(options.out_dir, device=options.device,
                    for_features=bool(steer or options.show_features))
@@ -175,27 +166,24 @@ def write_samples(options):
     versions = parse_steering(steer, model)
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
     for i, f in steered:
-        place = model.saes()[i].site.place
-        print(f"L{i}.F{f}, {place} {i}:\n  {usual_activation(run, i, f)}")
+        print(f"L{i}.F{f}, {model.saes()[i].site.place} {i}:\n  {usual_activation(run, i, f)}")
     measured = options.compare or len(versions) > 1
-    titled = steer or options.num_samples > 1
     if options.compare:
         versions = [('unsteered', []), *versions]
-
-    def text(tokens):
-        return safe(b''.join(run.names[token] for token in tokens[begins:]), keep='\n\t')
-
     scores = {label: [] for label, _ in versions}
     for seed in range(options.seed, options.seed + options.num_samples):
         for label, edits in versions:
             tokens = sample(model, prompt, options, seed, edits, eot if options.stop else None)
-            if not options.compare:
-                print(f"\n--- seed {seed}, {label} ---\n" if titled else '', text(tokens), sep='')
-            elif not edits:
-                unsteered = text(tokens)
-            else:
+            text = safe(b''.join(run.names[token] for token in tokens[begins:]), keep='\n\t')
+            if options.compare and not edits:
+                unsteered = text
+            elif options.compare:
                 print(f"\n--- seed {seed} ---")
-                print_columns(f"unsteered\n\n{unsteered}", f"{label}\n\n{text(tokens)}")
+                print_columns(f"unsteered\n\n{unsteered}", f"{label}\n\n{text}")
+            elif steer or options.num_samples > 1:
+                print(f"\n--- seed {seed}, {label} ---\n{text}")
+            else:
+                print(text)
             if measured:
                 scores[label].append(measure(model, tokens, len(prompt), steered))
             if options.show_features: # what the unsteered model sees in it, like the numbers
