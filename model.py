@@ -69,10 +69,8 @@ class GPTConfig:
         return found
 
 def rotate(x, cos, sin):
-    """
-    RoPE (arXiv 2104.09864): turns channels (a, b) = (i, i + D/2) of x (B, T, H, D) by their angle,
-    to (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second.
-    """
+    """RoPE (arXiv 2104.09864): channels (a, b) = (i, i + D/2) of x (B, T, H, D) become
+    (a cos + b sin, b cos - a sin). sin brings the signs: + in the first half, - in the second."""
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) # (b, a)
     return (x * cos + swapped * sin).type_as(x)
 
@@ -165,12 +163,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
-        loss     mean cross-entropy in nats, without the SAEs' own (SAEOut.loss); with targets
-                 logits is None, without them loss is
-        SAEOut   its fields stacked along a new first axis, by block; None if dense
-        cache    {} at first: keeps k and v (B, H, T, D) of each block; then one token at a time
-                 continues it. Logits are the last position's only
-        Raises ValueError for more tokens than block_size.
+        loss is the mean cross-entropy in nats, without the SAEs' own; with targets logits is None,
+        without them loss is. SAEOut is stacked along a new first axis, None if dense. cache, {} at
+        first, keeps k and v (B, H, T, D) of each block: then one token at a time continues it, and
+        logits are the last position's. Raises ValueError for more tokens than block_size.
         """
         x, out = self.blocks(idx, cache=cache)
         x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
@@ -213,10 +209,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """
-        Yields tokens (B, 1) that continue idx (B, T). temperature 0 takes the likeliest one; top_k
-        keeps the k likeliest, 0 all. A full cache restarts from the last half of the context.
-        """
+        """Yields tokens (B, 1) that continue idx (B, T). temperature 0: the likeliest one; top_k 0:
+        of all. A full cache restarts from the last half of the context."""
         size, cache = self.config.block_size, {}
         new = idx[:, -size:]
         for _ in range(max_new_tokens):
@@ -238,11 +232,8 @@ class GPT(nn.Module):
         return n - self.transformer.wte.weight.numel() if non_embedding else n
 
     def flops_per_token(self):
-        """
-        Forward and backward: 6 a matmul weight, 12 n_layer C T for attention (PaLM, arXiv
-        2204.02311, appendix B). Of an SAE the encoder's forward alone is dense (2 F C); decoding
-        and the four gradients touch K rows (10 K C).
-        """
+        """Forward and backward: 6 a matmul weight, 12 n_layer C T for attention (arXiv 2204.02311,
+        appendix B). Of an SAE the encoder's forward alone is dense (2 F C), the rest is 10 K C."""
         c = self.config
         matmul = sum(p.numel() for n, p in self.named_parameters() if '.c_' in n or 'wte' in n)
         own = sum(sae.site.own for sae in self.saes().values())
@@ -250,10 +241,8 @@ class GPT(nn.Module):
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
     def optimizer_groups(self, weight_decay, sae_lr_factor):
-        """
-        Of the parameters that are not frozen. Those of the SAE have no decay, which would silence
-        rare features: they get few gradients. lr_factor: of the model's learning rate.
-        """
+        """Of what is not frozen. The SAE has no decay, which would silence rare features: they get
+        few gradients. A group's learning rate is lr_factor times the model's."""
         groups = dict(matrices=[], embedding=[], sae=[])
         for name, p in self.named_parameters():
             kind = 'sae' if '.sae.' in name else 'embedding' if 'wte' in name else 'matrices'
@@ -287,10 +276,7 @@ def save_checkpoint(out_dir, checkpoint):
     os.replace(tmp, path)
 
 def load_checkpoint(out_dir):
-    """
-    The newest whole checkpoint in out_dir, a dict on the CPU; if it is not the last one, that is
-    said. Raises ValueError if there is none.
-    """
+    """The newest whole checkpoint in out_dir, a dict on the CPU. Raises ValueError for none."""
     problems = []
     for name in CHECKPOINTS:
         path = Path(out_dir, name)

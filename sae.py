@@ -54,17 +54,10 @@ class SAEOut(NamedTuple):
 # --------------------------------------------------------------------------------------- selection
 
 def topk(a, score, k):
-    """
-    a, score (..., F) -> values (..., k) of a, indices (..., k), the largest score first (arXiv
-    2406.04093). Per token: TopK over a batch lets later tokens decide what an earlier one may use.
-    """
+    """a, score (..., F) -> values (..., k) of a, indices (..., k), the largest score first (arXiv
+    2406.04093). Per token: over a batch later tokens would decide what an earlier one may use."""
     indices = torch.topk(score, k, dim=-1).indices
     return a.gather(-1, indices), indices
-
-def count_fired(values, indices, n_features):
-    """values, indices (..., K) -> (F,) int32: on how many tokens each feature is active."""
-    counts = torch.zeros(n_features, dtype=torch.int32, device=values.device)
-    return counts.scatter_add(0, indices.flatten(), (values != 0).flatten().int())
 
 # --------------------------------------------------------------------------------------- the layer
 
@@ -108,9 +101,8 @@ class SAE(nn.Module):
     def normalize_rows(self):
         """
         Gives the rows of W_dec their length, so that what a feature does is all in its activation.
-        The K largest of F unit Gaussians have squares near 2 ln(F/K), so S = 2 K ln(F/K) is how
-        much of |h|^2 = C a code reads. With the length 1 / (1 + S/C), about 1/2, an untrained
-        decoder writes at most sqrt(C)/2: less than h.
+        The K largest of F unit Gaussians have squares near 2 ln(F/K): of |h|^2 = C a code reads
+        S = 2 K ln(F/K), and an untrained decoder writes at most sqrt(C)/2, less than h.
         """
         C, F_, K = self.n_embd, self.n_features, self.k
         S = 2 * K * math.log(max(F_ / K, 2)) # max: with K near F it would be 0
@@ -141,7 +133,9 @@ class SAE(nn.Module):
             y, values, indices, fired = fast
         else:
             values, indices = self.encode(h)                                # (B, T, K)
-            fired = count_fired(values, indices, self.n_features)           # (F,)
+            active = (values != 0).flatten().int()
+            fired = torch.zeros_like(self.b_enc, dtype=torch.int32)         # (F,)
+            fired = fired.scatter_add(0, indices.flatten(), active)
             z = values.new_zeros(*h.shape[:-1], self.n_features)
             z = z.scatter(-1, indices, values)                              # (B, T, F)
             if self.steer is not None:
@@ -159,10 +153,7 @@ class SAE(nn.Module):
         return new_x.type_as(x), out
 
     def fast_path(self, h):
-        """
-        The same y, values, indices and fired from kernels.py; None where its kernels do not run,
-        or do not know what is asked for: steering, another selection.
-        """
+        """y, values, indices and fired from kernels.py; None where its kernels do not run."""
         if not self.site.own or self.select is not topk or self.steer is not None:
             return None
         if torch.is_autocast_enabled(h.device.type):
@@ -178,10 +169,9 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_step(self, fired, tokens, length):
         """
-        After the model's step. fired (F,): on how many of the step's tokens, over all micro-batches
-        and ranks, each feature was active; tokens: how many these were; length (): SAEOut's mean.
-        b_enc of features that fire too rarely rises, of those that fire too often it falls, without
-        a gradient (as in loss-free balancing of mixtures of experts, arXiv 2408.15664).
+        fired (F,): on how many of the step's tokens, over all ranks, each feature was active; of
+        `tokens` tokens; length (): SAEOut's mean. b_enc rises where a feature fires too rarely, and
+        falls where too often, without a gradient (as in mixtures of experts, arXiv 2408.15664).
         """
         if self.site.own:
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))

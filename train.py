@@ -1,8 +1,7 @@
 """
-Trains a GPT with (or without) SAE layers. nanoGPT's flat loop; what differs: batches and dropout
-are pure functions of (seed, step, micro-batch), so resuming is exact; one schedule more (the blend
-alpha); the SAE makes several steps in each step of the model; features that fire too rarely or too
-often are nudged; evals ask what is lost without the features; checkpoints are atomic.
+Trains a GPT with or without SAE layers, in nanoGPT's flat loop. What differs: batches and dropout
+are functions of (seed, step, micro-batch), so resuming is exact; the SAE has a hand-over (alpha),
+several steps in each step of the model, and a nudge; checkpoints are whole or not there.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
@@ -32,7 +31,7 @@ from itertools import islice
 from pathlib import Path
 
 # Before torch is loaded: threads that wait for each other spin for some microseconds, then sleep.
-# To sleep at once is a third slower; to spin on, many times where a core is kept busy.
+# To sleep at once is a third slower; to spin on is many times slower where a core is kept busy.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 
@@ -48,8 +47,7 @@ from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
 from sae import SITES, blend_alpha
 
-# ----------------------------------------------------------------------------------------- defaults
-# a GPT-2 (124M) with one SAE layer, on FineWeb; the presets in config/ change them
+# ------------------------------------------ defaults: a GPT-2 (124M) with one SAE layer, on FineWeb
 # I/O
 out_dir = 'out'
 init_from = 'scratch'     # 'scratch', 'resume' (in out_dir), or weights of another run's out_dir
@@ -91,7 +89,7 @@ dtype = 'auto'            # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True
 deterministic = False     # the same bits from run to run on a GPU too, a little slower
 rank_timeout = 600        # seconds; a rank that is silent in a step for longer ends the run
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------- what the user asks for
 defaults = {key: value for key, value in globals().items()
             if not key.startswith('_') and type(value) in (int, float, bool, str, tuple)}
 
@@ -112,8 +110,9 @@ def problems(c):
             low = int(type(value) is int and key not in may_be_0)
             if not low <= value <= high.get(key, math.inf):
                 found.append(f"{key}={value} must lie in {low}..{high.get(key, math.inf)}")
-    for key, known in dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
-                           dtype=('auto', 'float32', 'bfloat16', 'float16')).items():
+    choices = dict(optimizer=('adamw', 'muon'), lr_schedule=('cosine', 'wsd'),
+                   dtype=('auto', 'float32', 'bfloat16', 'float16'))
+    for key, known in choices.items():
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
     own = [name for name, site in SITES.items() if site.own]
@@ -137,7 +136,7 @@ def problems(c):
         found.append(f"init_from={c['init_from']!r} must be scratch, resume, or a run's out_dir")
     if c['init_from'] != 'resume' and any(Path(c['out_dir']).glob('ckpt*.pt')):
         found.append(f"out_dir={c['out_dir']} holds a run: --init_from=resume goes on with it; "
-                     "else give another --out_dir, or delete that folder first")
+                     "else give another --out_dir, or delete that folder")
     return found
 
 given = set() # the keys that files and the command line name
@@ -163,11 +162,11 @@ autocast = torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != '
 local_micros = gradient_accumulation_steps // world_size
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 
-hosts = None # a group for what is decided together, and to wait while one rank works alone
-store = None # where a rank leaves the reason why it failed
+hosts = None # a gloo group, to decide together, and to wait while one rank works alone
+store = None # where the first rank that fails leaves the reason
 
 def fail(message, code=1):
-    """A sentence to stderr and a non-zero exit. Of several ranks, all say why the first failed."""
+    """A sentence to stderr and that exit code. All ranks say why the first of them failed."""
     if ddp:
         message = f"rank {rank}: {message}"
     if store is not None:
@@ -178,7 +177,7 @@ def fail(message, code=1):
     os._exit(code) # no waiting in collectives that the others will never join
 
 def on_error(kind, e, trace):
-    """What nobody caught: a sentence where the cause lies outside of this program."""
+    """What nobody caught: one sentence, and a traceback where this program is the cause."""
     message = str(e)
     if kind is KeyboardInterrupt:
         os._exit(130)
@@ -187,10 +186,10 @@ def on_error(kind, e, trace):
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in message:
         message = (f"out of memory with batch_size={batch_size}: halve it, and double "
                    "gradient_accumulation_steps, or take a smaller model")
-    elif kind.__module__.startswith(('torch._inductor', 'torch._dynamo')):
-        reason = message.partition('\n')[0] # no C++ compiler, say
+    elif kind.__module__.startswith(('torch._inductor', 'torch._dynamo')): # no C++ compiler, say
+        reason, *_ = message.split('\n')
         message = f"the model cannot be compiled here: give --compile=False ({reason})"
-    elif not issubclass(kind, OSError): # which says itself what is wrong: a full disk, say
+    elif not issubclass(kind, OSError): # a full disk, say
         sys.__excepthook__(kind, e, trace)
         message = f"{kind.__name__}: {e}"
     fail(message)
@@ -245,7 +244,7 @@ anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} 
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
-    # these may change; max_iters too, which moves the schedules: so a run is made longer
+    # max_iters moves the schedules: so a run is made longer
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
@@ -287,16 +286,17 @@ for group in model.optimizer_groups(weight_decay, sae_lr_factor):
 sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-# sums since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
-wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
-log_sums = torch.zeros(4, dtype=wide, device=device) # wide: no order of ranks shows in the log
+# Since the last log line: loss, L0 and FVU (means over SAEs), micro-batches. In float64 no order of
+# ranks shows in the sums; MPS has none.
+wide = torch.float32 if device_type == 'mps' else torch.float64
+log_sums = torch.zeros(4, dtype=wide, device=device)
 
 if checkpoint is not None:
+    args = checkpoint['model_args']
     misfit = f"the weights in {source} do not fit this model"
     try:
         if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
-        args = checkpoint['model_args']
         if saes and args['sae_layers'] and args['sae_site'] != sae_site:
             raise ValueError(f"their SAEs are of site {args['sae_site']}, not {sae_site}")
         if sae_posthoc and args['sae_layers'] and not was.get('sae_posthoc'):
@@ -336,30 +336,17 @@ if ddp and model_optimizers: # the SAEs' gradients are averaged for each of thei
     model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
                 gradient_as_bucket_view=True) # saves a second copy of the gradients
 
-# ---------------------------------------------------------------------------------------- schedules
+# ------------------------------------------------------------------- evaluating, logging and saving
 
 def learning_rate_at(step, max_iters):
-    # 1) linear warm-up
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))
-    # 2) cosine down to min_lr_ratio
-    decay = 0.5 * (1 + math.cos(math.pi * progress))
-    # 3) or warmup-stable-decay: constant, then linear to min_lr_ratio over the last fifth
-    if lr_schedule == 'wsd':
+    progress = (step - warmup_iters) / max(1, max_iters - warmup_iters)
+    if lr_schedule == 'cosine':
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
         decay = min(1.0, (1 - progress) / 0.2)
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
-
-def set_schedules(step):
-    for opt in optimizers.values():
-        group, = opt.param_groups
-        group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
-    # never falls: a checkpoint's SAE may be further, since max_iters grew or a new run began
-    alpha = blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end)
-    for sae in saes.values():
-        sae.alpha.clamp_(min=alpha)
-
-# ------------------------------------------------------------------- evaluating, logging and saving
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
@@ -371,9 +358,8 @@ def check_replicas():
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
 def write_log(record):
-    """One JSON object a line; what is not finite becomes null, since JSON has no NaN."""
     if master:
-        finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
+        finite = json.loads(json.dumps(record), parse_constant=lambda name: None) # JSON has no NaN
         log_file.write(json.dumps(finite) + '\n')
         if wandb_log and 'step' in record:
             wandb.log(record, step=record['step'])
@@ -392,8 +378,8 @@ if master:
         pass # Windows has no fcntl, and some network file systems cannot lock
     if not resuming: # what a run left that never saved anything is not of this one
         shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
-    path = os.path.join(out_dir, 'log.jsonl') # of several lines of one step the last counts
-    log_file = open(path, 'a' if resuming else 'w', encoding='utf-8', buffering=1) # line by line
+    # of several lines of one step the last counts
+    log_file = open(f'{out_dir}/log.jsonl', 'a' if resuming else 'w', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
     failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
     versions = dict(commit=None if failed else commit, torch=torch.__version__,
@@ -480,9 +466,15 @@ while True:
         say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
         log_sums.zero_()
         last_log, last_step = now, step
-    set_schedules(step)
 
-    # 2) save, then evaluate (in that order: a crash in the eval loses nothing)
+    # 2) schedules. alpha never falls: a checkpoint's SAE may be further than this run is
+    for opt in optimizers.values():
+        group, = opt.param_groups
+        group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+    for sae in saes.values():
+        sae.alpha.clamp_(min=blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end))
+
+    # 3) save, then evaluate (in that order: a crash in the eval loses nothing)
     pause = time.time()
     if step > saved_step and (stop or due(save_interval)):
         sums = all_reduce(log_sums.clone())
@@ -530,7 +522,7 @@ while True:
             say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
         break
 
-    # 3) one step: micro-batches, forward and backward, and the SAEs' own steps
+    # 4) one step: micro-batches, forward and backward, and the SAEs' own steps
     fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
     sae_norm = torch.zeros((), device=device)
@@ -554,7 +546,7 @@ while True:
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
-    # 4) clip, update, nudge
+    # 5) clip, update, nudge
     for opt in model_optimizers:
         scaler.unscale_(opt)
     model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
