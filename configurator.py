@@ -25,9 +25,8 @@ EXPECTED = {
 def configure(defaults, argv, check=lambda config: [], given=None):
     """
     defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
-    same keys. --key alone is true; a key whose default is a list may come several times. check:
-    config -> what else is wrong, in sentences with key=value. given: a set, to which the keys that
-    argv names are added. All problems at once, exit code 2.
+    same keys. check: config -> what else is wrong, in sentences with key=value. given: a set, to
+    which the keys that argv names are added. All problems at once, exit code 2.
     """
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):

@@ -1,7 +1,6 @@
 """
-Trains a GPT with or without SAE layers, in nanoGPT's flat loop. What differs: batches and dropout
-are functions of (seed, step, micro-batch), so resuming is exact; the SAE has a hand-over (alpha),
-several steps in each step of the model, and a nudge; checkpoints are whole or not there.
+Trains a GPT with or without SAE layers, in nanoGPT's flat loop. Batches and dropout are functions
+of (seed, step, micro-batch), so a resumed run is exactly the undisturbed one.
 
 on a CPU, in minutes:        $ python train.py config/sae_cpu.py
 on one GPU:                  $ python train.py config/sae_gpt.py
@@ -116,10 +115,11 @@ def problems(c):
         if c[key] not in known:
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
     own = [name for name, site in SITES.items() if site.own]
+    micros = c['gradient_accumulation_steps']
     parts = world_size * (c['sae_steps'] if c['sae_layers'] and c['sae_site'] in own else 1)
-    if c['gradient_accumulation_steps'] % parts:
-        found.append(f"gradient_accumulation_steps={c['gradient_accumulation_steps']} must be a "
-                     f"multiple of {parts}, the number of ranks times sae_steps")
+    if micros % parts:
+        found.append(f"gradient_accumulation_steps={micros} must be a multiple of {parts}, the "
+                     "number of ranks times sae_steps")
     try:
         resolve_device(c['device'], local_rank)
     except ValueError as e:
@@ -274,9 +274,8 @@ def set_alpha(alpha):
 
 set_alpha(0.0) # a new layer has 1; a checkpoint, below, may bring its own
 
-# Muon is for hidden matrices (kellerjordan.github.io/posts/muon). Under it an SAE spreads what it
-# reads over many features, which then tell less. The SAE learns best in smaller batches than the
-# model, since each of its features fires on few tokens: it has an optimizer of its own.
+# Muon is for hidden matrices (kellerjordan.github.io/posts/muon); under it features tell less. The
+# SAE learns best in smaller batches, since each feature fires on few tokens: it steps by itself.
 optimizers = {}
 for group in model.optimizer_groups(weight_decay, sae_lr_factor):
     if optimizer == 'muon' and group['name'] == 'matrices':
@@ -286,9 +285,8 @@ for group in model.optimizer_groups(weight_decay, sae_lr_factor):
 sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-# Since the last log line: loss, L0 and FVU (means over SAEs), micro-batches. In float64 no order of
-# ranks shows in the sums; MPS has none.
-wide = torch.float32 if device_type == 'mps' else torch.float64
+# since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
+wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
 log_sums = torch.zeros(4, dtype=wide, device=device)
 
 if checkpoint is not None:
@@ -324,13 +322,13 @@ checkpoint = None # free the memory
 if compile:
     model = torch.compile(model)
 eval_model = model
+wait_for_all() # hashing the data, on one rank a node, may take longer than rank_timeout
 if ddp:
-    # torch warns that broadcast_buffers has a new name, which 2.11 does not know yet
-    warnings.filterwarnings('ignore', message='`broadcast_buffers`')
-    wait_for_all() # hashing the data, on one rank a node, may take longer than rank_timeout
     for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
         dist.broadcast(value, 0)
 if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
+    # torch warns that broadcast_buffers has a new name, which 2.11 does not know yet
+    warnings.filterwarnings('ignore', message='`broadcast_buffers`')
     names = [name for name, _ in model.named_parameters() if '.sae.' in name]
     DDP._set_params_and_buffers_to_ignore_for_model(model, names)
     model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
@@ -392,15 +390,14 @@ if master:
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-blocks = ', '.join(map(str, saes))
-sparse = f"SAE at {sae_site} of block {blocks}: {raw_model.config.n_features} features, K={sae_k}"
-say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {sparse if saes else 'dense, no SAE layer'}\n"
-    f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
-    f"{world_size} x {device_type}, {dtype}")
+blocks, F = ', '.join(map(str, saes)), raw_model.config.n_features
+what = f"SAE at {sae_site} of block {blocks}: {F} features, K={sae_k}" if saes else "dense"
+say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {what}\n{max_iters} steps of "
+    f"{tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on {world_size} x "
+    f"{device_type}, {dtype}")
 if resuming and was['max_iters'] != max_iters:
-    before, now = (learning_rate_at(step, n) for n in (was['max_iters'], max_iters))
-    say(f"learning rate at step {step}: {before:.3g} with max_iters={was['max_iters']}, "
-        f"now {now:.3g}")
+    say(f"learning rate at step {step}: {learning_rate_at(step, was['max_iters']):.3g} with "
+        f"max_iters={was['max_iters']}, now {learning_rate_at(step, max_iters):.3g}")
 
 signals = [0] # that came to this rank
 for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup ignores it
@@ -440,10 +437,10 @@ while True:
     tokens = step * tokens_per_step
     # 1) once in a while look back: what is not finite is neither logged nor saved
     if (stop or due(log_interval, save_interval, eval_interval)) and broken >= 0:
-        last = f"the last checkpoint in {out_dir} is of step {saved_step}"
-        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; "
-             f"{last if saved_step else 'no checkpoint was saved yet'}. Try a lower learning rate "
-             f"than {learning_rate}", code=3)
+        kept = f"the last checkpoint in {out_dir} is of step {saved_step}"
+        kept = kept if saved_step else "no checkpoint was saved yet"
+        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; {kept}. Try a "
+             f"lower learning_rate than {learning_rate}", code=3)
     if step > last_step and due(log_interval):
         *sums, n = all_reduce(log_sums).tolist()
         mean_loss, l0, fvu = (total / n for total in sums)
@@ -523,7 +520,7 @@ while True:
         break
 
     # 4) one step: micro-batches, forward and backward, and the SAEs' own steps
-    fired = torch.zeros(len(saes), raw_model.config.n_features, dtype=torch.int32, device=device)
+    fired = torch.zeros(len(saes), F, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
     sae_norm = torch.zeros((), device=device)
     for i in range(local_micros):
@@ -541,7 +538,6 @@ while True:
             lengths += out.length / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
-            # over all parts: what is not finite in one of them is seen in the sum
             sae_norm = torch.hypot(sae_norm, step_saes())
         x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
@@ -551,9 +547,8 @@ while True:
         scaler.unscale_(opt)
     model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = torch.hypot(model_norm, sae_norm)
-    for opt in model_optimizers:
-        # the scaler would skip only the optimizer whose own gradients overflowed
-        if not scaler.is_enabled() or model_norm.isfinite():
+    if not scaler.is_enabled() or model_norm.isfinite(): # else the scaler would skip one alone
+        for opt in model_optimizers:
             scaler.step(opt)
     if scaler.is_enabled() and model_norm.isfinite() and not sae_norm.isfinite():
         scaler.update(scaler.get_scale() / 2) # of the SAEs' overflows it knows nothing
@@ -564,8 +559,7 @@ while True:
     all_reduce(lengths)
     for sae, counts, length in zip(saes.values(), fired, lengths):
         sae.after_step(counts, tokens_per_step, length)
-    # kept on the GPU: it is read above, where the loop waits for the GPU anyway; in fp16 a gradient
-    # may overflow, and the scaler skips the step
+    # read above, where the loop waits for the GPU anyway; in fp16 gradients may overflow
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)
     step += 1
