@@ -23,20 +23,19 @@ EXPECTED = {
     int: "a whole number below 2**63", tuple: "whole numbers separated by commas, e.g. 2,5"}
 
 def configure(defaults, argv, check=lambda config: [], given=None):
-    """
-    defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
+    """defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
     same keys. check: config -> what else is wrong, in sentences with key=value. given: a set, to
-    which the keys that argv names are added. All problems at once, exit code 2.
-    """
+    which the keys that argv names are added. All problems at once, exit code 2."""
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
         main = sys.modules['__main__']
         source = Path(main.__file__).read_text('utf-8')
         about = dict(re.findall(r'^ *(\w+) ?=.*?  +# (.*)$', source, re.M)) # {key: its comment}
-        print((main.__doc__ or '').strip(),
-              "\nConfig files and --key=value, later ones win. Keys and defaults:",
-              *(fill(f"  --{key}={show(value)}".ljust(25) + about.get(key, ''), 80,
-                     subsequent_indent=25 * ' ') for key, value in defaults.items()), sep='\n')
+        print(main.__doc__.strip())
+        print("\nConfig files and --key=value, later ones win. Keys and defaults:")
+        for key, value in defaults.items():
+            line = f"  --{key}={show(value)}".ljust(25) + about.get(key, '')
+            print(fill(line, 80, subsequent_indent=25 * ' '))
         sys.exit(0)
     config, problems, unread = dict(defaults), [], []
     given = set() if given is None else given

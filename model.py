@@ -161,13 +161,11 @@ class GPT(nn.Module):
                 nn.init.zeros_(p) # every block starts as the identity
 
     def forward(self, idx, targets=None, cache=None):
-        """
-        idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
+        """idx (B, T) token ids, targets (B, T) the next ones -> logits (B, T, V), loss, SAEOut.
         loss is the mean cross-entropy in nats, without the SAEs' own; with targets logits is None,
         without them loss is. SAEOut is stacked along a new first axis, None if dense. cache, {} at
         first, keeps k and v (B, H, T, D) of each block: then one token at a time continues it, and
-        logits are the last position's. Raises ValueError for more tokens than block_size.
-        """
+        logits are the last position's. Raises ValueError for more tokens than block_size."""
         x, out = self.blocks(idx, cache=cache)
         x, wte, V = norm(x), self.transformer.wte.weight, self.config.vocab_size
         if targets is None:

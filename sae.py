@@ -63,11 +63,10 @@ def topk(a, score, k):
 
 class SAE(nn.Module):
     """
-    One sparse layer. All sites answer to the same calls:
+    One sparse layer, at any site:
       resid, mlp, attn  the equations above, on the stream or on a sub-block's output
-      hidden            of the MLP's hidden layer, relu(c_fc x)^2, the K largest: c_fc encodes
-                        and c_proj decodes
-      stream            of the stream's own C channels the K largest by magnitude: a feature is a
+      hidden            K of the MLP's hidden layer, relu(c_fc x)^2: c_fc encodes, c_proj decodes
+      stream            K of the stream's own C channels, the largest by magnitude: a feature is a
                         channel, the same one in every layer (TopK LMs, arXiv 2506.21468)
     At the last two z takes the place of y, and b_enc counts in the selection only.
     """
@@ -99,11 +98,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalize_rows(self):
-        """
-        Gives the rows of W_dec their length, so that what a feature does is all in its activation.
-        The K largest of F unit Gaussians have squares near 2 ln(F/K): of |h|^2 = C a code reads
-        S = 2 K ln(F/K), and an untrained decoder writes at most sqrt(C)/2, less than h.
-        """
+        """Gives the rows of W_dec their length, so that what a feature does is all in its
+        activation. The K largest of F unit Gaussians have squares near 2 ln(F/K): of |h|^2 = C a
+        code reads S = 2 K ln(F/K), and an untrained decoder writes at most sqrt(C)/2."""
         C, F_, K = self.n_embd, self.n_features, self.k
         S = 2 * K * math.log(max(F_ / K, 2)) # max: with K near F it would be 0
         length = 1 / (1 + S / C)
@@ -168,11 +165,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, fired, tokens, length):
-        """
-        fired (F,): on how many of the step's tokens, over all ranks, each feature was active; of
+        """fired (F,): on how many of the step's tokens, over all ranks, each feature was active; of
         `tokens` tokens; length (): SAEOut's mean. b_enc rises where a feature fires too rarely, and
-        falls where too often, without a gradient (as in mixtures of experts, arXiv 2408.15664).
-        """
+        falls where too often, without a gradient (as in mixtures of experts, arXiv 2408.15664)."""
         if self.site.own:
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))

@@ -122,8 +122,7 @@ def measure(model, tokens, n_prompt, features):
     """The sampled tokens (those after n_prompt) under the unsteered model -> [mean loss, and for
     each (block, feature) the share of these tokens on which it fires]."""
     losses, values, indices = read(model, tokens)
-    values, indices = values[:, n_prompt:], indices[:, n_prompt:]            # (S, n, K)
-    code = dense(values, indices, model.config.n_features)                   # (S, n, F)
+    code = dense(values, indices, model.config.n_features)[:, n_prompt:]     # (S, n, F)
     shares = dict(zip(model.saes(), (code != 0).float().mean(1).tolist()))
     return [losses[n_prompt - 1:].mean().item(), *(shares[i][f] for i, f in features)]
 

@@ -349,8 +349,7 @@ def learning_rate_at(step, max_iters):
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
     sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
-    low = all_reduce(sums.clone(), dist.ReduceOp.MIN)
-    high = all_reduce(sums.clone(), dist.ReduceOp.MAX)
+    low, high = (all_reduce(sums.clone(), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     names = [name for name, differs in zip(raw_model.state_dict(), low != high) if differs]
     if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
@@ -376,9 +375,8 @@ if master:
         pass # Windows has no fcntl, and some network file systems cannot lock
     if not resuming: # what a run left that never saved anything is not of this one
         shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
-    # of several lines of one step the last counts
     log_file = open(f'{out_dir}/log.jsonl', 'a' if resuming else 'w', buffering=1) # line by line
-    log_file.write('\n' if resuming else '') # after a line that may be torn
+    log_file.write('\n' if resuming else '') # after a line that may be torn; later lines count
     failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
     versions = dict(commit=None if failed else commit, torch=torch.__version__,
                     numpy=np.__version__, python=sys.version,
@@ -437,10 +435,9 @@ while True:
     tokens = step * tokens_per_step
     # 1) once in a while look back: what is not finite is neither logged nor saved
     if (stop or due(log_interval, save_interval, eval_interval)) and broken >= 0:
-        kept = f"the last checkpoint in {out_dir} is of step {saved_step}"
-        kept = kept if saved_step else "no checkpoint was saved yet"
-        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; {kept}. Try a "
-             f"lower learning_rate than {learning_rate}", code=3)
+        kept = f"step {saved_step}" if saved_step else "none yet"
+        fail(f"at step {int(broken)} the loss or a gradient was not finite: stopped; the last "
+             f"checkpoint in {out_dir}: {kept}. Try a learning_rate below {learning_rate}", code=3)
     if step > last_step and due(log_interval):
         *sums, n = all_reduce(log_sums).tolist()
         mean_loss, l0, fvu = (total / n for total in sums)

@@ -1,7 +1,5 @@
-# Naive insertion, the thing that degrades: hard TopK from step 0, without hand-over,
-# reconstruction or nudge. Give it after another config, and compare with that config alone:
+# Naive insertion, which degrades: hard TopK from step 0. To be given after another config:
 # $ python train.py config/sae_cpu.py config/naive_sae.py
-# $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py config/naive_sae.py
 out_dir = 'out-naive-sae'
 
 sae_blend_start = 0.0    # no hand-over: the SAE replaces the stream from step 0

@@ -1,6 +1,5 @@
 # A small GPT with one SAE layer, trained on the source of Python's own library: a few minutes on
-# two CPU cores, no download. Long enough for features that one can name; the text that it writes is
-# Python-shaped nonsense.
+# two CPU cores. Some features can be named; the text that it writes is Python-shaped nonsense.
 # $ python train.py config/sae_cpu.py
 out_dir = 'out-sae-cpu'
 dataset = 'stdlib'

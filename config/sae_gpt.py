@@ -1,6 +1,4 @@
-# GPT-2's size (124 M) with one SAE layer after block 6, trained on FineWeb. The strategies are
-# train.py's defaults: reconstruction before a hand-over at once, several steps of the SAE in each
-# step, the nudge both ways.
+# GPT-2's size (124 M) with one SAE layer after block 6, trained on FineWeb.
 # $ python data/fineweb/prepare.py --shards=25        (2.5 B tokens, 5 GB)
 # $ torchrun --standalone --nproc_per_node=8 train.py config/sae_gpt.py
 out_dir = 'out-sae-gpt'

@@ -106,7 +106,7 @@ def test_what_is_not_finite_is_never_kept(interval, tiny_data, tmp_path):
     """Where nothing is logged the next save or eval finds it."""
     rare = dict(log_interval=100, save_interval=100, eval_interval=100) | {interval: 6}
     code, text = train(tmp_path, tiny_data, partial(at_loss, STEP_4, nan), **rare)
-    assert code == 3 and 'at step 4' in text and 'no checkpoint was saved yet' in text, text
+    assert code == 3 and 'at step 4' in text and ': none yet' in text, text
     assert not (tmp_path / 'ckpt.pt').exists()
     assert [r['step'] for r in records(tmp_path, 'eval')] == [0]
 
