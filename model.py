@@ -57,8 +57,7 @@ class GPTConfig:
         if found: # what follows computes with these
             return found
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even head "
-                         "size (RoPE turns pairs)")
+            found.append(f"n_embd={self.n_embd} must be n_head={self.n_head} times an even number")
         layers, K, F_ = list(self.sae_layers), self.sae_k, self.n_features
         if len(set(layers) & set(range(self.n_layer))) < len(layers):
             found.append(f"sae_layers={layers} must be different blocks of 0..{self.n_layer - 1}")
@@ -294,12 +293,10 @@ def load_checkpoint(out_dir):
             if problems:
                 print(f"warning: {problems[0]}: using {path} instead", file=sys.stderr)
             return checkpoint
-    raise ValueError(f"no checkpoint in {out_dir}: {problems[0]}. Train first, or give another "
-                     "--out_dir.")
+    raise ValueError(f"no checkpoint in {out_dir}: {problems[0]}. Train, or give another --out_dir")
 
 def load_model(checkpoint, device='cpu'):
     """The GPT of a checkpoint, in eval mode. Raises ValueError for one of another version."""
-    device = resolve_device(device)
     try:
         model = GPT(GPTConfig(**checkpoint['model_args']))
         model.load_state_dict(checkpoint['model'])
@@ -312,7 +309,7 @@ def load_model(checkpoint, device='cpu'):
         for sae in model.saes().values():
             sae.posthoc = True
             sae.alpha.fill_(1.0)
-    return model.to(device).eval()
+    return model.to(resolve_device(device)).eval()
 
 def resolve_device(device, local_rank=0):
     """'auto' as what there is, 'cuda' as this rank's own GPU. Raises ValueError, if unusable."""
@@ -323,6 +320,5 @@ def resolve_device(device, local_rank=0):
     try:
         torch.ones((), device=name).item()
     except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or "
-                         "mps") from None
+        raise ValueError(f"device={device!r} is unusable: expected auto, cpu, cuda, mps") from None
     return name

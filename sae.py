@@ -51,15 +51,11 @@ class SAEOut(NamedTuple):
     length: torch.Tensor   # () mean length of x, over sqrt(C)
     loss: torch.Tensor     # () sae_recon * fvu while alpha is 0, then 0
 
-# --------------------------------------------------------------------------------------- selection
-
 def topk(a, score, k):
     """a, score (..., F) -> values (..., k) of a, indices (..., k), the largest score first (arXiv
     2406.04093). Per token: over a batch later tokens would decide what an earlier one may use."""
     indices = torch.topk(score, k, dim=-1).indices
     return a.gather(-1, indices), indices
-
-# --------------------------------------------------------------------------------------- the layer
 
 class SAE(nn.Module):
     """

@@ -1,6 +1,5 @@
 """
 Text from a trained model, with the features behind each token; and features turned up, down or off.
-What differs from nanoGPT's sample.py: a KV cache, --show_features, --steer, no sources to edit.
 
     python sample.py --out_dir=out-sae-cpu --prompt="import os" --show_features=3
     python sample.py --out_dir=out-sae-cpu --steer=L1.F17=8 --compare=true

@@ -40,8 +40,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import configure, stop_if, writable
-from data.dataset import (ROOT, data_dir, eval_batches, get_batch, load_dataset,
-                          windows_per_epoch)
+from data.dataset import ROOT, data_dir, eval_batches, get_batch, load_dataset, windows_per_epoch
 from features import evaluate, save_npz, snapshot
 from model import GPT, GPTConfig, load_checkpoint, resolve_device, save_checkpoint
 from sae import SITES, blend_alpha
@@ -244,7 +243,6 @@ anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} 
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
         fail(f"{out_dir} holds weights alone, or another version's run: {anew}")
-    # max_iters moves the schedules: so a run is made longer
     may_change = ('init_from out_dir dataset device dtype compile deterministic rank_timeout '
                   'wandb_log wandb_project max_iters eval_interval save_interval log_interval '
                   'eval_tokens probe_tokens').split()
@@ -473,12 +471,11 @@ while True:
     if step > saved_step and (stop or due(save_interval)):
         sums = all_reduce(log_sums.clone())
         if master:
-            states = [opt.state_dict() for opt in optimizers.values()]
             save_checkpoint(out_dir, dict(
-                model=raw_model.state_dict(), model_args=asdict(raw_model.config),
-                optimizers=states, scaler=scaler.state_dict(), step=step, log_sums=sums,
-                config=config, data_sha256=data.meta['train_sha256'], dataset=place,
-                tokenizer=tokenizer))
+                model=raw_model.state_dict(), model_args=asdict(raw_model.config), step=step,
+                optimizers=[opt.state_dict() for opt in optimizers.values()], log_sums=sums,
+                scaler=scaler.state_dict(), config=config, dataset=place, tokenizer=tokenizer,
+                data_sha256=data.meta['train_sha256']))
         wait_for_all()
         saved_step = step
     if stop:
