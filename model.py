@@ -320,5 +320,5 @@ def resolve_device(device, local_rank=0):
     try:
         torch.ones((), device=name).item()
     except (RuntimeError, AssertionError): # AssertionError: a build without CUDA
-        raise ValueError(f"device={device!r} is unusable: expected auto, cpu, cuda, mps") from None
+        raise ValueError(f"device={device!r} is not usable here: expected auto, cpu, cuda or mps")
     return name

@@ -161,9 +161,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, fired, tokens, length):
-        """fired (F,): on how many of the step's tokens, over all ranks, each feature was active; of
-        `tokens` tokens; length (): SAEOut's mean. b_enc rises where a feature fires too rarely, and
-        falls where too often, without a gradient (as in mixtures of experts, arXiv 2408.15664)."""
+        """fired (F,): on how many of the step's tokens, over all ranks, each feature was active;
+        tokens: how many these are; length (): SAEOut's, the mean. b_enc rises where a feature fires
+        too rarely, falls where too often (as in mixtures of experts, arXiv 2408.15664)."""
         if self.site.own:
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
