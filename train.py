@@ -284,7 +284,7 @@ sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 # since the last log line: loss, L0 and FVU (means over SAEs), micro-batches
-wide = torch.float32 if device_type == 'mps' else torch.float64 # MPS has no float64
+wide = torch.float32 if device_type == 'mps' else torch.float64 # so that no order of ranks shows
 log_sums = torch.zeros(4, dtype=wide, device=device)
 
 if checkpoint is not None:
@@ -340,7 +340,7 @@ def learning_rate_at(step, max_iters):
     progress = (step - warmup_iters) / max(1, max_iters - warmup_iters)
     if lr_schedule == 'cosine':
         decay = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
+    else: # wsd: constant, then linear over the last fifth
         decay = min(1.0, (1 - progress) / 0.2)
     return learning_rate * (min_lr_ratio + (1 - min_lr_ratio) * decay)
 
@@ -352,7 +352,7 @@ def check_replicas():
     if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
-def write_log(record):
+def write_log(record): # of several lines of one step the last counts
     if master:
         finite = json.loads(json.dumps(record), parse_constant=lambda name: None) # JSON has no NaN
         log_file.write(json.dumps(finite) + '\n')
@@ -374,7 +374,7 @@ if master:
     if not resuming: # what a run left that never saved anything is not of this one
         shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
     log_file = open(f'{out_dir}/log.jsonl', 'a' if resuming else 'w', buffering=1) # line by line
-    log_file.write('\n' if resuming else '') # after a line that may be torn; later lines count
+    log_file.write('\n' if resuming else '') # after a line that may be torn
     failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
     versions = dict(commit=None if failed else commit, torch=torch.__version__,
                     numpy=np.__version__, python=sys.version,
@@ -386,11 +386,11 @@ if master:
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-blocks, F = ', '.join(map(str, saes)), raw_model.config.n_features
+F, blocks = raw_model.config.n_features, ', '.join(map(str, saes))
 what = f"SAE at {sae_site} of block {blocks}: {F} features, K={sae_k}" if saes else "dense"
-say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {what}\n{max_iters} steps of "
-    f"{tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on {world_size} x "
-    f"{device_type}, {dtype}")
+say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {what}\n"
+    f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
+    f"{world_size} x {device_type}, {dtype}")
 if resuming and was['max_iters'] != max_iters:
     say(f"learning rate at step {step}: {learning_rate_at(step, was['max_iters']):.3g} with "
         f"max_iters={was['max_iters']}, now {learning_rate_at(step, max_iters):.3g}")
@@ -541,7 +541,7 @@ while True:
         scaler.unscale_(opt)
     model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     grad_norm = torch.hypot(model_norm, sae_norm)
-    if not scaler.is_enabled() or model_norm.isfinite(): # else the scaler would skip one alone
+    if not scaler.is_enabled() or model_norm.isfinite(): # the scaler would skip one optimizer alone
         for opt in model_optimizers:
             scaler.step(opt)
     if scaler.is_enabled() and model_norm.isfinite() and not sae_norm.isfinite():
