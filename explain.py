@@ -1,7 +1,7 @@
 """
 What features do to what the model says: they are taken away, and the blocks from theirs on run
 again. They are part of the model, so each number is exact, in float32, also on a GPU (bf16 would
-round small effects away). Nothing here prints; inspect_features.py does.
+round small effects away).
 
 Shapes: B runs, T tokens, N scanned tokens, F features, C n_embd, V vocabulary.
 """
@@ -17,32 +17,34 @@ MOST = 300           # features taken away one by one; of more the most promisin
 TOGETHER = 10        # features that are taken away together
 AT_ONCE = 4096       # tokens of a batch of runs
 
+def go_on(model, stream, begin, end=None):
+    """The stream (B, T, C) below block `begin` -> below `end`, and the SAEOuts between them."""
+    T, outs = stream.size(1), []
+    for block in model.transformer.h[begin:end]:
+        stream = block(stream, (model.cos[:T], model.sin[:T]), outs)
+    return stream, outs
+
 def run_scaled(model, idx, scales, end, measure):
     """
     Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts), joined.
     scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a feature away
     wherever it fires. What lies below the lowest of these blocks runs once.
     """
-    blocks, saes, first, T = model.transformer.h, model.saes(), min(scales), idx.size(1)
+    saes, first, found = model.saes(), min(scales), []
     x, _ = model.blocks(idx, first)                                          # (1, T, C)
-    rope = model.cos[:T], model.sin[:T]
-    found = []
-    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // T)):
+    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // idx.size(1))):
         for layer, scale in scales.items():
             scale = scale[rows, None]                                        # (b, 1, F)
             saes[layer].steer = scale, torch.zeros_like(scale)
-        stream, outs = x.expand(len(rows), -1, -1), []                       # (b, T, C)
-        for block in blocks[first:end]:
-            stream = block(stream, rope, outs)
-        found.append(measure(stream, outs))
+        found.append(measure(*go_on(model, x.expand(len(rows), -1, -1), first, end)))
     for layer in scales:
         saes[layer].steer = None
     return torch.cat(found)
 
 def kept(model, layers, removals):
     """removals: B sets of (block, f) -> scales, 0 for these and 1 for all others."""
-    F, device = model.config.n_features, device_of(model)
-    scales = {layer: torch.ones(len(removals), F, device=device) for layer in layers}
+    ones = torch.ones(len(removals), model.config.n_features, device=device_of(model))
+    scales = {layer: ones.clone() for layer in layers}
     for b, removal in enumerate(removals):
         for layer, f in removal:
             scales[layer][b, f] = 0
@@ -73,12 +75,12 @@ def explain(model, tokens, layers, end, measure):
     """
     idx = torch.tensor([tokens], device=device_of(model))                    # (1, T)
     _, out = model.blocks(idx, max(layers) + 1)
+    fires = {}                           # {(block, f): [(position, activation), ...]}
     values, indices = out.values[:, 0].cpu(), out.indices[:, 0].cpu()        # (S, T, K)
     blocks = list(model.saes())
-    fires = {}                           # {(block, f): [(position, activation), ...]}
     for s, t, k in values.nonzero().tolist():
-        feature = blocks[s], indices[s, t, k].item()
         if blocks[s] in layers:
+            feature = blocks[s], indices[s, t, k].item()
             fires.setdefault(feature, []).append((t, values[s, t, k].item()))
     features = list(fires)
     if len(fires) > MOST:
@@ -98,9 +100,9 @@ def explain(model, tokens, layers, end, measure):
     for scale in without.values():
         scale[1] = 0                     # all, also those that fire only where others are away
     together, whole = (run_scaled(model, idx, without, end, measure) - base).tolist()
-    return dict(idx=tokens, base=base, active=len(fires), effects=effects, pro=pro,
-                con=con, together=together, whole=whole,
-                passes=what_passes(model.saes()[layers[0]], layers[0]))
+    passes = what_passes(model.saes()[layers[0]], layers[0])
+    return dict(idx=tokens, base=base, active=len(fires), effects=effects, pro=pro, con=con,
+                together=together, whole=whole, passes=passes)
 
 def what_passes(sae, layer):
     """What the features of an SAE explain, and what they do not, in words."""
@@ -133,11 +135,10 @@ def why_token(model, tokens, target, layers):
     target = target or [likeliest[0][0]]
     n = len(target)
     read = [*tokens[-max(1, T + 1 - n):], *target[:-1]]
-    answer = torch.tensor(target, device=device)[:, None]                    # (n, 1)
 
     def log_p(stream, _):
         log_p = logits_of(model, stream[:, -n:]).log_softmax(-1)             # (B, n, V)
-        return log_p.gather(-1, answer.expand(len(log_p), -1, -1)).sum((1, 2))
+        return log_p[:, list(range(n)), target].sum(1)
 
     d = explain(model, read, layers, model.config.n_layer, log_p)
     return d | dict(target=target, likeliest=likeliest)
@@ -157,7 +158,7 @@ def why_feature(model, tokens, layer, f):
 def loss_changes(model, layer, tokens, features, which, where):
     """tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how
     the loss of the token after where[p] changes without features[which[p]], in nats."""
-    idx, sae = torch.from_numpy(tokens.astype(np.int64)).to(device_of(model)), model.saes()[layer]
+    idx, sae = torch.from_numpy(tokens).to(device_of(model)), model.saes()[layer]
     # at attn the MLP reads what the SAE writes; post hoc y has each token's length: run the block
     if sae.site.hook == 'attn' or sae.posthoc:
         scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
@@ -168,16 +169,12 @@ def loss_changes(model, layer, tokens, features, which, where):
         acts = (out.values[-1] * (out.indices[-1] == f[:, None, None])).sum(-1)          # (n, T)
         removed = sae.alpha * acts[..., None] * model.writes(layer)[f, None]
         x = torch.cat((x, x - removed))                                      # (1 + n, T, C)
-    streams, rope = [], (model.cos[:len(idx)], model.sin[:len(idx)])
-    for rows in x.split(max(1, AT_ONCE // len(idx))):
-        for block in model.transformer.h[layer + 1:]:
-            rows = block(rows, rope, [])
-        streams.append(rows)
-    streams = torch.cat(streams)
+    chunks = x.split(max(1, AT_ONCE // len(idx)))
+    x = torch.cat([go_on(model, rows, layer + 1)[0] for rows in chunks])
     which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
 
     def losses(run):                     # run (P,): 0 is the model as it is, 1 + i lacks feature i
-        logits = logits_of(model, streams[run, where])                       # (P, V)
+        logits = logits_of(model, x[run, where])                             # (P, V)
         return cross_entropy(logits, idx[where + 1], reduction='none')
 
     return (losses(which + 1) - losses(torch.zeros_like(which))).cpu().numpy()
@@ -187,13 +184,13 @@ def removal_effect(model, scan, f, n, seed):
     positions where it fires, drawn at random; None where there is none."""
     T, where = scan.T, firings(scan, f)[0]                                   # (P,)
     where = np.random.default_rng(seed).permutation(where[where % T < T - 1])[:n]
+    if not len(where):
+        return None
     changes = []
-    for w in np.unique(where // T).tolist():
+    for w in np.unique(where // T):
         here = where[where // T == w] % T
         tokens = scan.tokens[w * T:(w + 1) * T]
-        changes += loss_changes(model, scan.layer, tokens, [f], np.zeros_like(here), here).tolist()
-    if not changes:
-        return None
+        changes += loss_changes(model, scan.layer, tokens, [f], 0 * here, here).tolist()
     return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))
 
 @torch.no_grad()
@@ -204,17 +201,18 @@ def trace(model, scan, above, f, seed, n=16):
       as_it_is, without  their mean activation where it fires, and what is left of it when it is
                          taken away, in n windows of the scan at most, drawn at random
     """
-    where, _ = firings(scan, f)                                              # (P,)
-    windows = np.random.default_rng((seed, scan.layer, f)).permutation(np.unique(where // scan.T))
+    T, where = scan.T, firings(scan, f)[0]                                   # (P,)
+    rng = np.random.default_rng((seed, scan.layer, f))
+    windows = rng.permutation(np.unique(where // T))[:n]
     total, positions = np.zeros((2, above.F)), 0
     scales = kept(model, [scan.layer], [[], [(scan.layer, f)]])
     codes = lambda _, outs: dense(outs[-1].values, outs[-1].indices, above.F)
-    for w in windows[:n].tolist():
-        at = where[where // scan.T == w] % scan.T                            # (p,)
-        idx = torch.tensor(scan.tokens[w * scan.T:(w + 1) * scan.T][None].astype(int))
+    for w in windows:
+        at = where[where // T == w] % T                                      # (p,)
+        idx = torch.from_numpy(scan.tokens[None, w * T:(w + 1) * T])
         z = run_scaled(model, idx.to(device_of(model)), scales, above.layer + 1, codes)  # (2, T, F)
-        total += z[:, at].sum(1).cpu().numpy()                               # (2, F)
+        total += z[:, at].sum(1).cpu().numpy()
         positions += len(at)
     as_it_is, without = total / max(1, positions)
     return dict(share=joint(above, where), as_it_is=as_it_is, without=without,
-                windows=min(n, len(windows)), positions=positions)
+                windows=len(windows), positions=positions)

@@ -1,6 +1,5 @@
 """
-What features do, in numbers: what training notes of them, and how a text is read for them. Nothing
-here prints but notes and progress, to stderr.
+What features do, in numbers: what training notes of them, and how a text is read for them.
 
 Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
 (in the timeline), V vocabulary, P pairs of a feature and a token type.
@@ -27,8 +26,7 @@ from model import GPT, load_checkpoint, load_model
 VERSION = 7   # of index.npz and timeline.npz: another one is made again
 SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
-# --------------------------------------------------------------------------------------------------
-# codes, and statistics of features over a set of tokens
+# ------------------------------------------- codes, and statistics of features over a set of tokens
 
 def codes(model, batches):
     """batches of x (B, T) -> arrays: tokens (N,); the features active on each (S, N, K), F where a
@@ -61,8 +59,8 @@ def token_statistics(pairs, n_features):
     """
     Of token_pairs a dict of
       count (F,)                    on how many of the tokens each feature is active
-      entropy (F,)                  token entropy in bits: Shannon entropy of the distribution of
-                                    token types over these. Low: a detector of one word; nan: dead
+      entropy (F,)                  Shannon's, in bits, of the types of these tokens. Low: a
+                                    detector of one word; nan: dead
       top_tokens, top_counts (F, 8) the most frequent of these types; -1: none
     """
     f, token, times = pairs
@@ -74,12 +72,12 @@ def token_statistics(pairs, n_features):
     first, place = order[place < 8], place[place < 8]
     top_tokens = np.full((n_features, 8), -1, np.int32)
     top_counts = np.zeros_like(top_tokens)
-    top_tokens[f[first], place], top_counts[f[first], place] = token[first], times[first]
+    top_tokens[f[first], place] = token[first]
+    top_counts[f[first], place] = times[first]
     return dict(count=count.astype(np.int32), top_tokens=top_tokens, top_counts=top_counts,
                 entropy=np.where(count > 0, entropy, np.nan).astype(np.float32))
 
-# --------------------------------------------------------------------------------------------------
-# snapshots of training, and the timeline read from them
+# ------------------------------------------- snapshots of training, and the timeline read from them
 
 def snapshot(model, batches):
     """{name: array}: what each feature of a GPT does on batches, which yields tokens x (B, T)."""
@@ -192,14 +190,14 @@ def settled_at(timeline):
 
 def feature_timeline(timeline, f):
     """A feature at each snapshot: curves, {label: numbers}, and the tokens on which it fires."""
-    curves = {'density': timeline.count[:, f] / timeline.probed,
-              'token entropy, bits': np.nan_to_num(timeline.entropy[:, f]),  # 0 where it is silent
-              'direction, cosine to the end': timeline.cos[:, f],
-              'fires on, cosine to the end': timeline.same[:, f]}
-    tokens = timeline.top_tokens[:, f, :4].tolist()
-    return dict(steps=timeline.steps.tolist(), settled=int(settled_at(timeline)[f]),
-                curves={label: numbers.tolist() for label, numbers in curves.items()},
-                tokens=[[token for token in row if token >= 0] for row in tokens])
+    entropy = np.nan_to_num(timeline.entropy[:, f])                          # 0 where it is silent
+    curves = {'density': (timeline.count[:, f] / timeline.probed).tolist(),
+              'token entropy, bits': entropy.tolist(),
+              'direction, cosine to the end': timeline.cos[:, f].tolist(),
+              'fires on, cosine to the end': timeline.same[:, f].tolist()}
+    tokens = [row[row >= 0].tolist() for row in timeline.top_tokens[:, f, :4]]
+    return dict(steps=timeline.steps.tolist(), settled=int(settled_at(timeline)[f]), curves=curves,
+                tokens=tokens)
 
 def timeline_curves(timeline):
     """{label: numbers} of an SAE's features at each snapshot."""
@@ -210,8 +208,7 @@ def timeline_curves(timeline):
             'settled features': [(settled <= i).sum() for i in steps],
             'token entropy, median bits': median}
 
-# --------------------------------------------------------------------------------------------------
-# evaluation: the loss, and what the model loses without its features
+# ------------------------------ evaluation: the loss, and what the model loses without its features
 
 @torch.no_grad()
 def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
@@ -262,13 +259,12 @@ def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
         sae.fill.zero_()
     l0, live = density.sum(1), (density > 0).float().mean(1)
     busiest = density.topk(math.ceil(n_features / 100)).values.sum(1) / l0.clamp_min(1e-12)
-    rows = torch.stack((l0, fvu, live, busiest), dim=1).tolist()
-    names = ('l0', 'fvu', 'live', 'busiest')
-    record['sae'] = {layer: dict(zip(names, row)) for layer, row in zip(saes, rows)}
+    rows = zip(l0.tolist(), fvu.tolist(), live.tolist(), busiest.tolist())
+    record['sae'] = {layer: dict(zip(('l0', 'fvu', 'live', 'busiest'), row))
+                     for layer, row in zip(saes, rows)}
     return record
 
-# --------------------------------------------------------------------------------------------------
-# a run, and the one way in which a text is read
+# --------------------------------------------------- a run, and the one way in which a text is read
 
 class Run(NamedTuple):
     """A run of train.py, opened."""
@@ -293,10 +289,10 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
         raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
     if dataset:
         load_meta(dataset) # for its error
-    meta, text, V = kept['meta'], kept['json'], model.config.vocab_size
+    meta, text = kept['meta'], kept['json']
     tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
     return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
-               token_bytes(tokenizer, V))
+               token_bytes(tokenizer, model.config.vocab_size))
 
 def parse_feature(text, layers, n_features, layer=-1):
     """'L6.F2386' -> (6, 2386); '2386' is of `layer`, of the first where that is -1. Raises
@@ -377,18 +373,15 @@ def strongest(values, indices, n):
     pairs = [(f, a) for f, a in zip(indices.tolist(), values.tolist()) if a]
     return sorted(pairs, key=lambda pair: -abs(pair[1]))[:n]
 
-# --------------------------------------------------------------------------------------------------
-# tokens as text that is safe on any screen
+# -------------------------------------------------------- tokens as text that is safe on any screen
 
 SIGNS = {chr(i): chr(0x2400 + i) for i in range(32)}
 SIGNS |= {'\n': '⏎', '\t': '⇥', '\x7f': '␡'}
 
 def safe(raw, keep=''):
-    """
-    Bytes as text that leaves any screen whole, but for characters to keep. Control bytes become
+    """Bytes as text that leaves any screen whole, but for characters to keep. Control bytes become
     symbols, bytes that are no UTF-8 <0xE2>, invisible and direction-changing characters <U+200B>;
-    a lone accent gets a circle to sit on.
-    """
+    a lone accent gets a circle to sit on."""
     out = ''
     for char in raw.decode('utf-8', 'surrogateescape'):
         code, kind = ord(char), unicodedata.category(char)

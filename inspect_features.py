@@ -42,7 +42,7 @@ from rich.text import Text
 
 import configurator
 import explain
-from export import export_saes
+from export import export
 from features import (SETTLED, caption, encode, feature_timeline, open_run, open_timeline,
                       parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves,
                       tracked, write_whole)
@@ -104,20 +104,10 @@ def problems(config):
         found.append(f"target={config['target']!r} takes --prompt and --why=true beside it")
     return found
 
-# --------------------------------------------------------------------------------------------------
-# what the options choose
+# -------------------------------------------------------------------------- what the options choose
 
 class Options(SimpleNamespace):
     """The options, and what they choose: opened when a view first asks. All raise ValueError."""
-
-    @cached_property
-    def console(self):
-        return screen()
-
-    @cached_property
-    def labels(self):
-        """Labels and texts of --probe."""
-        return read_labels(self.probe)
 
     @cached_property
     def index(self):
@@ -150,9 +140,9 @@ class Options(SimpleNamespace):
     def features(self, key):
         """--key=L6.F2386,L6.F5 as [(scan, feature)]."""
         F = self.of_layer(self.index)[0].F
-        found = [parse_feature(part, self.index, F, self.layer)
-                 for part in getattr(self, key).split(',')]
-        return [(self.index[layer], f) for layer, f in found]
+        parsed = (parse_feature(part, self.index, F, self.layer)
+                  for part in getattr(self, key).split(','))
+        return [(self.index[layer], f) for layer, f in parsed]
 
     def timeline_of(self, scan):
         """The timeline of an SAE; None for a run without snapshots."""
@@ -163,13 +153,11 @@ class Options(SimpleNamespace):
 
     def numbers(self, scan, f):
         """All of a feature, with its timeline and effect; None where there is none."""
-        d, t = feature_numbers(scan, f, self.seed), self.timeline_of(scan)
-        effect = self.effect and explain.removal_effect(self.run.model, scan, f, self.effect,
-                                                        self.seed)
-        return d | dict(timeline=t and feature_timeline(t, f), effect=effect or None)
+        d, t, n = feature_numbers(scan, f, self.seed), self.timeline_of(scan), self.effect
+        effect = explain.removal_effect(self.run.model, scan, f, n, self.seed) if n else None
+        return d | dict(timeline=t and feature_timeline(t, f), effect=effect)
 
-# --------------------------------------------------------------------------------------------------
-# views
+# -------------------------------------------------------------------------------------------- views
 
 def overview(scan, options):
     d, live = overview_numbers(scan), scan.count > 0
@@ -469,21 +457,21 @@ def probe_view(scan, options):
     yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
               'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
     pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
-    width, rows = pooled['channels'].shape[1], []            # with as many, all channels
+    width = pooled['channels'].shape[1]                      # with as many, all channels
     columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
     found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+    rows = []
     for code, (scores, _) in found.items():
         means = [100 * score.mean(0) for score in scores.values()]           # (splits,) each
         rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
     yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
     scores, best = found['features']
-    yield from feature_table('The best feature of each label', 'k=1, first split',
-                             ('alone', 'label'), [
-        (scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-        for (label, f), score in zip(best.items(), scores['B', 1][:, 0])])
+    rows = [(scan, f, f'{100 * score:.1f} %', caption(label.encode()))
+            for (label, f), score in zip(best.items(), scores['B', 1][:, 0])]
+    note = 'k=1, first split'
+    yield from feature_table('The best feature of each label', note, ('alone', 'label'), rows)
 
-# --------------------------------------------------------------------------------------------------
-# HTML and export
+# ---------------------------------------------------------------------------------- HTML and export
 
 def page(options):
     """One static file: assets/viewer.html with its data put in."""
@@ -510,7 +498,7 @@ def page(options):
     data |= dict(shown_from=SHOWN_FROM, sort=options.sort, why=why,
                  layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
                          for layer, scan in index.items()}, prompt=prompt and texts(prompt))
-    dump, pages = json.JSONEncoder(separators=(',', ':')).encode, []
+    data['features'] = []
     for scan, f in tracked(features, "writing"):
         d = options.numbers(scan, f)
         d |= {kind: texts(d[kind]) for kind in ('fires_on', 'up', 'down')}
@@ -519,8 +507,8 @@ def page(options):
         d['intervals'] = [(*interval, c and for_page(scan, c)) for *interval, c in d['intervals']]
         if d['timeline']:
             d['timeline']['tokens'] = [words[token] for token in d['timeline']['tokens'][-1]]
-        pages.append(dump(d))                # of thousands of features only their texts are kept
-    text = f'{dump(data)[:-1]},"features":[{",".join(pages)}]}}'
+        data['features'].append(d)
+    text = json.dumps(data, separators=(',', ':'))
     text = text.replace('<', '\\u003c')      # no tag in it can end the script
     text = TEMPLATE.read_text('utf-8').replace('"DATA"', text, 1).encode()
     write_whole(options.html, lambda file: file.write(text))
@@ -535,9 +523,6 @@ def for_page(scan, context):
         else:
             parts[-1] += text
     return parts, context['where'], context['times']
-
-def export(options):
-    yield from export_saes(options.run, Path(options.export))
 
 # {the options that choose it, in alphabetical order: (the view, what it is called for)}. It is
 # called once for each SAE of the index or of the timelines, or for each feature that the named
@@ -586,14 +571,15 @@ def look(options):
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
     if options.probe:
-        options.labels                       # before a scan: a bad file is said at once
+        options.labels = read_labels(options.probe)    # before a scan: a bad file is said at once
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")
     show(options.console, parts(*VIEWS[' '.join(names)], options))
 
 def main(argv):
-    configurator.run(look, Options(**configurator.configure(DEFAULTS, argv, problems)))
+    options = configurator.configure(DEFAULTS, argv, problems)
+    configurator.run(look, Options(console=screen(), **options))
 
 if __name__ == '__main__':
     main(sys.argv[1:])

@@ -1,7 +1,6 @@
 """
 How good the features of a run are, measured without a person or a judge: the probe, which the
-viewer shows too, and what results/ladder.py stores of each run beside its loss. Nothing here
-prints.
+viewer shows too, and what results/ladder.py stores of each run beside its loss.
 
 Shapes: N tokens of val, n texts or features, T tokens of a window, C n_embd, F features, K active
 a token, B runs or texts.
@@ -22,8 +21,7 @@ from model import GPT
 from sae import norm
 from scanning import concepts
 
-# --------------------------------------------------------------------------------------------------
-# the probe: do a few features tell labels apart?
+# -------------------------------------------------- the probe: do a few features tell labels apart?
 
 def read_labels(path):
     """Labels (n,), texts (n,) of a probe file. Raises ValueError, one sentence."""
@@ -59,16 +57,16 @@ def pooled_codes(run, layer, texts, seed):
     size = np.array([len(text) for text in tokens])
     batches = [batch for length in np.unique(size)           # of texts of one length
                for batch in torch.from_numpy(np.flatnonzero(size == length)).split(32)]
-    X = {name: np.zeros((len(tokens), n), np.float32) for name, n in
-         (('features', F), ('random directions', F), ('channels', width))}
+    widths = {'features': F, 'random directions': F, 'channels': width}
+    X = {name: np.zeros((len(texts), n), np.float32) for name, n in widths.items()}
     hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
     for batch in tracked(batches, "reading texts"):
         out = see(model, torch.tensor([tokens[n] for n in batch]), layer + 1)
         x = read_by_sae.pop()
         h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
-        found = dict(features=dense(out.values[-1], out.indices[-1], F), channels=h)
-        found['random directions'] = dense(*(h @ rows.T).relu().topk(sae.k, dim=-1), F)
-        for name, z in found.items():                        # (B, T, F or C); T may be 1
+        random = (h @ rows.T).relu().topk(sae.k, dim=-1)
+        found = dense(out.values[-1], out.indices[-1], F), dense(*random, F), h
+        for name, z in zip(X, found):                        # (B, T, F or C); T may be 1
             X[name][batch] = z[:, 1:].sum(1).div(max(1, z.size(1) - 1)).cpu().numpy()
     hook.remove()
     return X
@@ -113,8 +111,7 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
         t = np.repeat([True, False], cut)
         gap, deviation = np.abs(rows[t].mean(0) - rows[~t].mean(0)), rows.std(0)
         scaled = gap / (deviation + 0.01 * deviation.max() + 1e-12)
-        ranked = {how: np.argsort(-score, kind='stable')
-                  for how, score in (('A', gap), ('B', scaled))}
+        ranked = dict(A=np.argsort(-gap, kind='stable'), B=np.argsort(-scaled, kind='stable'))
         best.setdefault(classes[c], ranked['B'][0])
         for how, k in columns:
             some = ranked[how][:k]
@@ -124,8 +121,7 @@ def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
             scores[how, k][c, split] = (guess == np.repeat([True, False], n - cut)).mean()
     return scores, best
 
-# --------------------------------------------------------------------------------------------------
-# what the ladder stores
+# --------------------------------------------------------------------------- what the ladder stores
 
 def probes(run, layer, folder, wanted):
     """{key: {set of labels: {k: accuracy}}, key_mean: its mean over sets} for wanted {key: name in
@@ -136,8 +132,8 @@ def probes(run, layer, folder, wanted):
         X = pooled_codes(run, layer, texts, seed=0)
         for key, name in wanted.items():
             scores, _ = probe(X[name], np.array(labels, object), 0)
-            found[key][path.stem] = {f'k{k}': float(score.mean())
-                                     for (_, k), score in scores.items()}
+            by_k = {f'k{k}': float(score.mean()) for (_, k), score in scores.items()}
+            found[key][path.stem] = by_k
     return found | {f'{key}_mean': mean_of(by_set.values()) for key, by_set in found.items()}
 
 def duplicates(values, features, n_features, device):
@@ -169,7 +165,7 @@ def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):
     changes = {f: [] for f in rng.permutation(np.flatnonzero(often))[:n].tolist()}
     for start in T * rng.permutation(len(tokens) // T):
         fires = features[start:start + T - 1]
-        here = [f for f in np.unique(fires).tolist() if len(changes.get(f, [0] * most)) < most]
+        here = [f for f in np.unique(fires).tolist() if f in changes and len(changes[f]) < most]
         if here:
             which, where = (fires == np.array(here)[:, None, None]).any(2).nonzero()
             effects = loss_changes(model, layer, tokens[start:start + T], here, which, where)

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from data.dataset import encode_encoding, eval_batches, load_dataset, load_meta, load_tokenizer
 from features import (VERSION, codes, device_of, keep, load_npz, of_layer, open_run, safe, say,
                       token_pairs, token_statistics, tracked)
+from sae import SITES
 
 TOP, RANDOM, SIDE = 16, 8, 16 # contexts kept of a feature; tokens on either side of a peak
 BINS, INTERVALS = 32, 8       # of its activations, from 0 to the largest
@@ -31,14 +32,13 @@ def val_of(run, wanted):
     """The val of run.dataset and its sha256. Where another tokenizer made it, which is said, about
     `wanted` tokens of it are encoded anew with the model's own. Raises ValueError."""
     data = load_dataset(load_meta(run.dataset, run.checkpoint.get('data_sha256'))[0])
-    other = load_tokenizer(data.dir, data.meta)
-    if encode_encoding(other) == encode_encoding(run.tokenizer):
-        return data.val, data.meta['val_sha256']
-    say(f"note: {run.dataset} has another tokenizer than this model was trained with: the model's "
-        "own is used")
-    text = other.decode(data.val[:4 * wanted].tolist())
-    tokens = run.tokenizer.encode(text, allowed_special='all')
-    return np.array(tokens), data.meta['val_sha256']
+    val, other = data.val, load_tokenizer(data.dir, data.meta)
+    if encode_encoding(other) != encode_encoding(run.tokenizer):
+        say(f"note: {run.dataset} has another tokenizer than this model was trained with: the "
+            "model's own is used")
+        text = other.decode(val[:4 * wanted].tolist())
+        val = np.array(run.tokenizer.encode(text, allowed_special='all'))
+    return val, data.meta['val_sha256']
 
 def scan_val(run, wanted, key):
     """
@@ -59,18 +59,18 @@ def scan_val(run, wanted, key):
     arrays = dict(tokens=tokens)
     for layer, features, values, fvu in zip(model.saes(), *by_layer):
         pairs = token_pairs(features, tokens, F, len(run.names))
-        found = dict(features=features, values=values, fvu=fvu)
-        found |= writing(model, layer) | token_statistics(pairs, F)
-        count = found['count']
+        found = writing(model, layer) | token_statistics(pairs, F)
+        count, active = found['count'], features < F
         found |= concepts(count, len(tokens), pairs, tokens, run.names)
-        found['order'] = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
-        found['max'] = np.zeros(F, np.float32)
-        np.maximum.at(found['max'], features[features < F], np.abs(values[features < F]))
+        order = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
+        largest = np.zeros(F, np.float32)
+        np.maximum.at(largest, features[active], np.abs(values[active]))
         by_entropy = np.lexsort((-count, found['entropy']))                  # nan comes last
-        found['rank'] = np.where(count > 0, by_entropy.argsort() + 1, 0)
+        rank = np.where(count > 0, by_entropy.argsort() + 1, 0)
+        found |= dict(features=features, values=values, fvu=fvu)
+        found |= dict(order=order, max=largest, rank=rank)
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
-    (site,) = {sae.site for sae in model.saes().values()}
-    eot = run.meta['eot']
+    site, eot = SITES[model.config.sae_site], run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(model.saes()),
                 site=site.name, place=site.place, F=F, K=features.shape[1], T=T, N=len(tokens),
@@ -138,17 +138,16 @@ def concepts(count, N, pairs, tokens, names):
     told = np.zeros(len(count), np.float32)
     for feature, by_stem in stems.items():
         best = list(by_stem.values())[:8]
-        chosen = token[best]
-        words[feature, :len(chosen)] = chosen
+        words[feature, :len(best)] = token[best]
         told[feature] = score[best].sum() / count[feature]
-        if len(chosen) >= 4:
-            present = np.stack([windows_with(word) for word in chosen]).astype(np.float32)
-            joint = present @ present.T / len(present[0])                    # (n, n)
-            alone = joint.diagonal()
+        if len(best) >= 4:
+            present = np.stack(list(map(windows_with, token[best]))).astype(np.float32)
+            both = present @ present.T / len(present[0])                     # (n, n)
+            alone = both.diagonal()
             with np.errstate(divide='ignore', invalid='ignore'):
-                npmi = np.log(joint / np.outer(alone, alone)) / -np.log(joint)
-            npmi = np.where(joint == 0, -1, np.where(joint == 1, 1, npmi))
-            coherence[feature] = npmi[np.triu_indices(len(chosen), 1)].mean()
+                npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
+            npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
+            coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
     return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2)
 
 def coherence_curve(scan, timeline):
@@ -156,9 +155,8 @@ def coherence_curve(scan, timeline):
     most: a snapshot holds no others."""
     curve = []
     for count, tokens, times in zip(timeline.count, timeline.top_tokens, timeline.top_counts):
-        f, place = np.nonzero(times)
-        found = concepts(count, timeline.probed, (f, tokens[f, place], times[f, place]),
-                         scan.tokens, scan.names)['coherence']
+        pairs = np.nonzero(times)[0], tokens[times > 0], times[times > 0]
+        found = concepts(count, timeline.probed, pairs, scan.tokens, scan.names)['coherence']
         some = found[~np.isnan(found)]
         curve.append(some.mean() if len(some) else np.nan)
     return curve
@@ -196,9 +194,9 @@ def read_index(arrays):
     meta['names'] = [text.encode('latin-1') for text in meta['names']]
     index = {}
     for layer in meta['layers']:
-        index[layer] = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta,
-                                       **of_layer(arrays, layer))
-        index[layer].first = np.cumsum(index[layer].count) - index[layer].count
+        own = of_layer(arrays, layer)
+        own['first'] = np.cumsum(own['count']) - own['count']
+        index[layer] = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta, **own)
     return index
 
 def open_index(out_dir, dataset, device, scan_tokens):
@@ -232,18 +230,16 @@ def is_of(scan, dataset):
     except ValueError:
         return dataset == scan.dataset
 
-# --------------------------------------------------------------------------------------------------
-# numbers of the views, from the scan of an SAE
+# ---------------------------------------------------- numbers of the views, from the scan of an SAE
 
 def overview_numbers(scan):
     """The numbers of an SAE's overview."""
-    live = scan.count > 0
+    live, firings = scan.count > 0, scan.count.sum()
     density, bits = scan.count[live] / scan.N, scan.entropy[live]
     top = math.ceil(bits.max(initial=1))
-    busiest = np.sort(scan.count)[-math.ceil(scan.F / 100):].sum()
+    busiest = np.sort(scan.count)[-math.ceil(scan.F / 100):].sum() / max(1, firings)
     return dict(live=int(live.sum()), dead=int((~live).sum()), fvu=float(scan.fvu),
-                l0=float(scan.count.sum() / scan.N), top_entropy=top,
-                busiest=float(busiest / max(1, scan.count.sum())),
+                l0=float(firings / scan.N), top_entropy=top, busiest=float(busiest),
                 entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
                 densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist())
 
@@ -294,7 +290,6 @@ def feature_numbers(scan, f, seed):
     share[f] = -1
     together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
     near = [] if scan.site == 'stream' else zipped(scan.near[f], scan.near_value[f])
-    coherence = None if np.isnan(scan.coherence[f]) else float(scan.coherence[f])
     return dict(
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=largest, mean=float(acts.mean()) if count else 0.0,
@@ -305,7 +300,8 @@ def feature_numbers(scan, f, seed):
         joint=zipped(together, share[together]),
         top=contexts(scan, where, acts, strongest_first, TOP),
         random=contexts(scan, where, acts, drawn, RANDOM), words=words_of(scan, f),
-        coherence=coherence, concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
+        coherence=None if np.isnan(scan.coherence[f]) else float(scan.coherence[f]),
+        concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
         concepts=int((~np.isnan(scan.concept)).sum()))
 
 def contexts(scan, where, acts, peaks, n):
