@@ -25,11 +25,9 @@ def go_on(model, stream, begin, end=None):
     return stream, outs
 
 def run_scaled(model, idx, scales, end, measure):
-    """
-    Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts), joined.
-    scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a feature away
-    wherever it fires. What lies below the lowest of these blocks runs once.
-    """
+    """Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts),
+    joined. scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a
+    feature away wherever it fires. What lies below the lowest of these blocks runs once."""
     saes, first, found = model.saes(), min(scales), []
     x, _ = model.blocks(idx, first)                                          # (1, T, C)
     for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // idx.size(1))):
@@ -123,11 +121,9 @@ def logits_of(model, stream):
 
 @torch.no_grad()
 def why_token(model, tokens, target, layers):
-    """
-    Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
+    """Why target, a list of ids, follows tokens; [] is the likeliest token. What is measured is
     log p(target), a sum over its tokens. Only the last tokens that fit into the model are read.
-    Adds to what explain returns: target, and likeliest, [(token, probability)] of 5 after tokens.
-    """
+    Adds to what explain returns: target; likeliest, [(token, probability)] of 5 after tokens."""
     T, device = model.config.block_size, device_of(model)
     p = model(torch.tensor([tokens[-T:]], device=device))[0][0, -1].float().softmax(-1)  # (V,)
     top = p.topk(min(5, len(p)))
@@ -188,9 +184,8 @@ def removal_effect(model, scan, f, n, seed):
         return None
     changes = []
     for w in np.unique(where // T):
-        here = where[where // T == w] % T
-        tokens = scan.tokens[w * T:(w + 1) * T]
-        changes += loss_changes(model, scan.layer, tokens, [f], 0 * here, here).tolist()
+        at, tokens = where[where // T == w] % T, scan.tokens[w * T:(w + 1) * T]
+        changes += loss_changes(model, scan.layer, tokens, [f], 0 * at, at).tolist()
     return dict(n=len(changes), mean=float(np.mean(changes)), std=float(np.std(changes)))
 
 @torch.no_grad()
@@ -208,9 +203,9 @@ def trace(model, scan, above, f, seed, n=16):
     scales = kept(model, [scan.layer], [[], [(scan.layer, f)]])
     codes = lambda _, outs: dense(outs[-1].values, outs[-1].indices, above.F)
     for w in windows:
-        at = where[where // T == w] % T                                      # (p,)
-        idx = torch.from_numpy(scan.tokens[None, w * T:(w + 1) * T])
-        z = run_scaled(model, idx.to(device_of(model)), scales, above.layer + 1, codes)  # (2, T, F)
+        at, tokens = where[where // T == w] % T, scan.tokens[w * T:(w + 1) * T]
+        idx = torch.from_numpy(tokens)[None].to(device_of(model))            # (1, T)
+        z = run_scaled(model, idx, scales, above.layer + 1, codes)           # (2, T, F)
         total += z[:, at].sum(1).cpu().numpy()
         positions += len(at)
     as_it_is, without = total / max(1, positions)

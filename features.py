@@ -137,12 +137,10 @@ def of_layer(arrays, layer):
     return {name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)}
 
 def open_timeline(out_dir):
-    """
-    {block: its SAE in all snapshots}, kept in timeline.npz: layer, steps (S,), tokens (S,), probed,
+    """{block: its SAE in all snapshots}, kept in timeline.npz: layer, steps, tokens (S,), probed,
     what a snapshot holds of it, e.g. count (S, F), and two cosines (S, F) to the last snapshot:
     cos, of what a feature writes, and same, of the counts of the tokens on which it fires. {}
-    without snapshots. Raises ValueError for one that cannot be read.
-    """
+    without snapshots. Raises ValueError for one that cannot be read."""
     files = sorted(Path(out_dir).glob('features/[0-9]*.npz'))
     if not files:
         return {}
@@ -167,9 +165,9 @@ def read_snapshot(file, last):
         raise ValueError(f"{file} is no readable snapshot of this run: remove it")
     for layer in last['layers'].tolist():
         now, end = of_layer(arrays, layer), of_layer(last, layer)
-        both = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]   # (F, 8, 8)
+        alike = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]  # (F, 8, 8)
         a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
-        arrays[f'L{layer}.same'] = cosine(np.einsum('fij,fi,fj->f', both, a, b), a, b)
+        arrays[f'L{layer}.same'] = cosine(np.einsum('fij,fi,fj->f', alike, a, b), a, b)
         arrays[f'L{layer}.cos'] = np.ones(len(a))
         if arrays.pop(f'L{layer}.W_dec', None) is not None:                  # site stream has none
             a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
@@ -201,12 +199,11 @@ def feature_timeline(timeline, f):
 
 def timeline_curves(timeline):
     """{label: numbers} of an SAE's features at each snapshot."""
-    settled, steps = settled_at(timeline), range(len(timeline.steps))
-    median = [np.median(bits[count > 0]) if count.any() else 0
-              for bits, count in zip(timeline.entropy, timeline.count)]
-    return {'live, % of the features': 100 * (timeline.count > 0).mean(1),
-            'settled features': [(settled <= i).sum() for i in steps],
-            'token entropy, median bits': median}
+    live, settled = timeline.count > 0, settled_at(timeline)                 # (S, F), (F,)
+    return {'live, % of the features': 100 * live.mean(1),
+            'settled features': [(settled <= i).sum() for i in range(len(live))],
+            'token entropy, median bits': [np.median(bits[on]) if on.any() else 0
+                                           for bits, on in zip(timeline.entropy, live)]}
 
 # ------------------------------ evaluation: the loss, and what the model loses without its features
 
@@ -348,11 +345,9 @@ def see(model, idx, upto=None):
 
 @torch.no_grad()
 def read(model, tokens):
-    """
-    One pass over a text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and
+    """One pass over a text of n ids -> losses (n-1,) in nats, that of token j at j-1; values and
     indices (S, n, K) of its features. A text beyond block_size is read in windows that overlap by
-    half, so that no token is read with less than half a window.
-    """
+    half, so that no token is read with less than half a window."""
     idx, T = torch.tensor([tokens], device=device_of(model)), model.config.block_size
     losses, values, indices, done = [], [], [], 0
     while done < len(tokens):

@@ -169,10 +169,9 @@ def overview(scan, options):
     if d['live']:
         density, bits = scan.count[live] / scan.N, scan.entropy[live]
         low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
-        busiest = percent(d['busiest'])
         yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
         yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-        yield dim(f"    the busiest 1 % of the features do {busiest} of all firing")
+        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
         yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
         yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
     named = by_concept(scan)[:options.rows]
@@ -220,16 +219,14 @@ def feature_view(scan, f, options):
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
         down, up = (set_cell_size(caption(scan.names[token]), 18) for token in (down, up))
         yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
-    for title, note, kind in (('Nearest', 'cosine of what they write', 'near'),
-                              ('Fires with', 'positions with both / with either', 'joint')):
-        if count or kind == 'near':
-            yield from feature_table(title, note, ('',),
-                                     [(scan, g, f'{x:.3f}') for g, x in d[kind]])
+    near, joint = ([(scan, g, f'{x:.3f}') for g, x in d[kind]] for kind in ('near', 'joint'))
+    yield from feature_table('Nearest', 'cosine of what they write', ('',), near)
+    if count:
+        yield from feature_table('Fires with', 'positions with both / with either', ('',), joint)
     if scan.site == 'stream':
-        rows = [(other, f, *ranked(other, f), number(other.max[f]))
-                for other in options.index.values()]
-        yield from feature_table('Across layers', f'channel {f} of the stream, after each '
-                                 'block with an SAE', (*RANKED, 'max'), rows)
+        rows = [(s, f, *ranked(s, f), number(s.max[f])) for s in options.index.values()]
+        note = f'channel {f} of the stream, after each block with an SAE'
+        yield from feature_table('Across layers', note, (*RANKED, 'max'), rows)
     if e := d['effect']:
         yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
                                     "positions where it fires")
@@ -442,16 +439,16 @@ def find_view(scan, options):
     precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
     f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
     yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-    rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-             f'{f1[f]:.3f}')
-            for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-    yield from feature_table('Features', 'precision: its firings in a match; recall: matches '
-                             'where it fires', ('fires', 'precision', 'recall', 'F1'), rows)
+    best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
+    rows = [(scan, f, f'{scan.count[f]:,}', *(f'{x[f]:.3f}' for x in (precision, recall, f1)))
+            for f in best]
+    note = 'precision: its firings in a match; recall: matches where it fires'
+    yield from feature_table('Features', note, ('fires', 'precision', 'recall', 'F1'), rows)
     if not rows:
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
 def probe_view(scan, options):
-    labels, texts = options.labels
+    labels, texts = read_labels(options.probe)
     y = np.array(labels, object)
     yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
     yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
@@ -571,7 +568,7 @@ def look(options):
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
     if options.probe:
-        options.labels = read_labels(options.probe)    # before a scan: a bad file is said at once
+        read_labels(options.probe)           # before a scan: a bad file is said at once
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")

@@ -42,12 +42,10 @@ def read_labels(path):
 
 @torch.no_grad()
 def pooled_codes(run, layer, texts, seed):
-    """
-    What the SAE of a block makes of texts: means over the tokens after end-of-text, up to 128.
+    """What the SAE of a block makes of texts: means over the tokens after end-of-text, up to 128.
     {'features': X (n, F), 'random directions': X (n, F), 'channels': X (n, C)}. Random directions
     are F random unit rows on what the SAE reads, relu, the K largest of each token: without them no
-    accuracy says anything (arXiv 2602.14111).
-    """
+    accuracy says anything (arXiv 2602.14111)."""
     model, sae, read_by_sae = run.model, run.model.saes()[layer], []
     F, width = sae.n_features, len(sae.fill)
     rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
@@ -90,14 +88,12 @@ def logistic(X, y):
     return w
 
 def probe(X, y, seed, columns=(('B', 1), ('B', 5), ('B', 20)), splits=3):
-    """
-    How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
+    """How well k columns of X (n, F) tell one class of y (n,) from the rest, balanced, 80 % of the
     texts to train on -> {(protocol, k): held-out accuracy (classes, splits)} for columns, and
     {class: its best column by protocol B on the first split}. Columns are ranked on the training
     part by the difference of the class means: B (sae-probes, arXiv 2502.16681) divides it by the
     standard deviation, so that loud features have no advantage; A (SAEBench) does not. Of two
-    classes one is probed.
-    """
+    classes one is probed."""
     classes = np.unique(y)
     classes = classes[1:] if len(classes) == 2 else classes
     scores, best = {column: np.zeros((len(classes), splits)) for column in columns}, {}

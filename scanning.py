@@ -80,12 +80,9 @@ def scan_val(run, wanted, key):
 
 @torch.no_grad()
 def writing(model, layer):
-    """
-    Of the features of a block's SAE
-      up, down (F, 10)   the next tokens that each promotes and suppresses
-      near (F, 5)        the features that write most like it
-    and up_value, down_value (logits a unit of activation), near_value (cosine).
-    """
+    """Of the features of a block's SAE: up, down (F, 10), the next tokens that each promotes and
+    suppresses; near (F, 5), the features that write most like it; and up_value, down_value, in
+    logits a unit of activation, near_value, a cosine."""
     wte = model.transformer.wte.weight[:model.config.vocab_size].float()     # (V, C)
     writes = model.writes(layer).float()                                     # (F, C)
     unit = normalize(writes, dim=-1)
@@ -164,22 +161,20 @@ def coherence_curve(scan, timeline):
 def by_concept(scan):
     """Live features, the most nameable first. Of those that share more than half of their words the
     first one is there alone."""
-    value = np.nan_to_num(scan.concept, nan=-1)
-    shown, seen = [], []
-    for f in np.argsort(-value, kind='stable'):
+    shown = {}                                               # {feature: its words}
+    for f in np.argsort(-scan.concept, kind='stable').tolist():              # nan comes last
         words = set(scan.words[f].tolist()) - {-1}
-        if value[f] > 0 and all(len(words & others) <= len(words) / 2 for others in seen):
-            shown.append(int(f))
-            seen.append(words)
-    return shown
+        alike = any(len(words & others) > len(words) / 2 for others in shown.values())
+        if scan.concept[f] > 0 and not alike:
+            shown[f] = words
+    return list(shown)
 
 def in_order(scan, order):
     """Live features by one of ORDERS, the best first: coherence, low entropy, high density."""
     live = np.flatnonzero(scan.count)
-    coherence = np.nan_to_num(scan.coherence, nan=-2)
     entropy = scan.rank + scan.F * (scan.count < SHOWN_FROM)
-    worst = dict(coherence=-coherence, entropy=entropy, density=-scan.count)[order]
-    return live[np.argsort(worst[live], kind='stable')]
+    worst = dict(coherence=-scan.coherence, entropy=entropy, density=-scan.count)[order]
+    return live[np.argsort(worst[live], kind='stable')]      # nan comes last
 
 def words_of(scan, f):
     """The words on which a feature fires far more often than they occur, as text."""
@@ -308,12 +303,10 @@ def contexts(scan, where, acts, peaks, n):
     """The text around the first peak in each of the first n windows that peaks visit, no further
     than its window. Those with the same text around the peak are one, counted in `times`. where,
     acts (P,): the feature's firings; peaks: places in these."""
-    windows, found = set(), {}
-    for at in where[peaks].tolist():
+    _, firsts = np.unique(where[peaks] // scan.T, return_index=True)
+    found = {}
+    for at in where[peaks[np.sort(firsts)[:n]]].tolist():
         window = at // scan.T * scan.T
-        if window in windows:
-            continue
-        windows.add(window)
         begin, end = max(window, at - SIDE), min(window + scan.T, at + SIDE + 1)
         tokens, peak = scan.tokens[begin:end].tolist(), at - begin
         around = np.zeros(end - begin, np.float32)
@@ -321,18 +314,13 @@ def contexts(scan, where, acts, peaks, n):
         around[where[inside] - begin] = acts[inside]
         context = dict(tokens=tokens, acts=around.tolist(), peak=peak, where=at, times=0)
         found.setdefault(tuple(tokens[max(0, peak - 8):peak + 5]), context)['times'] += 1
-        if len(windows) == n:
-            break
     return list(found.values())
 
 def find(scan, pattern):
-    """
-    Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
+    """Arrays (F,): precision, the share of a feature's firings that lie inside a match, and recall,
     the share of matches on some token of which it fires; and the numbers of matches and of tokens
-    with any byte inside one. pattern: a compiled regular expression. It sees one document at a
-    time; where a window cuts it, a character 0 stands for the unknown, so that no line begins or
-    ends there.
-    """
+    with any byte inside one. pattern: a compiled regular expression. It sees a document at a time;
+    where a window cuts it, a character 0 stands for the unknown: no line begins or ends there."""
     inside, recalled, n = np.zeros(scan.N, bool), np.zeros(scan.F + 1, int), 0
     n_bytes = lambda text: len(text.encode('utf-8', 'surrogateescape'))
     starts = np.union1d(np.arange(0, scan.N, scan.T), np.flatnonzero(scan.tokens == scan.eot))

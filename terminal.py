@@ -80,7 +80,7 @@ def captions(scan, f):
     return '  '.join(words) or 'dead'
 
 def table_of(columns, rows):
-    """Columns are right-aligned, but for the last one, which is cut where the line ends."""
+    """Numbers are right-aligned, names are not; the last column is cut where the line ends."""
     table = Table(box=None, padding=(0, 0, 0, 2), header_style='dim', expand=True,
                   show_header=any(columns))
     for column in columns[:-1]:
@@ -106,8 +106,8 @@ def ranked(scan, f):
     return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
 
 def level(act, largest):
-    """The eighth of the largest activation, 0 for none."""
-    return min(8, math.ceil(8 * abs(act) / largest)) if act else 0
+    """The eighth of the largest activation, from 1 on."""
+    return min(8, math.ceil(8 * abs(act) / largest))
 
 def shaded(scan, context, largest):
     """A context as Text, shaded by activation, its peak in «»; and where the « is."""
