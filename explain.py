@@ -1,9 +1,7 @@
 """
 What features do to what the model says: they are taken away, and the blocks from theirs on run
 again. They are part of the model, so each number is exact, in float32, also on a GPU (bf16 would
-round small effects away).
-
-Shapes: B runs, T tokens, N scanned tokens, F features, C n_embd, V vocabulary.
+round small effects away). Shapes: see features.py; B are runs.
 """
 import numpy as np
 import torch

@@ -1,8 +1,9 @@
 """
 What features do, in numbers: what training notes of them, and how a text is read for them.
 
-Shapes: B windows, T tokens of a window, N tokens, F features, K active a token, S SAEs or snapshots
-(in the timeline), V vocabulary, P pairs of a feature and a token type.
+Shapes, here and in the viewer's other files: B windows, T tokens of a window, N tokens, F features,
+K active a token, S SAEs (in the timeline snapshots), C n_embd, V vocabulary, P pairs of a feature
+and a token type, or places where a feature fires.
 """
 import json
 import math

@@ -176,11 +176,12 @@ def overview(scan, options):
         yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
     named = by_concept(scan)[:options.rows]
     if named:
-        yield heading('Concepts',
-                      'words that tell, and keep company: coherence, density, words, contexts')
+        note = 'words that tell, and keep company: coherence, density, words, contexts'
+        yield heading('Concepts', note)
     for f in named:
-        yield line('  ', bold(name(scan, f)), f'  {scan.coherence[f]:.2f}  '
-                   f'{percent(scan.count[f] / scan.N)}  {words_of(scan, f)}')
+        density = percent(scan.count[f] / scan.N)
+        yield line('  ', bold(name(scan, f)),
+                   f'  {scan.coherence[f]:.2f}  {density}  {words_of(scan, f)}')
         for c in feature_numbers(scan, f, options.seed)['top'][:3]:
             yield one_line(scan, c, scan.max[f], options.console.width)
     known = in_order(scan, 'entropy')
@@ -206,14 +207,14 @@ def overview(scan, options):
 
 def feature_view(scan, f, options):
     d = options.numbers(scan, f)
-    count = d['count']
+    live = d['count'] > 0
     about = f" is dead: it never fired in {scan.N:,} tokens"
-    if count:
+    if live:
         about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
                  f"max {number(d['max'])} · mean {number(d['mean'])}")
     yield Text.assemble(bold(name(scan, f)), about)
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
-    if count:
+    if live:
         yield from firing_panels(scan, d, options)
     yield heading('Suppresses | promotes', 'next tokens, logits per unit; direct path only')
     for (down, low), (up, high) in zip(d['down'][:5], d['up']):
@@ -221,7 +222,7 @@ def feature_view(scan, f, options):
         yield f'  {down}{low:>+9.4f}   |   {up}{high:>+9.4f}'
     near, joint = ([(scan, g, f'{x:.3f}') for g, x in d[kind]] for kind in ('near', 'joint'))
     yield from feature_table('Nearest', 'cosine of what they write', ('',), near)
-    if count:
+    if live:
         yield from feature_table('Fires with', 'positions with both / with either', ('',), joint)
     if scan.site == 'stream':
         rows = [(s, f, *ranked(s, f), number(s.max[f])) for s in options.index.values()]
@@ -236,7 +237,7 @@ def feature_view(scan, f, options):
         yield heading('Without it', 'it fires at no position that has a next token')
     if d['timeline']:
         yield from sparklines(d['timeline'])
-    if count:
+    if live:
         yield heading('Next', '--effect=64 beside it: what its removal does to the loss')
         yield line(f"  python sample.py --out_dir={shlex.quote(options.out_dir)} --steer="
                    f"{name(scan, f)}={number(d['max'])} --compare=true", overflow='ignore')
@@ -267,14 +268,16 @@ def firing_panels(scan, d, options):
         yield dim(f"  activation {peak(c)} at token {c['where']:,} of the scan{more}")
     if not d['top']:
         yield '  none: it fires only on first and last tokens of a window, and on end-of-text'
+    width = options.console.width
     yield heading('Random contexts', 'drawn from all positions where it fires')
-    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], options.console.width - 14))
+    yield table_of(('', ''), [(peak(c), one_line(scan, c, d['max'], width - 14))
                               for c in d['random'][:options.examples]])
     yield heading('By strength', 'intervals of activation, shares of the firings, an example')
-    yield table_of(('', '', ''), [
-        (f'{number(low)} to {number(high)}', percent(share),
-         one_line(scan, c, d['max'], options.console.width - 32) if c else '(no peak is taken)')
-        for low, high, share, c in d['intervals']])
+    rows = []
+    for low, high, share, c in d['intervals']:
+        example = one_line(scan, c, d['max'], width - 32) if c else '(no peak is taken)'
+        rows.append((f'{number(low)} to {number(high)}', percent(share), example))
+    yield table_of(('', '', ''), rows)
 
 def timeline_view(t, options):
     """Needs neither model nor scan."""
@@ -283,12 +286,13 @@ def timeline_view(t, options):
     yield dim('settled: fires on about its final tokens from then on (cosine of their counts '
               f'{SETTLED} or more)\n')
     top, rows = math.ceil(t.entropy[t.count > 0].max(initial=1)), []
-    for step, tokens, bits, live, settled, median in zip(
-            t.steps, t.tokens, t.entropy, *timeline_curves(t).values()):
+    snapshots = zip(t.steps, t.tokens, t.entropy, *timeline_curves(t).values())
+    for step, tokens, bits, live, settled, median in snapshots:
+        bars = spark(np.histogram(bits, 24, (0, top))[0])
         rows.append((f'{step:,}', f'{tokens:,}', percent(live / 100), f'{settled:,}',
-                     f'{median:.2f}', f'|{spark(np.histogram(bits, 24, (0, top))[0])}|'))
-    yield table_of(('step', 'tokens', 'live', 'settled', 'median',
-                    f'token entropy, 0 to {top} bits'), rows)
+                     f'{median:.2f}', f'|{bars}|'))
+    of = f'token entropy, 0 to {top} bits'
+    yield table_of(('step', 'tokens', 'live', 'settled', 'median', of), rows)
 
 def feature_timeline_view(scan, f, options):
     timeline = options.timeline_of(scan)
@@ -296,8 +300,8 @@ def feature_timeline_view(scan, f, options):
     yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
     yield from sparklines(t)
     yield ''
-    for i, (step, tokens, density, *others) in enumerate(
-            zip(t['steps'], t['tokens'], *t['curves'].values())):
+    snapshots = zip(t['steps'], t['tokens'], *t['curves'].values())
+    for i, (step, tokens, density, *others) in enumerate(snapshots):
         words = '  '.join(caption(scan.names[token]) for token in tokens)
         rows.append(('* ' * (i == t['settled']) + f'{step:,}', percent(density),
                      *(f'{x:.4f}' for x in others), words))

@@ -1,9 +1,7 @@
 """
 How good the features of a run are, measured without a person or a judge: the probe, which the
-viewer shows too, and what results/ladder.py stores of each run beside its loss.
-
-Shapes: N tokens of val, n texts or features, T tokens of a window, C n_embd, F features, K active
-a token, B runs or texts.
+viewer shows too, and what results/ladder.py stores of each run beside its loss. Shapes: see
+features.py; n, B are texts.
 """
 import math
 from collections import Counter
@@ -130,7 +128,7 @@ def probes(run, layer, folder, wanted):
             scores, _ = probe(X[name], np.array(labels, object), 0)
             by_k = {f'k{k}': float(score.mean()) for (_, k), score in scores.items()}
             found[key][path.stem] = by_k
-    return found | {f'{key}_mean': mean_of(by_set.values()) for key, by_set in found.items()}
+    return found | {f'{key}_mean': mean_of([*by_set.values()]) for key, by_set in found.items()}
 
 def duplicates(values, features, n_features, device):
     """Of the features that fire, the share whose activations correlate above 0.9 with those of one
@@ -191,24 +189,23 @@ def measure(run, labels, block, k, wanted=262_144):
     T, F = model.config.block_size, model.config.n_features
     val = load_dataset(run.dataset).val
     batches = [x for x, _ in eval_batches(val, T, max(1, 16_384 // T), wanted)]
-    tokens, features, values, _ = codes(model, batches)
+    tokens, *by_layer = codes(model, batches)
     layers = []
-    for s, layer in enumerate(model.saes()):
-        count = np.bincount(features[s].reshape(-1), minlength=F + 1)[:F]
-        pairs = token_pairs(features[s], tokens, F, len(run.names))
+    for layer, features, values, _ in zip(model.saes(), *by_layer):
+        count = np.bincount(features.reshape(-1), minlength=F + 1)[:F]
+        pairs = token_pairs(features, tokens, F, len(run.names))
         coherence = concepts(count, len(tokens), pairs, tokens, run.names)['coherence']
         coherence = coherence[~np.isnan(coherence)]
         layers.append(probes(run, layer, labels, dict(probe='features')) | dict(
             coherence=float(coherence.mean()) if len(coherence) else None,
             coherent=int((coherence > 0.05).sum()),
-            causal_share=causal_share(model, layer, tokens, features[s]),
-            duplicates=duplicates(values[s], features[s], F, device_of(model)),
+            causal_share=causal_share(model, layer, tokens, features),
+            duplicates=duplicates(values, features, F, device_of(model)),
             dense_features=float((count > 0.1 * len(tokens)).mean())))
     return mean_of(layers)
 
 def mean_of(records):
     """The mean of records alike, of numbers in dicts; None is left out."""
-    records = list(records)
     if isinstance(records[0], dict):
         return {key: mean_of([record[key] for record in records]) for key in records[0]}
     numbers = [x for x in records if x is not None]

@@ -1,9 +1,6 @@
 """
 The scan: one pass of the model over val, the index that it leaves in out_dir, and what the viewer
-finds there: the numbers of one feature, of a regular expression.
-
-Shapes: B windows, T tokens of a window, N scanned tokens, F features, K active a token, S SAEs, C
-n_embd, V vocabulary, P places where a feature fires, or pairs of a feature and a token type.
+finds there: the numbers of one feature, of a regular expression. Shapes: see features.py.
 """
 import functools
 import json
