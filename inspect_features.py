@@ -418,17 +418,18 @@ def trace_view(scan, f, options):
         raise ValueError(f"{name(scan, f)}: no SAE lies above block {scan.layer}; "
                          "train with several, --sae_layers=1,2 say")
     d = explain.trace(options.run.model, scan, above, f, options.seed)
-    change = d['as_it_is'] - d['without']                                    # (F,)
+    share, as_it_is, without = d['share'], d['as_it_is'], d['without']       # (F,)
+    change = as_it_is - without
     yield bold(f'What {name(scan, f)} does in block {above.layer}')
     yield line('  ', captions(scan, f))
     yield dim(f"mean activations over {d['positions']:,} positions where it fires, in "
               f"{d['windows']} windows")
-    for title, note, score in (('Fires with', 'positions with both / either', d['share']),
+    for title, note, score in (('Fires with', 'positions with both / either', share),
                                ('Causes', 'without it these are weaker', change),
                                ('Holds down', 'without it these are stronger', -change)):
-        rows = [(above, g, f"{d['share'][g]:.3f}", f"{d['as_it_is'][g]:.4f}",
-                 f"{d['without'][g]:.4f}")
-                for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+        some = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
+        rows = [(above, g, f'{share[g]:.3f}', f'{as_it_is[g]:.4f}', f'{without[g]:.4f}')
+                for g in some]
         yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
 def sorted_view(scan, options):
@@ -443,9 +444,9 @@ def find_view(scan, options):
     precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
     f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
     yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-    best = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
-    rows = [(scan, f, f'{scan.count[f]:,}', *(f'{x[f]:.3f}' for x in (precision, recall, f1)))
-            for f in best]
+    some = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
+    rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
+             f'{f1[f]:.3f}') for f in some]
     note = 'precision: its firings in a match; recall: matches where it fires'
     yield from feature_table('Features', note, ('fires', 'precision', 'recall', 'F1'), rows)
     if not rows:

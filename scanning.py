@@ -159,10 +159,10 @@ def by_concept(scan):
     """Live features, the most nameable first. Of those that share more than half of their words the
     first one is there alone."""
     shown = {}                                               # {feature: its words}
-    for f in np.argsort(-scan.concept, kind='stable').tolist():              # nan comes last
+    nameable = np.flatnonzero(scan.concept > 0)
+    for f in nameable[np.argsort(-scan.concept[nameable], kind='stable')].tolist():
         words = set(scan.words[f].tolist()) - {-1}
-        alike = any(len(words & others) > len(words) / 2 for others in shown.values())
-        if scan.concept[f] > 0 and not alike:
+        if all(len(words & others) <= len(words) / 2 for others in shown.values()):
             shown[f] = words
     return list(shown)
 
@@ -226,12 +226,12 @@ def is_of(scan, dataset):
 
 def overview_numbers(scan):
     """The numbers of an SAE's overview."""
-    live, firings = scan.count > 0, scan.count.sum()
+    live, total = scan.count > 0, scan.count.sum()
     density, bits = scan.count[live] / scan.N, scan.entropy[live]
     top = math.ceil(bits.max(initial=1))
-    busiest = np.sort(scan.count)[-math.ceil(scan.F / 100):].sum() / max(1, firings)
+    busiest = np.sort(scan.count)[-math.ceil(scan.F / 100):].sum() / max(1, total)
     return dict(live=int(live.sum()), dead=int((~live).sum()), fvu=float(scan.fvu),
-                l0=float(firings / scan.N), top_entropy=top, busiest=float(busiest),
+                l0=float(total / scan.N), top_entropy=top, busiest=float(busiest),
                 entropies=np.histogram(bits, 32, (0, top))[0].tolist(),
                 densities=np.histogram(np.log10(density).clip(-6), 32, (-6, 0))[0].tolist())
 

@@ -23,10 +23,9 @@ def screen():
 def show(console, parts):
     """Prints what a view yields, without the spaces with which rich fills its tables."""
     with console.capture() as capture:
-        for part in parts:
-            wrap = dict(no_wrap=getattr(part, 'no_wrap', None),
-                        overflow=getattr(part, 'overflow', None)) # of a Text, which rich forgets
-            console.print(part, crop=False, **wrap)
+        for part in parts: # what a Text says of wrapping rich forgets
+            console.print(part, crop=False, no_wrap=getattr(part, 'no_wrap', None),
+                          overflow=getattr(part, 'overflow', None))
     print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
 
 BARS = ' ▁▂▃▄▅▆▇█'
