@@ -126,7 +126,7 @@ def summary(row, size, log):
             steps[record['event']][record.get('step')] = record
     (start,), logs, evals = (list(records.values()) for records in steps.values())
     last = evals[-1]
-    saes = last.get('sae', {}).values()
+    saes = list(last.get('sae', {}).values())
     mean = mean_of(saes) if saes else dict.fromkeys(('live', 'busiest', 'l0', 'fvu'))
     start |= start['versions']
     copied = 'params params_non_embedding flops_per_token torch gpu commit config'.split()
