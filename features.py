@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from data.dataset import decode_encoding, load_meta, named_encoding, token_bytes
 from model import GPT, load_checkpoint, load_model
 
-VERSION = 7   # of index.npz and timeline.npz: another one is made again
+VERSION = 8   # of index.npz and timeline.npz: another one is made again
 SETTLED = 0.7 # cosine of its token counts to the last ones from which on a feature is settled
 
 # ------------------------------------------- codes, and statistics of features over a set of tokens

@@ -109,7 +109,9 @@ def concepts(count, N, pairs, tokens, names):
                        of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
                        fewer than 4 words
       concept (F,)     how nameable: (1 + coherence) times the square of what its words tell, the
-                       sum of their count * log(...) over its firings
+                       sum of their count * log(...) over its firings, times how many words these
+                       are, exp of the entropy of their counts: three stray ones beside one do not
+                       count
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -129,11 +131,13 @@ def concepts(count, N, pairs, tokens, names):
         stems.setdefault(f[pair], {}).setdefault(stem, pair)
     words = np.full((len(count), 8), -1, np.int32)
     coherence = np.full(len(count), np.nan, np.float32)
-    told = np.zeros(len(count), np.float32)
+    told, several = np.zeros((2, len(count)), np.float32)
     for feature, by_stem in stems.items():
         best = list(by_stem.values())[:8]
         words[feature, :len(best)] = token[best]
         told[feature] = score[best].sum() / count[feature]
+        share = times[best] / times[best].sum()
+        several[feature] = np.exp(-(share * np.log(share)).sum())
         if len(best) >= 4:
             present = np.stack(list(map(windows_with, token[best]))).astype(np.float32)
             both = present @ present.T / len(present[0])                     # (n, n)
@@ -142,7 +146,7 @@ def concepts(count, N, pairs, tokens, names):
                 npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
             npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
             coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
-    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2)
+    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2 * several)
 
 def coherence_curve(scan, timeline):
     """Mean coherence of an SAE's features at each snapshot, by the 8 tokens on which each fires

@@ -324,7 +324,10 @@ def test_concepts_by_brute_force():
             values.append(math.log(both / (p * q)) / -math.log(both) if both else -1)
         assert len(best) >= 4 and got['coherence'][f] == pytest.approx(np.mean(values), abs=1e-5)
         told = sum(score[v] for v in best) / count[f]
-        assert got['concept'][f] == pytest.approx((1 + np.mean(values)) * told ** 2, rel=1e-4)
+        shares = [fires[v] / sum(fires[w] for w in best) for v in best]
+        several = math.prod(p ** -p for p in shares)
+        want = (1 + np.mean(values)) * told ** 2 * several
+        assert got['concept'][f] == pytest.approx(want, rel=1e-4)
 
 def test_by_concept():
     """Of features with more than half of their words in common one."""
