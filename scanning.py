@@ -109,9 +109,9 @@ def concepts(count, N, pairs, tokens, names):
                        of 64 tokens, -1 for two that never meet (Lau 2014, Roeder 2015); nan with
                        fewer than 4 words
       concept (F,)     how nameable: (1 + coherence) times the square of what its words tell, the
-                       sum of their count * log(...) over its firings, times how many words these
-                       are, exp of the entropy of their counts: three stray ones beside one do not
-                       count
+                       sum of their count * log(...) over its firings, times the root of how many
+                       words these are: exp of the entropy of their counts, so that one with three
+                       stray ones is hardly more than one
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -146,7 +146,7 @@ def concepts(count, N, pairs, tokens, names):
                 npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
             npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
             coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
-    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2 * several)
+    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2 * several ** 0.5)
 
 def coherence_curve(scan, timeline):
     """Mean coherence of an SAE's features at each snapshot, by the 8 tokens on which each fires
@@ -160,13 +160,13 @@ def coherence_curve(scan, timeline):
     return curve
 
 def by_concept(scan):
-    """Live features, the most nameable first. Of those that share more than half of their words the
-    first one is there alone."""
+    """Live features, the most nameable first. Of those that share more than a third of their words
+    the first one is there alone."""
     shown = {}                                               # {feature: its words}
     nameable = np.flatnonzero(scan.concept > 0)
     for f in nameable[np.argsort(-scan.concept[nameable], kind='stable')].tolist():
         words = set(scan.words[f].tolist()) - {-1}
-        if all(len(words & others) <= len(words) / 2 for others in shown.values()):
+        if all(len(words & others) <= len(words) / 3 for others in shown.values()):
             shown[f] = words
     return list(shown)
 
