@@ -347,7 +347,7 @@ def plot_view(options):
         axes[0].set_title(title)
         for axis, (label, values) in zip(axes, curves.items()):
             axis.plot(steps, values, marker='.')
-            axis.set_ylabel(label)
+            axis.set_ylabel(label.replace(', ', '\n'))
         stages = np.linspace(0, len(steps) - 1, 5).round().astype(int)
         axes[-1].set_xticks([steps[i] for i in stages],
                             [f'{steps[i]:,}\n{said[i]}' for i in stages], parse_math=False)

@@ -310,6 +310,11 @@ setTimeout(() => {
     check('contexts of ' + name(d), $('main').textContent.includes('Top contexts'))
     check('width of ' + name(d), document.documentElement.scrollWidth <= 420)
   }
+  const some = data.features.filter(d => d.layer === 1).slice(0, 2)
+  some.forEach(d => d.coherence = 0.5)
+  const told = concepts('1', some.map(d => d.f)).textContent // each, with its first contexts
+  check('concepts', some.every(d => told.includes(name(d) + ' 0.50') && d.top.slice(0, 3).every(
+    c => c[0].every(part => told.includes(typeof part === 'string' ? part : part[0])))))
   check('markup', !document.querySelector('red, x'))
   const hits = search('[red]'), of = d => [...d.fires_on, ...d.up.slice(0, 5)]
   check('token', hits.length && hits.every(d => of(d).some(x => x[0].includes('[red]'))))
