@@ -34,7 +34,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
         print(main.__doc__.strip())
         print("\nConfig files and --key=value, later ones win. Keys and defaults:")
         for key, value in defaults.items():
-            line = f"  --{key}={show(value)}".ljust(25) + about.get(key, '')
+            line = f"  --{key}={show(value)} ".ljust(25) + about.get(key, '')
             print(fill(line, 80, subsequent_indent=25 * ' '))
         sys.exit(0)
     config, problems, unread = dict(defaults), [], []
