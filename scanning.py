@@ -110,8 +110,7 @@ def concepts(count, N, pairs, tokens, names):
                        fewer than 4 words
       concept (F,)     how nameable: (1 + coherence) times the square of what its words tell, the
                        sum of their count * log(...) over its firings, times the root of how many
-                       words these are: exp of the entropy of their counts, so that one with three
-                       stray ones is hardly more than one
+                       words these are, exp of the entropy of their counts
     """
     is_word = np.array([bool(re.fullmatch(rb' ?[A-Za-z]{3,}', raw)) for raw in names])
     often = np.bincount(tokens, minlength=len(names)).clip(1) / len(tokens)  # (V,)
@@ -146,7 +145,8 @@ def concepts(count, N, pairs, tokens, names):
                 npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
             npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
             coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
-    return dict(words=words, coherence=coherence, concept=(1 + coherence) * told ** 2 * several ** 0.5)
+    concept = (1 + coherence) * told ** 2 * several ** 0.5
+    return dict(words=words, coherence=coherence, concept=concept)
 
 def coherence_curve(scan, timeline):
     """Mean coherence of an SAE's features at each snapshot, by the 8 tokens on which each fires

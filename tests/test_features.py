@@ -325,8 +325,7 @@ def test_concepts_by_brute_force():
         assert len(best) >= 4 and got['coherence'][f] == pytest.approx(np.mean(values), abs=1e-5)
         told = sum(score[v] for v in best) / count[f]
         shares = [fires[v] / sum(fires[w] for w in best) for v in best]
-        several = math.prod(p ** -p for p in shares)
-        want = (1 + np.mean(values)) * told ** 2 * several ** 0.5
+        want = (1 + np.mean(values)) * told ** 2 * math.prod(p ** -p for p in shares) ** 0.5
         assert got['concept'][f] == pytest.approx(want, rel=1e-4)
 
 def test_by_concept():
