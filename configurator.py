@@ -125,4 +125,7 @@ def convert(value, kind):
     return kind(value) if ok else None
 
 def show(value):
-    return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    try:
+        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    except ValueError: # Python will not print more than 4,300 digits
+        return "a very long number"

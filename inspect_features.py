@@ -110,6 +110,11 @@ class Options(SimpleNamespace):
     """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
     @cached_property
+    def labels(self):
+        """Labels and texts of --probe, read once: it may be a pipe."""
+        return read_labels(self.probe)
+
+    @cached_property
     def index(self):
         return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
 
@@ -453,7 +458,7 @@ def find_view(scan, options):
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
 def probe_view(scan, options):
-    labels, texts = read_labels(options.probe)
+    labels, texts = options.labels
     y = np.array(labels, object)
     yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
     yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
@@ -573,7 +578,7 @@ def look(options):
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
     if options.probe:
-        read_labels(options.probe)           # before a scan: a bad file is said at once
+        options.labels                       # before a scan: a bad file is said at once
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")

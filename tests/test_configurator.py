@@ -66,7 +66,7 @@ def test_typos_name_the_nearest_key(tmp_path, capsys):
 def test_every_problem_at_once(tmp_path, capsys):
     """One line for each problem, of files and of the command line."""
     path = write(tmp_path / 'c.py', "n_layer = 2.5\nlearning_rate = float('nan')\nout_dir = open\n"
-                                    "sae_layers = ('a', 1)\ncompile = None\nlayers = 3\n")
+                                    "sae_layers = ('a', 10 ** 5000)\ncompile = None\nlayers = 3\n")
     lines = errors([path, '--learning_rate=x', '--what=1', str(tmp_path / 'missing.py')], capsys)
     assert len(lines) == 9 and all(line.startswith('error: ') for line in lines)
     assert sum(f'in {path}: expected' in line for line in lines) == 5

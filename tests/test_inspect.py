@@ -133,10 +133,12 @@ def test_prompt_view(out, index, tmp_path, capsys):
     assert [int(f) for _, f in shown] == want.indices.flatten().tolist()
     assert [float(a) for a, _ in shown] == pytest.approx(want.values.flatten().tolist(), rel=1e-3)
 
-def test_probe_view(out, index, tmp_path, capsys):
+def test_probe_view(out, index, tmp_path, capsys, monkeypatch):
     """Texts of a and texts of b are told apart."""
     lines = [f'{c}-texts\t{c * n} {c}\n' for c in 'ab' for n in range(1, 12)]
     (tmp_path / 'labels.tsv').write_text(''.join(reversed(lines)), 'utf-8-sig')
+    once = [view.read_labels]                                # the file may be a pipe
+    monkeypatch.setattr(view, 'read_labels', lambda path: once.pop()(path))
     text = look(capsys, out, f'--probe={tmp_path}/labels.tsv', '--layer=2')
     assert '22 texts of 2 labels' in text and re.search(r'features +100.0 ', text)
     assert re.search(r'random directions +\d', text) and re.search(r'channels +\d', text)
