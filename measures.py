@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from data.dataset import eval_batches, load_dataset
 from explain import loss_changes
-from features import codes, dense, device_of, encode, read_file, see, token_pairs, tracked
+from features import dense, device_of, encode, read_file, see, tracked
 from model import GPT
 from sae import norm
-from scanning import concepts
+from scanning import read_index, scan_val
 
 # -------------------------------------------------- the probe: do a few features tell labels apart?
 
@@ -186,22 +185,15 @@ def measure(run, labels, block, k, wanted=262_144):
         untrained.load_state_dict(model.state_dict(), strict=False)
         return probes(run._replace(model=untrained), block, labels, dict(
             probe_random='random directions', probe_channels='channels'))
-    T, F = model.config.block_size, model.config.n_features
-    val = load_dataset(run.dataset).val
-    batches = [x for x, _ in eval_batches(val, T, max(1, 16_384 // T), wanted)]
-    tokens, *by_layer = codes(model, batches)
     layers = []
-    for layer, features, values, _ in zip(model.saes(), *by_layer):
-        count = np.bincount(features.reshape(-1), minlength=F + 1)[:F]
-        pairs = token_pairs(features, tokens, F, len(run.names))
-        coherence = concepts(count, len(tokens), pairs, tokens, run.names)['coherence']
-        coherence = coherence[~np.isnan(coherence)]
+    for layer, scan in read_index(scan_val(run, wanted, None)).items():
+        coherence = scan.coherence[~np.isnan(scan.coherence)]
         layers.append(probes(run, layer, labels, dict(probe='features')) | dict(
             coherence=float(coherence.mean()) if len(coherence) else None,
             coherent=int((coherence > 0.05).sum()),
-            causal_share=causal_share(model, layer, tokens, features),
-            duplicates=duplicates(values, features, F, device_of(model)),
-            dense_features=float((count > 0.1 * len(tokens)).mean())))
+            causal_share=causal_share(model, layer, scan.tokens, scan.features),
+            duplicates=duplicates(scan.values, scan.features, scan.F, device_of(model)),
+            dense_features=float((scan.count > 0.1 * scan.N).mean())))
     return mean_of(layers)
 
 def mean_of(records):

@@ -78,7 +78,7 @@ def rows(size):
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),
-        'dense of its FLOPs': dict(sae_layers=(), n_embd=C + 8, n_head=5), # 2 % more: small and cpu
+        'dense of its FLOPs': dict(sae_layers=(), n_embd=C + 8, n_head=4),
     }
 
 def make(c, row, seed):
