@@ -59,7 +59,7 @@ wandb_project = 'sae-gpt'
 # data
 dataset = 'fineweb'       # a folder of data/, or a path
 batch_size = 16           # sequences in a micro-batch
-gradient_accumulation_steps = 32  # micro-batches a step, over all ranks together
+gradient_accumulation_steps = 32  # micro-batches a step over all ranks; on 8, sae_steps each
 # model: the keys of GPTConfig in model.py, with its defaults; vocab_size is the data's
 model_keys = [key for key in asdict(GPTConfig()) if key != 'vocab_size']
 globals().update({key: getattr(GPTConfig(), key) for key in model_keys})

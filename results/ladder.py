@@ -256,7 +256,7 @@ def plot(results, c):
         elif all('price' in r for r in runs):
             dots.append((statistics.mean(r['price'] for r in runs), y, row))
     for i, (x, y, row) in enumerate(sorted(dots), 1): # names would lie upon each other
-        color = dict(default='C3').get(row, 'C1' if 'posthoc' in row else 'C0')
+        color = 'C3' if row == 'default' else 'C1' if 'posthoc' in row else 'C0'
         axes.plot(x, y, 'o', color=color, label=f'{i}  {row}')
         axes.annotate(i, (x, y), xytext=(4, 3), textcoords='offset points', fontsize=8)
     axes.set(xlabel='loss minus dense, nats', ylabel='accuracy of probes with one feature')
