@@ -124,7 +124,7 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
     3. read only these again and keep what reaches the bound: with G = 8 K about 1.07 K elements;
     4. more than CAP kept (the large ones crowded in few groups, or many ties): bisect for a bound
        that K to CAP of them pass. Always right, merely slower;
-    5. sort what is kept; where fewer than K are positive, fill up with the first inactive features.
+    5. sort what is kept.
     """
     row = tl.program_id(0).to(tl.int64)
     pre += row * F
@@ -177,23 +177,13 @@ def _select(pre, b_enc, maxima, values, indices, groups, found, F: tl.constexpr,
         hi = tl.where(count >= K, hi, middle)
     tl.debug_barrier()
 
-    # 5. sort, and fill up
+    # 5. sort; from slot n on values are 0, of feature 0
     slot = tl.arange(0, CAP)
-    entry = tl.load(found + slot, mask=slot < n, other=0)
-    entry = tl.sort(entry, descending=True)
-    ok = (slot < K) & (slot < n)
+    entry = tl.sort(tl.load(found + slot, mask=slot < n, other=0), descending=True)
     value = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    tl.store(values + row * K + slot, value, mask=ok)
-    index = 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32)
-    tl.store(indices + row * K + slot, index, mask=ok)
-    if n < K:   # all n positive ones are known, so the first K features hold K - n inactive ones
-        i = tl.arange(0, KP)
-        a = tl.load(pre + i, mask=i < K, other=1.0).to(tl.float32)
-        a += tl.load(b_enc + i, mask=i < K, other=0.0)
-        idle = ((_key(a) == 0) & (i < K)).to(tl.int32)
-        rest = n + tl.cumsum(idle, axis=0) - 1
-        tl.store(values + row * K + rest, i * 0.0, mask=(idle == 1) & (rest < K))
-        tl.store(indices + row * K + rest, i, mask=(idle == 1) & (rest < K))
+    index = tl.where(slot < n, 0x7FFFFFFF - (entry & 0x7FFFFFFF).to(tl.int32), 0)
+    tl.store(values + row * K + slot, value, mask=slot < K)
+    tl.store(indices + row * K + slot, index, mask=slot < K)
 
 def select(pre, b_enc, values, indices, maxima=None):
     """
@@ -580,8 +570,7 @@ def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     The SAE layer of sae.py: h (N, C) -> y (N, C) in h's dtype; values (N, k) fp32 and indices
     (N, k) int32, from the largest value down, ties by lowest index; fired (F,) int32, on how many
     tokens each feature is active. Differentiable in y and values, for all five tensors. A slot
-    beyond a token's positive activations has value 0, names a feature that is not active, and gets
-    no gradient. NaN in a row of h gives NaN in that row of y.
+    beyond a token's positive activations has value 0 and index 0, and gets no gradient. NaN in a row of h gives NaN in that row of y.
     Under autocast pass h in its dtype; the parameters may stay fp32. ValueError where not `fits`.
     """
     if not fits(len(h), *W_enc.shape, k, h.dtype, h.device):
