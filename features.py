@@ -89,8 +89,7 @@ def snapshot(model, batches):
         found = token_statistics(token_pairs(features[s], tokens, F, V), F)
         total = np.bincount(features[s].reshape(-1), values[s].reshape(-1), F + 1)[:F]
         found['mean'] = (total / np.maximum(found['count'], 1)).astype(np.float32)
-        if model.config.sae_site != 'stream':
-            found['W_dec'] = model.writes(layer).detach().half().cpu().numpy()
+        found['W_dec'] = model.writes(layer).detach().half().cpu().numpy()
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
     return arrays
 
@@ -169,10 +168,8 @@ def read_snapshot(file, last):
         alike = now['top_tokens'][:, :, None] == end['top_tokens'][:, None, :]  # (F, 8, 8)
         a, b = now['top_counts'].astype(float), end['top_counts'].astype(float) # (F, 8)
         arrays[f'L{layer}.same'] = cosine(np.einsum('fij,fi,fj->f', alike, a, b), a, b)
-        arrays[f'L{layer}.cos'] = np.ones(len(a))
-        if arrays.pop(f'L{layer}.W_dec', None) is not None:                  # site stream has none
-            a, b = now['W_dec'].astype(np.float32), end['W_dec'].astype(np.float32) # (F, C)
-            arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
+        a, b = arrays.pop(f'L{layer}.W_dec').astype(np.float32), end['W_dec'].astype(np.float32)
+        arrays[f'L{layer}.cos'] = cosine((a * b).sum(1), a, b)
     return arrays
 
 def cosine(dot, a, b):
@@ -367,7 +364,7 @@ def read(model, tokens):
 def strongest(values, indices, n):
     """The n strongest features of one token as [(f, activation)]; values, indices (K,)."""
     pairs = [(f, a) for f, a in zip(indices.tolist(), values.tolist()) if a]
-    return sorted(pairs, key=lambda pair: -abs(pair[1]))[:n]
+    return sorted(pairs, key=lambda pair: -pair[1])[:n]
 
 # -------------------------------------------------------- tokens as text that is safe on any screen
 

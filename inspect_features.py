@@ -20,7 +20,6 @@ the checkpoint changes. A new view is a function that yields what to print, and 
   fires          the feature is among the K of a position, and its activation is not 0
   density        share of the scanned positions on which it fires
   token entropy  entropy in bits of the token types on which it fires; rank 1 is the lowest
-At site stream activations are signed, and "strongest" means by magnitude.
 """
 import json
 import math
@@ -229,10 +228,6 @@ def feature_view(scan, f, options):
     yield from feature_table('Nearest', 'cosine of what they write', ('',), near)
     if live:
         yield from feature_table('Fires with', 'positions with both / with either', ('',), joint)
-    if scan.site == 'stream':
-        rows = [(s, f, *ranked(s, f), number(s.max[f])) for s in options.index.values()]
-        note = f'channel {f} of the stream, after each block with an SAE'
-        yield from feature_table('Across layers', note, (*RANKED, 'max'), rows)
     if e := d['effect']:
         yield heading('Without it', f"exact change of the loss, at {e['n']:,} of the "
                                     "positions where it fires")
@@ -250,8 +245,7 @@ def feature_view(scan, f, options):
 def firing_panels(scan, d, options):
     """The panels of a live feature: where it fires, and how strongly."""
     peak = lambda c: number(c['acts'][c['peak']])
-    signed = ', by magnitude' if scan.site == 'stream' else ''
-    yield heading('Activations', f"{d['count']:,} of them{signed}")
+    yield heading('Activations', f"{d['count']:,} of them")
     yield f"  0 |{spark(d['hist'])}| {number(d['max'])}"
     yield heading('Fires on', f"token entropy {d['entropy']:.4f} bits, rank {d['rank']:,} of "
                               f"{(scan.count > 0).sum():,} live features")
@@ -501,7 +495,7 @@ def page(options):
         features = [(index[layer], f) for layer, f in sorted(seen)]
     else:
         features = [(scan, f) for scan in scans for f in np.flatnonzero(scan.count).tolist()]
-    data = {key: getattr(scan, key) for key in ('step', 'site', 'place', 'F', 'K', 'N', 'dataset')}
+    data = {key: getattr(scan, key) for key in ('step', 'place', 'F', 'K', 'N', 'dataset')}
     data |= dict(shown_from=SHOWN_FROM, sort=options.sort, why=why,
                  layers={layer: overview_numbers(scan) | dict(concepts=by_concept(scan)[:20])
                          for layer, scan in index.items()}, prompt=prompt and texts(prompt))

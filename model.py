@@ -32,8 +32,8 @@ class GPTConfig:
     mlp_ratio: int = 4
     dropout: float = 0.0
     sae_layers: tuple = (6,)      # block indices, as in transformer.h[i]; () is the dense GPT
-    sae_site: str = 'resid'       # resid, mlp, attn, hidden, stream
-    sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C; site stream: C)
+    sae_site: str = 'resid'       # resid, mlp, attn, hidden
+    sae_ratio: int = 16           # F = sae_ratio * C (site hidden: mlp_ratio * C)
     sae_k: int = 64               # K, active features a token
     sae_recon: float = 1.0        # weight of the reconstruction loss while alpha is 0
     sae_nudge: float = 0.3        # a step of b_enc where one fires too rarely or too often
@@ -42,7 +42,7 @@ class GPTConfig:
 
     @property
     def n_features(self):
-        return getattr(self, SITES[self.sae_site].ratio, 1) * self.n_embd # without a ratio: C
+        return getattr(self, SITES[self.sae_site].ratio) * self.n_embd
 
     def problems(self):
         """Everything that is wrong with this config, as a list of sentences."""
@@ -200,9 +200,7 @@ class GPT(nn.Module):
         block = self.transformer.h[layer]
         if block.sae.site.own:
             return block.sae.scale * block.sae.W_dec
-        if block.sae.site.name == 'hidden':
-            return block.mlp.c_proj.weight.T
-        return torch.eye(block.sae.n_features, device=block.sae.alpha.device) # stream: channels
+        return block.mlp.c_proj.weight.T
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):

@@ -26,7 +26,7 @@ class Site(NamedTuple):
     """What is made sparse. A new site is a row below, and its hook in model.py's Block.forward."""
     name: str
     hook: str     # the value in Block.forward that passes through the layer
-    ratio: str    # the key of GPTConfig that says how many features there are a channel; '': one
+    ratio: str    # the key of GPTConfig that says how many features there are a channel
     own: bool     # an encoder and a decoder of its own; else TopK over activations of the model
     place: str    # for people; the number of the block follows
 
@@ -35,7 +35,6 @@ SITES = {site.name: site for site in (
     Site('mlp', 'mlp', 'sae_ratio', True, "on the MLP's output in block"),
     Site('attn', 'attn', 'sae_ratio', True, "on the attention's output in block"),
     Site('hidden', 'hidden', 'mlp_ratio', False, "inside the MLP of block"),
-    Site('stream', 'block', '', False, "on the channels of the stream after block"),
 )}
 
 def norm(x):
@@ -62,9 +61,7 @@ class SAE(nn.Module):
     One sparse layer, at any site:
       resid, mlp, attn  the equations above, on the stream or on a sub-block's output
       hidden            K of the MLP's hidden layer, relu(c_fc x)^2: c_fc encodes, c_proj decodes
-      stream            K of the stream's own C channels, the largest by magnitude: a feature is a
-                        channel, the same one in every layer (TopK LMs, arXiv 2506.21468)
-    At the last two z takes the place of y, and b_enc counts in the selection only.
+    At hidden z takes the place of y, and b_enc counts in the selection only.
     """
     select = staticmethod(topk) # another rule goes here; the kernels know topk alone
 
@@ -109,11 +106,11 @@ class SAE(nn.Module):
             score = a = pre.relu()                                          # (..., F)
         else:
             a = h.float()                                                   # (..., F)
-            score = a.abs() + self.b_enc
+            score = a + self.b_enc
         return self.select(a, score, self.k)
 
     def decode(self, z):
-        """A dense code z (..., F) -> what it writes (..., C); z itself at hidden and stream."""
+        """A dense code z (..., F) -> what it writes (..., C); z itself at hidden."""
         return z @ self.W_dec + self.b_dec if self.site.own else z
 
     def forward(self, x):

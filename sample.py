@@ -9,7 +9,7 @@ Text from a trained model, with the features behind each token; and features tur
     L1.F17=x2        doubles it where it fires
     L1.F17=off       ablates it
     L1.F17=0,2,4,8   a sweep: one sample a strength, and a table
-Given several times, the edits apply in their order. At site stream the feature is a channel.
+Given several times, the edits apply in their order.
 """
 import itertools
 import sys

@@ -61,16 +61,16 @@ def scan_val(run, wanted, key):
         found |= concepts(count, len(tokens), pairs, tokens, run.names)
         order = np.argsort(features.reshape(-1), kind='stable').astype(np.uint32)
         largest = np.zeros(F, np.float32)
-        np.maximum.at(largest, features[active], np.abs(values[active]))
+        np.maximum.at(largest, features[active], values[active])
         by_entropy = np.lexsort((-count, found['entropy']))                  # nan comes last
         rank = np.where(count > 0, by_entropy.argsort() + 1, 0)
         found |= dict(features=features, values=values, fvu=fvu)
         found |= dict(order=order, max=largest, rank=rank)
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
-    site, eot = SITES[model.config.sae_site], run.meta['eot']
+    place, eot = SITES[model.config.sae_site].place, run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
     meta = dict(version=VERSION, key=key, step=run.checkpoint['step'], layers=list(model.saes()),
-                site=site.name, place=site.place, F=F, K=features.shape[1], T=T, N=len(tokens),
+                place=place, F=F, K=features.shape[1], T=T, N=len(tokens),
                 eot=-1 if eot is None else eot, wanted=wanted, dataset=str(run.dataset),
                 val_sha256=sha256, trained_on=run.checkpoint['dataset'], names=names)
     return arrays | dict(meta=json.dumps(meta))
@@ -270,12 +270,12 @@ def feature_numbers(scan, f, seed):
       concept_rank  its place among the `concepts` features that have coherence
     """
     where, acts = firings(scan, f)                                           # (P,), (P,)
-    size, count, largest = np.abs(acts), len(where), float(scan.max[f])
+    count, largest = len(where), float(scan.max[f])
     inner = (where % scan.T > 0) & (where % scan.T < scan.T - 1)
     peaks = np.flatnonzero(inner & (scan.tokens[where] != scan.eot))
     drawn = np.random.default_rng((seed, scan.layer, f)).permutation(peaks)
-    strongest_first = peaks[np.argsort(-size[peaks], kind='stable')]
-    eighth = np.minimum(INTERVALS * size / (largest or 1), INTERVALS - 1).astype(int)  # (P,)
+    strongest_first = peaks[np.argsort(-acts[peaks], kind='stable')]
+    eighth = np.minimum(INTERVALS * acts / (largest or 1), INTERVALS - 1).astype(int)  # (P,)
     intervals = []
     for j in reversed(np.unique(eighth).tolist()):
         some = drawn[eighth[drawn] == j][-1:]                # the last: `random` shows the first
@@ -285,14 +285,13 @@ def feature_numbers(scan, f, seed):
     share = joint(scan, where)                                               # (F,)
     share[f] = -1
     together = np.argsort(-share, kind='stable')[:min(5, scan.F - 1)]
-    near = [] if scan.site == 'stream' else zipped(scan.near[f], scan.near_value[f])
     return dict(
         layer=scan.layer, f=f, count=count, density=count / scan.N, rank=int(scan.rank[f]),
         max=largest, mean=float(acts.mean()) if count else 0.0,
         entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f),
         up=zipped(scan.up[f], scan.up_value[f]), down=zipped(scan.down[f], scan.down_value[f]),
-        near=near,                                           # channels of the stream have none
-        hist=np.histogram(size, BINS, (0, largest or 1))[0].tolist(), intervals=intervals,
+        near=zipped(scan.near[f], scan.near_value[f]),
+        hist=np.histogram(acts, BINS, (0, largest or 1))[0].tolist(), intervals=intervals,
         joint=zipped(together, share[together]),
         top=contexts(scan, where, acts, strongest_first, TOP),
         random=contexts(scan, where, acts, drawn, RANDOM), words=words_of(scan, f),

@@ -45,7 +45,6 @@ def rows(size):
     every = tuple(range(L))
     one_step = dict(sae_steps=1, sae_lr_factor=0.5)
     naive = one_step | dict(sae_blend_start=0.0, sae_blend_end=0.0, sae_recon=0.0, sae_nudge=0.0)
-    slowly = dict(sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0, sae_k=C // 4, sae_cap=0.0)
     # on the frozen dense twin: reconstruction, or its last part on the frozen model's loss; with
     # no cap and a higher learning rate than the default's, which suit it better
     posthoc = dict(sae_posthoc=True, sae_blend_start=1.0, sae_blend_end=1.0, sae_lr_factor=0.5,
@@ -62,9 +61,11 @@ def rows(size):
         'default-recon': dict(sae_recon=0.0),
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
+        'hand-over 50%': dict(sae_blend_start=0.5, sae_blend_end=0.5),
         'cap 5%': dict(sae_cap=0.05),
         'cap 10%': dict(sae_cap=0.1),
         'K=32': dict(sae_k=32),
+        'K=C/8': dict(sae_k=C // 8), # small's own
         'F=64x': dict(sae_ratio=64),
         'first block': dict(sae_layers=(0,)),
         'later block': dict(sae_layers=(3 * L // 4 - 1,)),
@@ -73,8 +74,8 @@ def rows(size):
         'all blocks': dict(sae_layers=every),
         'mlp': dict(sae_site='mlp'),
         'attn': dict(sae_site='attn'),
-        'hidden K=C/4': slowly | dict(sae_site='hidden', sae_layers=every),
-        'stream': slowly | dict(sae_site='stream', sae_layers=every[:-2] or (0,)),
+        'hidden K=C/4': dict(sae_site='hidden', sae_layers=every, sae_k=C // 4, sae_cap=0.0,
+                             sae_blend_start=0.0, sae_blend_end=0.6, sae_recon=0.0),
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),

@@ -192,10 +192,8 @@ def test_scan_and_snapshot_by_brute_force(site, tmp_path):
             np.testing.assert_array_equal(got[f'L{layer}.{name}'], getattr(scan, name))
         mean = codes[layer].sum((1, 2)) / np.maximum(1, scan.count)
         np.testing.assert_allclose(got[f'L{layer}.mean'], mean, rtol=1e-4, atol=1e-5)
-        assert (f'L{layer}.W_dec' in got) == (site != 'stream')
-        if site != 'stream':
-            written = model.writes(layer).detach().half()
-            np.testing.assert_array_equal(got[f'L{layer}.W_dec'], written)
+        written = model.writes(layer).detach().half()
+        np.testing.assert_array_equal(got[f'L{layer}.W_dec'], written)
 
 def test_dense_by_hand():
     """Slots that are not active change nothing, whichever feature they name."""
@@ -385,7 +383,7 @@ def test_pooled_codes_by_brute_force(out):
 # ----------------------------------------------------------------------------------------- timeline
 
 def snapshots(folder, F=12):
-    """features/*.npz of layer 1, which is returned, and of 2 without W_dec, as at stream. More and
+    """features/*.npz of layer 1, which is returned, and of 2, which is the same. More and
     more features fire on their final tokens, and write their final rows; feature 2 is silent."""
     rng, found = np.random.default_rng(0), []
     final = rng.standard_normal((F, 6))
@@ -402,8 +400,7 @@ def snapshots(folder, F=12):
         noise = rng.standard_normal(final.shape) * (4 - s)
         d |= dict(count=count, mean=rng.random(F), W_dec=(final + noise).astype(np.float16),
                   entropy=np.where(count > 0, rng.random(F) * 5, np.nan))
-        arrays = {f'L{layer}.{name}': x for layer in (1, 2) for name, x in d.items()
-                  if (layer, name) != (2, 'W_dec')}
+        arrays = {f'L{layer}.{name}': x for layer in (1, 2) for name, x in d.items()}
         features.save_npz(folder / 'features' / f'{10 * s:07d}.npz', dict(
             arrays, step=10 * s, tokens=1000 * s, layers=np.array([1, 2]), probed=400))
         found.append(d)
@@ -429,9 +426,7 @@ def test_timeline(tmp_path):
             settled = min((i for i in range(4) if min(same[i:]) >= 0.7), default=5)
             assert d['settled'] == settled and (f != 2 or settled == 5) # feature 2 is silent
             seen.append(settled)
-            of_stream = features.feature_timeline(timelines[2], f)
-            same_everywhere = {'direction, cosine to the end': [1] * 5}
-            assert of_stream == d | dict(curves=d['curves'] | same_everywhere)
+            assert features.feature_timeline(timelines[2], f) == d
     assert {3, 5} <= set(seen)
     t, last = timelines[1], want[-1]
     assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(

@@ -42,12 +42,11 @@ def look(capsys, out, *argv):
 def test_views_keep_to_80_plain_columns(out, index, argv, capsys):
     look(capsys, out, *argv)
 
-@pytest.mark.parametrize('site', ('attn', 'hidden', 'stream'))
+@pytest.mark.parametrize('site', ('attn', 'hidden'))
 def test_sites(site, tmp_path, capsys):
     out = make_run(tmp_path, sae_site=site)
     assert SITES[site].place in look(capsys, out, '--scan_tokens=640')
-    text = look(capsys, out, '--feature=L2.F3')
-    assert ('Across layers' in text) == (site == 'stream') != ('Nearest' in text)
+    assert 'Nearest' in look(capsys, out, '--feature=L2.F3')
     look(capsys, out, f'--html={tmp_path}/page.html', '--feature=3')
     if site == 'hidden':
         assert 'is no TopK auto' in refused(capsys, view, out, f'--export={tmp_path}/e')

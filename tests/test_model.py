@@ -42,9 +42,9 @@ def turned(x):
 
 def plain_sparse(w, site, x, alpha, K):
     """What an SAE of weights w makes of x (B, T, ...)."""
-    own = site not in ('hidden', 'stream')
+    own = site != 'hidden'
     a = ((unit(x) - w['b_dec']) @ w['W_enc'].T + w['b_enc']).clamp_min(0) if own else x
-    score = a if own else a.abs() + w['b_enc']
+    score = a if own else a + w['b_enc']
     kept = score.argsort(-1, descending=True)[..., :K]
     z = torch.zeros_like(a).scatter(-1, kept, a.gather(-1, kept))
     return (1 - alpha) * x + alpha * (z @ w['W_dec'] + w['b_dec'] if own else z)
@@ -70,7 +70,7 @@ def plain_logits(c, state, idx, alpha):
         x = x + sparse('attn', torch.cat(heads, -1) @ w['attn.c_proj.weight'].T)
         hidden = sparse('hidden', (unit(x) @ w['mlp.c_fc.weight'].T).clamp_min(0) ** 2)
         x = x + sparse('mlp', hidden @ w['mlp.c_proj.weight'].T)
-        x = sparse('resid', sparse('stream', x))
+        x = sparse('resid', x)
     return (unit(x) @ state['transformer.wte.weight'].T)[..., :c.vocab_size]
 
 @pytest.mark.parametrize('site', [*SITES, 'dense'])
@@ -125,7 +125,7 @@ def test_sae_out_and_writes(site):
     """One row of every field for each SAE layer, in the order of the blocks; and writes() is what
     a feature adds to the place where its SAE sits."""
     model = make(sae_site=site, sae_layers=(2, 1))
-    out, F = model(tokens())[2], {'hidden': 32, 'stream': 16}.get(site, 64)
+    out, F = model(tokens())[2], 32 if site == 'hidden' else 64
     assert out.values.shape == out.indices.shape == (2, 2, 16, 4) and out.fired.shape == (2, F)
     assert out.l0.shape == out.fvu.shape == out.loss.shape == out.length.shape == (2,)
     assert list(model.saes()) == [1, 2]
@@ -173,7 +173,7 @@ def test_flops_by_hand():
     dense = 6 * (L * (3 * C * C + C * C + 2 * 2 * C * C) + V * C) + 12 * L * C * T
     assert GPT(DENSE).flops_per_token() == dense
     assert GPT(TINY).flops_per_token() == dense + 2 * (2 * F * C + 10 * K * C)
-    assert GPT(replace(TINY, sae_site='stream')).flops_per_token() == dense
+    assert GPT(replace(TINY, sae_site='hidden')).flops_per_token() == dense
     assert GPT(DENSE).num_params() - V * C == GPT(DENSE).num_params(True) == L * 8 * C * C
 
 def test_all_problems_of_a_config_at_once():
@@ -187,7 +187,7 @@ def test_all_problems_of_a_config_at_once():
     for key, value in cases.items():
         problem, = replace(TINY, **{key: value}).problems()
         assert key in problem and str(list(value) if key == 'sae_layers' else value) in problem
-    assert keys(sae_site='hidden', sae_k=33) == keys(sae_site='stream', sae_k=17) == ['sae_k']
+    assert keys(sae_site='hidden', sae_k=33) == ['sae_k']
 
 # ------------------------------------------------------------------------------------------ compile
 
@@ -196,7 +196,7 @@ def test_all_problems_of_a_config_at_once():
 def test_compiled_equals_eager_and_compiles_once(backend, rtol):
     """alpha is a buffer: a whole run, with it changing, is one graph without breaks, and
     computes the same. inductor, which train.py uses, needs a C++ compiler."""
-    for site in ('resid', 'hidden', 'stream'):
+    for site in ('resid', 'hidden'):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend(backend)
         model = make(sae_site=site, n_layer=1, sae_layers=(0,), sae_recon=0.1)

@@ -12,7 +12,7 @@ from sae import SAE, SITES, blend_alpha, fraction_unexplained, norm
 C, F, K = 16, 64, 4
 
 def make(site='resid', **changes):
-    """An SAE with nothing at zero, so that no term can hide. F features, at stream C."""
+    """An SAE with nothing at zero, so that no term can hide. F features."""
     torch.manual_seed(0)
     config = dict(n_layer=1, n_head=2, n_embd=C, mlp_ratio=F // C, sae_layers=(0,), sae_site=site,
                   sae_ratio=F // C, sae_k=K, sae_cap=0)

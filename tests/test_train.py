@@ -356,7 +356,7 @@ def test_posthoc_trains_the_sae_alone(whole, dense, tiny_data, tmp_path):
 @pytest.mark.parametrize('changes', [
     dict(sae_site='mlp', sae_layers='0,1'), dict(sae_site='attn', optimizer='adamw'),
     dict(sae_site='hidden', dtype='bfloat16', seed=2 ** 40),
-    dict(sae_site='stream', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)], ids=str)
+    dict(sae_site='hidden', sae_blend_start=0.5, sae_blend_end=0.5, grad_clip=0)], ids=str)
 def test_every_variant_runs(changes, tiny_data, tmp_path):
     """Each site, optimiser and dtype from start to end, and its checkpoint makes a model."""
     finish(tmp_path, tiny_data, eval_interval=8, **changes)

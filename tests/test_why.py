@@ -143,7 +143,7 @@ def test_why_a_feature_and_its_trace(out, index, capsys):
 
 @pytest.mark.parametrize('site, alpha, posthoc, rest', (
     ('resid', 1, False, 'nothing else passes'), ('mlp', 1, False, 'the stream passes beside them'),
-    ('stream', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
+    ('resid', 0.25, True, "a share of 0.75 passes too and the length of each token's stream")))
 def test_what_else_passes(site, alpha, posthoc, rest):
     sae = SimpleNamespace(site=SITES[site], alpha=alpha, posthoc=posthoc)
     assert rest in explain.what_passes(sae, 3).partition(f'{SITES[site].place} 3: ')[2]
