@@ -570,7 +570,8 @@ def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     The SAE layer of sae.py: h (N, C) -> y (N, C) in h's dtype; values (N, k) fp32 and indices
     (N, k) int32, from the largest value down, ties by lowest index; fired (F,) int32, on how many
     tokens each feature is active. Differentiable in y and values, for all five tensors. A slot
-    beyond a token's positive activations has value 0 and index 0, and gets no gradient. NaN in a row of h gives NaN in that row of y.
+    beyond a token's positive activations has value 0 and index 0, and gets no gradient. NaN in a
+    row of h gives NaN in that row of y.
     Under autocast pass h in its dtype; the parameters may stay fp32. ValueError where not `fits`.
     """
     if not fits(len(h), *W_enc.shape, k, h.dtype, h.device):
