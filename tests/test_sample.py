@@ -80,7 +80,7 @@ def test_edit_by_hand(site):
         torch.testing.assert_close(sae(x)[0], before + sae.alpha * by * row)
 
 @torch.no_grad()
-@pytest.mark.parametrize('site, n', list(zip(SITES, (3, 15, 16, 40))))
+@pytest.mark.parametrize('site, n', [*zip(SITES, (1, 3, 15, 16)), ('resid', 40)])
 def test_cache_equals_recomputation(site, n):
     """Steered sampling with the KV cache, past block_size too, against a full pass a token. A full
     cache goes on from the last half of the context. No other random state is touched."""
