@@ -64,8 +64,8 @@ gradient_accumulation_steps = 32  # micro-batches a step over all ranks; on 8, s
 model_keys = [key for key in asdict(GPTConfig()) if key != 'vocab_size']
 globals().update({key: getattr(GPTConfig(), key) for key in model_keys})
 # the hand-over to the sparse layers, as shares of max_iters
-sae_blend_start = 0.7     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
-sae_blend_end = 0.7       # and 1 from here; both 0: the SAE replaces the stream from step 0
+sae_blend_start = 0.3     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
+sae_blend_end = 0.3       # and 1 from here; both 0: the SAE replaces the stream from step 0
 sae_posthoc = False       # freeze all but the SAE; evals splice it in
 # optimiser
 optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all

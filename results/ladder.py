@@ -62,6 +62,7 @@ def rows(size):
         'default-nudge': dict(sae_nudge=0.0),
         'default-cap': dict(sae_cap=0.0),
         'hand-over 50%': dict(sae_blend_start=0.5, sae_blend_end=0.5),
+        'hand-over 70%': dict(sae_blend_start=0.7, sae_blend_end=0.7),
         'cap 5%': dict(sae_cap=0.05),
         'cap 10%': dict(sae_cap=0.1),
         'K=32': dict(sae_k=32),
