@@ -28,7 +28,7 @@ ORDERS = ('coherence', 'entropy', 'density')
 def val_of(run, wanted):
     """The val of run.dataset and its sha256. Where another tokenizer made it, which is said, about
     `wanted` tokens of it are encoded anew with the model's own. Raises ValueError."""
-    data = load_dataset(load_meta(run.dataset, run.checkpoint.get('data_sha256'))[0])
+    data = load_dataset(run.dataset)
     val, other = data.val, load_tokenizer(data.dir, data.meta)
     if encode_encoding(other) != encode_encoding(run.tokenizer):
         say(f"note: {run.dataset} has another tokenizer than this model was trained with: the "

@@ -14,15 +14,14 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent # the folder data/
-META = dict(vocab_size=int, tokenizer=str, train_tokens=int, val_tokens=int, train_sha256=str,
-            val_sha256=str) # without which a meta.json is none
+META = {'vocab_size', 'tokenizer', 'dtype', 'eot', 'train_tokens', 'val_tokens', 'train_sha256',
+        'val_sha256'} # without which a meta.json is none
 
 class Dataset(NamedTuple):
     train: np.ndarray # (train_tokens,) memory map
@@ -33,64 +32,50 @@ class Dataset(NamedTuple):
 def data_dir(name_or_path):
     """The folder of a data set: "stdlib" is <repo>/data/stdlib, "./my/set" is taken as it is."""
     name = os.path.expanduser(name_or_path)
-    return Path(name) if '/' in name or os.sep in name else ROOT / name
+    return Path(name) if '/' in name else ROOT / name
 
-def token_dtype(vocab_size):
-    return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+def sha256(file):
+    """Of a file, at about 1 GB/s; None if it is missing or empty."""
+    if file.exists() and file.stat().st_size:
+        return hashlib.sha256(np.memmap(file, mode='r')).hexdigest()
 
 # ------------------------------------------------------------------------------------------ reading
 
-def load_meta(name_or_path, sha256=None):
-    """
-    (folder, its meta.json, how to prepare it). Raises ValueError. A data set that is not there is
-    looked for in data/ beside the code, under its last name. It is taken if the path given was
-    data/<name>, or if its train.bin has this sha256.
-    """
+def load_meta(name_or_path):
+    """(folder, its meta.json). Raises ValueError, one sentence."""
     path = data_dir(name_or_path)
     file = path / 'meta.json'
-    if not file.exists() and path.parent != ROOT:
-        with suppress(ValueError):
-            found = load_meta(path.name)
-            if found[0] == ROOT.parent / path or found[1]['train_sha256'] == sha256:
-                return found
-    how = f"run `python data/text/prepare.py YOUR_FILES --out={path}`"
-    if path.resolve().parent == ROOT and (path / 'prepare.py').exists():
-        how = f"run `python data/{path.name}/prepare.py`"
     if not file.exists():
-        raise ValueError(f"data set {str(name_or_path)!r} is not prepared ({file} is missing): "
-                         f"{how}, or name another with --dataset=")
+        own = not (ROOT / path.name / 'prepare.py').exists()
+        script = 'text/prepare.py YOUR_FILES' if own else f'{path.name}/prepare.py'
+        raise ValueError(f"data set {str(name_or_path)!r} is not prepared ({file} is missing): run "
+                         f"`python data/{script} --out={name_or_path}`, or name another with "
+                         "--dataset=")
     try:
         meta = json.loads(file.read_bytes())
-        assert all(type(meta[key]) is kind for key, kind in META.items())
-        assert meta['eot'] is None or meta['eot'] in range(meta['vocab_size'])
-    except (ValueError, KeyError, TypeError, RecursionError, AssertionError):
-        raise ValueError(f"{file} is torn, or is not the meta.json of a data set: {how} "
-                         "again") from None
-    return path, meta, how
+        assert META <= meta.keys()
+    except (ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{file} is torn, or of another version: prepare it again") from None
+    return path, meta
 
 def load_dataset(name_or_path, check_hash=False):
     """
-    Opens a data set whose files belong together; anything else is a ValueError.
-    With check_hash every byte is read (about 1 GB/s), else the first 16 M tokens.
+    Opens a data set whose files belong together; anything else is a ValueError. The sha256 of
+    train.bin, which may take a while, is compared only with check_hash.
     """
-    path, meta, how = load_meta(name_or_path)
+    path, meta = load_meta(name_or_path)
     if check_hash and meta['tokenizer'].endswith('.json'):
         load_tokenizer(path, meta) # or a run would end with features that nobody can read
-    dtype, splits = token_dtype(meta['vocab_size']), []
+    dtype, splits = np.dtype(meta['dtype']), []
     for split in 'train', 'val':
         file, n = path / f'{split}.bin', meta[f'{split}_tokens']
-        size = file.stat().st_size if file.exists() else 0
-        if n < 1 or size != n * dtype.itemsize:
-            raise ValueError(f"{file} is missing or torn: it has {size:,} bytes, its meta.json "
-                             f"says {n:,} tokens of {dtype.name}: {how} again")
-        tokens = np.memmap(file, dtype=dtype, mode='r')
-        if check_hash and hashlib.sha256(tokens).hexdigest() != meta[f'{split}_sha256']:
-            raise ValueError(f"{file} is damaged (not the sha256 in its meta.json): {how} again")
-        top = int((tokens if check_hash else tokens[:2**24]).max())
-        if top >= meta['vocab_size']:
-            raise ValueError(f"{file} holds token id {top}, but its vocabulary ends at "
-                             f"{meta['vocab_size'] - 1} (meta.json): {how} again")
-        splits.append(tokens)
+        fits = file.exists() and file.stat().st_size == n * dtype.itemsize
+        if fits and (check_hash or split == 'val'):
+            fits = sha256(file) == meta[f'{split}_sha256']
+        if not fits:
+            raise ValueError(f"{file} is missing, torn or damaged: it should hold {n:,} tokens of "
+                             f"{dtype.name}, with the sha256 in meta.json: prepare it again")
+        splits.append(np.memmap(file, dtype=dtype, mode='r'))
     return Dataset(*splits, meta, path)
 
 # ------------------------------------------------------------------------------------------ batches
@@ -153,11 +138,10 @@ def load_tokenizer(folder, meta):
     if not meta['tokenizer'].endswith('.json'):
         return named_encoding(meta['tokenizer'])
     file = Path(folder) / meta['tokenizer']
-    raw = file.read_bytes() if file.exists() else b''
-    if hashlib.sha256(raw).hexdigest() != meta.get('tokenizer_sha256'):
-        raise ValueError(f"{file} cannot be read: it is missing, or damaged (not the sha256 in its "
-                         "meta.json); prepare its data set again")
-    return decode_encoding(raw)
+    if sha256(file) != meta.get('tokenizer_sha256'):
+        raise ValueError(f"{file} is missing or damaged (not the sha256 in meta.json): prepare it "
+                         "again")
+    return decode_encoding(file.read_bytes())
 
 def decode_encoding(raw):
     """The tiktoken.Encoding in the bytes or text of a tokenizer.json."""
@@ -196,37 +180,33 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
     or lists of token ids; tokenizer is a tiktoken Encoding, or the name of one. Raises ValueError
     for ids outside the vocabulary and for a split without tokens.
     """
-    out, dtype = data_dir(name_or_path), token_dtype(vocab_size)
+    out = data_dir(name_or_path)
     out.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
     meta = dict(vocab_size=vocab_size, tokenizer=tokenizer, dtype=dtype.name, source=source,
                 eot=eot)
     with tempfile.TemporaryDirectory(suffix='.tmp', dir=out) as temp:
         temp = Path(temp)
         for split, pieces in dict(train=train_iter, val=val_iter).items():
-            file = temp / f'{split}.bin'
-            with open(file, 'wb') as f:
-                for ids in pieces:
-                    f.write(to_bytes(ids, vocab_size))
-                n = f.tell() // dtype.itemsize
-            if n == 0:
+            with open(temp / f'{split}.bin', 'wb') as f:
+                f.writelines(to_bytes(ids, vocab_size, dtype) for ids in pieces)
+                meta[f'{split}_tokens'] = f.tell() // dtype.itemsize
+            if not meta[f'{split}_tokens']:
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
-            digest = hashlib.sha256(np.memmap(file, mode='r')).hexdigest()
-            meta |= {f'{split}_tokens': n, f'{split}_sha256': digest}
         if not isinstance(tokenizer, str):
-            raw = encode_encoding(tokenizer)
-            (temp / 'tokenizer.json').write_bytes(raw)
-            digest = hashlib.sha256(raw).hexdigest()
-            meta |= dict(tokenizer='tokenizer.json', tokenizer_sha256=digest)
-        (temp / 'meta.json').write_text(json.dumps(meta, indent=1))
+            (temp / 'tokenizer.json').write_bytes(encode_encoding(tokenizer))
+            meta['tokenizer'] = 'tokenizer.json'
         (out / 'meta.json').unlink(missing_ok=True) # a kill from here on: "not prepared"
-        for file in sorted(temp.iterdir(), key=lambda file: file.name == 'meta.json'):
+        for file in temp.iterdir():
+            meta[f'{file.stem}_sha256'] = sha256(file)
             os.replace(file, out / file.name)
+    (out / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
 
-def to_bytes(ids, vocab_size):
+def to_bytes(ids, vocab_size, dtype):
     """Token ids as they stand in the file. Checked, as numpy would make a uint16 4464 of 70000."""
     ids = np.asarray(ids)
     if ids.size and (ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= vocab_size):
         raise ValueError(f"token ids must be integers from 0 to {vocab_size - 1}, "
                          f"got {ids.dtype.name} from {ids.min()} to {ids.max()}")
-    return ids.astype(token_dtype(vocab_size)).tobytes()
+    return ids.astype(dtype).tobytes()
