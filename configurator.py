@@ -74,10 +74,10 @@ def stop_if(problems):
         print(*(f"error: {problem}" for problem in problems), sep='\n', file=sys.stderr)
         sys.exit(2)
 
-def run(main, *args):
+def run(main, *args, **options):
     """A script as a program: ValueError and OSError are a sentence and exit code 1, Ctrl-C 130."""
     try:
-        main(*args)
+        main(*args, **options)
         sys.stdout.flush()
     except BrokenPipeError: # `| head` is no error: what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
