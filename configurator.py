@@ -12,9 +12,7 @@ import os
 import re
 import sys
 from contextlib import suppress
-from inspect import ismodule
 from pathlib import Path
-from textwrap import fill
 
 PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
          'results', 'plot') # of all scripts: keys in which ~ is the home folder
@@ -25,7 +23,7 @@ EXPECTED = {
 def configure(defaults, argv, check=lambda config: [], given=None):
     """defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
     same keys. check: config -> what else is wrong, in sentences with key=value. given: a set, to
-    which the keys that argv names are added. All problems at once, exit code 2."""
+    which the keys that argv names are added. All problems of a kind at once, exit code 2."""
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
         main = sys.modules['__main__']
@@ -34,10 +32,10 @@ def configure(defaults, argv, check=lambda config: [], given=None):
         print(main.__doc__.strip())
         print("\nConfig files and --key=value, later ones win. Keys and defaults:")
         for key, value in defaults.items():
-            line = f"  --{key}={show(value)} ".ljust(25) + about.get(key, '')
-            print(fill(line, 80, subsequent_indent=25 * ' '))
+            shown = ','.join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            print(f"  --{key}={shown}".ljust(24), about.get(key, ''))
         sys.exit(0)
-    config, problems, unread = dict(defaults), [], []
+    config, problems = dict(defaults), []
     given = set() if given is None else given
     for arg in argv:
         key, equals, value = arg.removeprefix('--').partition('=')
@@ -51,19 +49,14 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                 near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else "--help lists all"
                 problems.append(f"unknown key {key!r} {where}: {hint}")
-            elif value is True and kind in (str, list):
-                problems.append(f"--{key} needs a value: --{key}=...")
-                unread.append(key)
             elif (new := convert(value, kind)) is None:
-                problems.append(f"{key}={show(value)} {where}: expected {EXPECTED[kind]}")
-                unread.append(key)
+                problems.append(f"{key}={value} {where}: expected {EXPECTED[kind]}")
             elif kind is list and config[key] is not defaults[key]: # given before
                 config[key] = config[key] + new
             else:
                 config[key] = os.path.expanduser(new) if key in PATHS else new
-    # what the check says of a key that could not be read would be about the default
-    problems += [p for p in check(config) if not any(f'{key}=' in p for key in unread)]
     stop_if(problems)
+    stop_if(check(config))
     return config
 
 def stop_if(problems):
@@ -103,29 +96,20 @@ def read_file(path, config, problems):
         problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e}); "
                         "options are written --key=value")
         return {}
-    changed = {n: v for n, v in names.items() if n not in config or v is not config[n]}
-    return {n: v for n, v in changed.items()
-            if n in config or not (n.startswith('_') or callable(v) or ismodule(v))}
+    assigned = {n: v for n, v in names.items() if n not in config or v is not config[n]}
+    return {n: v for n, v in assigned.items() # what it imports, defines or calls _name is its own
+            if n in config or type(v) in EXPECTED and not n.startswith('_')}
 
 def convert(value, kind):
     """value as that type, or None where it cannot be understood."""
-    if kind is list and isinstance(value, str):
-        value = [value]
-    elif kind is not str and isinstance(value, str):
-        text = value.strip().capitalize() or '()' # true is True; nothing is a tuple of nothing
-        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(text) # or it is still text, which is refused below
-    if kind is tuple:
-        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        ok = all(type(v) is int for v in value)
+    if isinstance(value, str) and kind not in (str, list):
+        with suppress(Exception): # it is still text then, which is refused below
+            value = ast.literal_eval(value.strip().capitalize() or '()') # true is True
+    if kind in (tuple, list):
+        value = value if isinstance(value, (tuple, list)) else [value]
+        ok = all(type(v) is (int if kind is tuple else str) for v in value)
     elif kind is float:
         ok = type(value) in (int, float) and abs(value) <= sys.float_info.max # false for nan
     else:
         ok = type(value) is kind and (kind is not int or abs(value) < 2**63)
     return kind(value) if ok else None
-
-def show(value):
-    try:
-        return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    except ValueError: # Python will not print more than 4,300 digits
-        return "a very long number"

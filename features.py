@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 
-from data.dataset import decode_encoding, load_meta, named_encoding, token_bytes
+from data.dataset import decode_encoding, load_dataset, named_encoding, token_bytes
 from model import GPT, load_checkpoint, load_model
 
 VERSION = 8   # of index.npz and timeline.npz: another one is made again
@@ -283,7 +283,7 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     if kept is None:
         raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
     if dataset:
-        load_meta(dataset) # for its error
+        load_dataset(dataset) # for its error
     meta, text = kept['meta'], kept['json']
     tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
     return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,

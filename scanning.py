@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from data.dataset import encode_encoding, eval_batches, load_dataset, load_meta, load_tokenizer
+from data.dataset import encode_encoding, eval_batches, load_dataset, load_tokenizer
 from features import (VERSION, codes, device_of, keep, load_npz, of_layer, open_run, safe, say,
                       token_pairs, token_statistics, tracked)
 from sae import SITES
@@ -29,7 +29,7 @@ def val_of(run, wanted):
     """The val of run.dataset and its sha256. Where another tokenizer made it, which is said, about
     `wanted` tokens of it are encoded anew with the model's own. Raises ValueError."""
     data = load_dataset(run.dataset)
-    val, other = data.val, load_tokenizer(data.dir, data.meta)
+    val, other = data.val, load_tokenizer(data)
     if encode_encoding(other) != encode_encoding(run.tokenizer):
         say(f"note: {run.dataset} has another tokenizer than this model was trained with: the "
             "model's own is used")
@@ -222,7 +222,7 @@ def open_index(out_dir, dataset, device, scan_tokens):
 def is_of(scan, dataset):
     """Whether a scan is of the val that a data set has now; of one that is gone, by its name."""
     try:
-        return load_meta(dataset)[1]['val_sha256'] == scan.val_sha256
+        return load_dataset(dataset).meta['val_sha256'] == scan.val_sha256
     except ValueError:
         return dataset == scan.dataset
 

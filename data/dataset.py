@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent # the folder data/
-META = {'vocab_size', 'tokenizer', 'dtype', 'eot', 'train_tokens', 'val_tokens', 'train_sha256',
-        'val_sha256'} # without which a meta.json is none
+# without these a meta.json is none
+KEYS = 'vocab_size tokenizer dtype eot train_tokens val_tokens train_sha256 val_sha256'.split()
 
 class Dataset(NamedTuple):
     train: np.ndarray # (train_tokens,) memory map
@@ -31,8 +31,7 @@ class Dataset(NamedTuple):
 
 def data_dir(name_or_path):
     """The folder of a data set: "stdlib" is <repo>/data/stdlib, "./my/set" is taken as it is."""
-    name = os.path.expanduser(name_or_path)
-    return Path(name) if '/' in name else ROOT / name
+    return Path(name_or_path) if '/' in str(name_or_path) else ROOT / name_or_path
 
 def sha256(file):
     """Of a file, at about 1 GB/s; None if it is missing or empty."""
@@ -41,8 +40,9 @@ def sha256(file):
 
 # ------------------------------------------------------------------------------------------ reading
 
-def load_meta(name_or_path):
-    """(folder, its meta.json). Raises ValueError, one sentence."""
+def load_dataset(name_or_path, check_hash=False):
+    """Opens a data set whose files belong together; anything else is a ValueError. The sha256 of
+    train.bin, which takes a while, is compared only with check_hash."""
     path = data_dir(name_or_path)
     file = path / 'meta.json'
     if not file.exists():
@@ -53,44 +53,27 @@ def load_meta(name_or_path):
                          "--dataset=")
     try:
         meta = json.loads(file.read_bytes())
-        assert META <= meta.keys()
-    except (ValueError, AttributeError, AssertionError):
+        assert all(key in meta for key in KEYS)
+    except (ValueError, TypeError, AssertionError):
         raise ValueError(f"{file} is torn, or of another version: prepare it again") from None
-    return path, meta
-
-def load_dataset(name_or_path, check_hash=False):
-    """
-    Opens a data set whose files belong together; anything else is a ValueError. The sha256 of
-    train.bin, which may take a while, is compared only with check_hash.
-    """
-    path, meta = load_meta(name_or_path)
-    if check_hash and meta['tokenizer'].endswith('.json'):
-        load_tokenizer(path, meta) # or a run would end with features that nobody can read
-    dtype, splits = np.dtype(meta['dtype']), []
-    for split in 'train', 'val':
-        file, n = path / f'{split}.bin', meta[f'{split}_tokens']
-        fits = file.exists() and file.stat().st_size == n * dtype.itemsize
-        if fits and (check_hash or split == 'val'):
-            fits = sha256(file) == meta[f'{split}_sha256']
-        if not fits:
-            raise ValueError(f"{file} is missing, torn or damaged: it should hold {n:,} tokens of "
-                             f"{dtype.name}, with the sha256 in meta.json: prepare it again")
-        splits.append(np.memmap(file, dtype=dtype, mode='r'))
-    return Dataset(*splits, meta, path)
+    for name in ['val.bin', 'tokenizer.json'] + ['train.bin'] * check_hash:
+        file = path / name
+        if sha256(file) != meta.get(f'{file.stem}_sha256'): # None: the tokenizer is no file
+            raise ValueError(f"{file} is missing or damaged (its sha256 is not the one in "
+                             "meta.json): prepare it again")
+    train = np.memmap(path / 'train.bin', meta['dtype'], 'r')
+    val = np.memmap(path / 'val.bin', meta['dtype'], 'r')
+    return Dataset(train, val, meta, path)
 
 # ------------------------------------------------------------------------------------------ batches
 
 def get_batch(tokens, block_size, batch_size, seed, step, micro, micros_per_step):
-    """
-    One micro-batch: x and y, both (B, T) int64 on the CPU; y is x one token later. `micro` counts
-    over all ranks and accumulation steps of a step. Raises ValueError for too few tokens.
-    """
+    """One micro-batch: x and y, (B, T) int64 on the CPU; y is x one token later. `micro` counts
+    over all ranks and accumulation steps of a step. Raises ValueError for too few tokens."""
     n = windows_per_epoch(len(tokens), block_size)
     first = (step * micros_per_step + micro) * batch_size
-    starts = []
-    for index in range(first, first + batch_size):
-        epoch, i = divmod(index, n)
-        starts.append(epoch_starts(seed, epoch, len(tokens), block_size)[i])
+    starts = [epoch_starts(seed, i // n, len(tokens), block_size)[i % n]
+              for i in range(first, first + batch_size)]
     return gather(tokens, starts, block_size)
 
 def windows_per_epoch(n_tokens, block_size):
@@ -102,20 +85,16 @@ def windows_per_epoch(n_tokens, block_size):
 
 @functools.lru_cache(maxsize=2) # two, because a batch can straddle two epochs
 def epoch_starts(seed, epoch, n_tokens, block_size):
-    """
-    Where the windows of an epoch begin, in their order. The first one's place varies, or tokens at
-    the start of a window would never be predicted from what stands before them.
-    """
+    """Where the windows of an epoch begin, in their order. The first one's place varies, or tokens
+    at the start of a window would never be predicted from what stands before them."""
     n = windows_per_epoch(n_tokens, block_size)
     rng = np.random.default_rng((seed, epoch))
     phase = rng.integers(min(block_size, n_tokens - n * block_size))
     return phase + block_size * rng.permutation(n)
 
 def eval_batches(tokens, block_size, batch_size, n_tokens):
-    """
-    Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows. All
-    batches have batch_size rows, so that a model is compiled once; fewer rows are one batch alone.
-    """
+    """Yields (x, y) as get_batch does: about n_tokens in fixed, evenly spaced, disjoint windows.
+    All batches have batch_size rows, so that a model is compiled once; fewer are one alone."""
     windows_per_epoch(len(tokens), block_size) # for its error
     last = len(tokens) - 1 - block_size # the last place where a window can begin
     n = max(1, min(n_tokens, len(tokens) - 1) // block_size)
@@ -133,15 +112,10 @@ def gather(tokens, starts, block_size):
 
 # --------------------------------------------------------------------------------------- tokenizers
 
-def load_tokenizer(folder, meta):
-    """The tiktoken.Encoding of the data set in `folder`. Raises ValueError."""
-    if not meta['tokenizer'].endswith('.json'):
-        return named_encoding(meta['tokenizer'])
-    file = Path(folder) / meta['tokenizer']
-    if sha256(file) != meta.get('tokenizer_sha256'):
-        raise ValueError(f"{file} is missing or damaged (not the sha256 in meta.json): prepare it "
-                         "again")
-    return decode_encoding(file.read_bytes())
+def load_tokenizer(data):
+    """The tiktoken.Encoding of a Dataset. Raises ValueError."""
+    file = data.dir / data.meta['tokenizer']
+    return decode_encoding(file.read_bytes()) if file.exists() else named_encoding(file.name)
 
 def decode_encoding(raw):
     """The tiktoken.Encoding in the bytes or text of a tokenizer.json."""
@@ -162,9 +136,9 @@ def named_encoding(name):
     try:
         return tiktoken.get_encoding(name)
     except Exception as e: # requests, TLS, disk: tiktoken documents none of them
-        known = ', '.join(tiktoken.list_encoding_names())
-        raise ValueError(f"tiktoken has no encoding {name!r} here ({type(e).__name__}): it knows "
-                         f"{known}; each needs network once, or TIKTOKEN_CACHE_DIR") from None
+        raise ValueError(f"tiktoken has no encoding {name!r} here ({type(e).__name__}): it is one "
+                         f"of {', '.join(tiktoken.list_encoding_names())}, and needs network once, "
+                         "or TIKTOKEN_CACHE_DIR") from None
 
 def token_bytes(enc, vocab_size):
     """[bytes] that each id stands for, maybe half a character; b'' for padding and gaps."""
@@ -183,17 +157,14 @@ def write_texts(name_or_path, train, val, enc, source):
 
 def encode(texts, enc):
     """Yields the token ids of each text, <|endoftext|> before them."""
-    from rich.progress import track
-    for i in track(range(0, len(texts), 64), description="encoding"): # 8 MB at most
+    for i in range(0, len(texts), 64): # of data/text 8 MB at most
         for ids in enc.encode_ordinary_batch(texts[i:i + 64], num_threads=os.cpu_count()):
             yield [enc.eot_token] + ids
 
 def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, source, eot):
-    """
-    Writes a data set, whole or not at all, and returns its meta. train_iter, val_iter yield arrays
-    or lists of token ids; tokenizer is a tiktoken Encoding, or the name of one. Raises ValueError
-    for ids outside the vocabulary and for a split without tokens.
-    """
+    """Writes a data set, whole or not at all, and returns its meta. train_iter and val_iter yield
+    arrays or lists of token ids; tokenizer is a tiktoken Encoding, or the name of one. Raises
+    ValueError for ids outside the vocabulary and for a split without tokens."""
     out = data_dir(name_or_path)
     out.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
@@ -203,7 +174,12 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
         temp = Path(temp)
         for split, pieces in dict(train=train_iter, val=val_iter).items():
             with open(temp / f'{split}.bin', 'wb') as f:
-                f.writelines(to_bytes(ids, vocab_size, dtype) for ids in pieces)
+                for ids in map(np.asarray, pieces):
+                    # numpy would make a uint16 4464 of 70000
+                    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                        raise ValueError(f"token ids must lie in 0..{vocab_size - 1}, not in "
+                                         f"{ids.min()}..{ids.max()}")
+                    f.write(ids.astype(dtype).tobytes())
                 meta[f'{split}_tokens'] = f.tell() // dtype.itemsize
             if not meta[f'{split}_tokens']:
                 raise ValueError(f"there are no tokens for {out / split}.bin: give more text")
@@ -216,11 +192,3 @@ def write_dataset(name_or_path, train_iter, val_iter, vocab_size, tokenizer, sou
             os.replace(file, out / file.name)
     (out / 'meta.json').write_text(json.dumps(meta, indent=1))
     return meta
-
-def to_bytes(ids, vocab_size, dtype):
-    """Token ids as they stand in the file. Checked, as numpy would make a uint16 4464 of 70000."""
-    ids = np.asarray(ids)
-    if ids.size and (ids.dtype.kind not in 'iu' or ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(f"token ids must be integers from 0 to {vocab_size - 1}, "
-                         f"got {ids.dtype.name} from {ids.min()} to {ids.max()}")
-    return ids.astype(dtype).tobytes()

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from configurator import configure, run, writable # noqa: E402
-from data.dataset import load_meta # noqa: E402
+from data.dataset import load_dataset # noqa: E402
 from features import open_run, write_whole # noqa: E402
 from measures import mean_of, measure # noqa: E402
 from model import GPTConfig # noqa: E402
@@ -110,7 +110,7 @@ def make(c, row, seed):
         return printed
     result = summary(row, size, out_dir / 'log.jsonl')
     result['dataset'] = os.path.basename(c['dataset'])
-    result['unique_tokens'] = min(result['tokens'], load_meta(c['dataset'])[1]['train_tokens'])
+    result['unique_tokens'] = min(result['tokens'], load_dataset(c['dataset']).meta['train_tokens'])
     if c['labels']:
         model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
@@ -295,7 +295,7 @@ def main(argv):
         plot=''), argv, problems)
     failed = []
     if not c['table']:
-        load_meta(c['dataset']) # for its error
+        load_dataset(c['dataset']) # for its error
         os.makedirs(c['out'], exist_ok=True)
         jobs = [(row, seed) for seed in c['seeds'] for row in c['rows'].split(',')]
         jobs.sort(key=lambda job: 'posthoc' in job[0]) # which needs its dense twin's checkpoint

@@ -13,8 +13,8 @@ import regex
 import tiktoken
 
 from data import dataset
-from data.dataset import (eval_batches, get_batch, load_dataset, load_meta, load_tokenizer,
-                          named_encoding, token_bytes, windows_per_epoch, write_dataset)
+from data.dataset import (eval_batches, get_batch, load_dataset, load_tokenizer, named_encoding,
+                          token_bytes, windows_per_epoch, write_dataset)
 from data.fineweb import prepare as fineweb
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text
@@ -90,8 +90,8 @@ def test_round_trip(tmp_path, vocab_size, dtype):
     top = vocab_size - 1
     pieces = [[1, 2], np.array([3], np.int64), [], np.array([4, top], np.uint32)]
     meta = write_dataset(tmp_path, iter(pieces), [[0, 9]], vocab_size, "gpt2", "test", eot=0)
-    for bad in ([70000], [vocab_size], [-1], [0.5], np.array([2**40])):
-        with pytest.raises(ValueError, match=f"from 0 to {top}"):
+    for bad in ([70000], [vocab_size], [-1], np.array([2**40])):
+        with pytest.raises(ValueError, match=f"must lie in 0..{top}"):
             write_dataset(tmp_path, [[1], bad], [[0]], vocab_size, "gpt2", "", None)
     with pytest.raises(ValueError, match="no tokens for .*val.bin"): # nor could it be mapped
         write_dataset(tmp_path, [[1]], [], vocab_size, "gpt2", "", None)
@@ -101,20 +101,15 @@ def test_round_trip(tmp_path, vocab_size, dtype):
     assert data.meta == meta and data.dir == tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
-def edit_meta(path, **changes):
-    file = path / "meta.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
 @pytest.mark.parametrize("damage,message", [
     (lambda p: (p / "meta.json").unlink(), "is not prepared .* run `python data/text/prepare.py"),
-    (lambda p: (p / "train.bin").unlink(), "train.bin is missing, torn or damaged"),
-    (lambda p: (p / "train.bin").write_bytes(b"x"), "train.bin .* 1,000 tokens of uint16"),
+    (lambda p: (p / "train.bin").unlink(), "train.bin is missing or damaged"),
+    (lambda p: (p / "train.bin").write_bytes(b"x"), "train.bin is .* damaged"),
     (lambda p: (p / "train.bin").write_bytes(b"\1" * 2000), "train.bin is .* damaged"),
     (lambda p: (p / "val.bin").write_bytes(b"\xff" * 600), "val.bin is .* damaged"),
     (lambda p: (p / "meta.json").write_text('{"vocab_si'), "meta.json is torn"),
     (lambda p: (p / "meta.json").write_text("[1]"), "meta.json is torn"),
     (lambda p: (p / "meta.json").write_text('{"eot": 1}'), "torn, or of another version"),
-    (lambda p: edit_meta(p, vocab_size=70000, dtype="uint32"), "tokens of uint32"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, damage, message):
     """Every kind of missing, torn or mixed-up file is refused by name and in one sentence."""
@@ -125,16 +120,14 @@ def test_what_does_not_fit_is_named(tmp_path, damage, message):
     assert "\n" not in str(e.value)
 
 def test_where_a_data_set_is(monkeypatch):
-    """A bare name is a folder of data/, ~ the home folder; all else is a path."""
-    monkeypatch.setenv("HOME", "/home/me")
+    """A bare name is a folder of data/; all else is a path."""
     assert dataset.data_dir("stdlib") == dataset.ROOT / "stdlib"
     assert dataset.data_dir("./stdlib") == Path("stdlib")
-    assert dataset.data_dir("~/set") == Path("/home/me/set")
     with pytest.raises(ValueError, match="data/text/prepare.py YOUR_FILES --out=/old/mine`"):
-        load_meta("/old/mine")
+        load_dataset("/old/mine")
     monkeypatch.setattr(dataset, "data_dir", lambda name: Path("/no") / name)
     with pytest.raises(ValueError, match="`python data/stdlib/prepare.py --out=stdlib`"):
-        load_meta("stdlib")
+        load_dataset("stdlib")
 
 def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
     """A failure while tokens come leaves the old set as it was; one between the renames a set that
@@ -155,8 +148,8 @@ def test_a_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
 def test_tokenizer_file(tmp_path):
     """An Encoding survives its tokenizer.json, gaps in its ids too; ids without bytes give b""."""
     enc, file = byte_encoding("the", " cat", start=300), tmp_path / "tokenizer.json"
-    meta = make(tmp_path, enc)
-    again = load_tokenizer(tmp_path, meta)
+    make(tmp_path, enc)
+    again = load_tokenizer(load_dataset(tmp_path))
     assert again.encode("the cat sat") == enc.encode("the cat sat") and enc.encode("the") == [300]
     table = token_bytes(again, 310)
     assert table[65] == b"A" and table[299] == b"" and table[301] == b" cat"
@@ -166,7 +159,7 @@ def test_tokenizer_file(tmp_path):
         load_dataset(tmp_path, check_hash=True)
     file.unlink()
     with pytest.raises(ValueError, match="tokenizer.json is missing"):
-        load_tokenizer(tmp_path, meta)
+        load_dataset(tmp_path)
     with pytest.raises(ValueError, match="no encoding 'gpt5' here .ValueErr.*gpt2.*CACHE"):
         named_encoding("gpt5")
 
@@ -209,7 +202,7 @@ def test_stdlib(tmp_path, monkeypatch):
     meta = stdlib.prepare(tmp_path / "a", vocab_size=600)
     assert stdlib.prepare(tmp_path / "b", vocab_size=600) == meta
     data = load_dataset(tmp_path / "a", check_hash=True)
-    enc = load_tokenizer(data.dir, meta)
+    enc = load_tokenizer(data)
     assert meta["vocab_size"] == 600 and meta["eot"] == enc.eot_token == 599
     train, val = documents(data, enc)
     assert val == [doc for name, doc in first.items() if stdlib.is_val(name)] and len(val) > 1
@@ -245,7 +238,7 @@ def test_text_end_to_end(tmp_path, big_encoding, capsys):
     data = load_dataset(tmp_path / "out", check_hash=True)
     train, val = documents(data, big_encoding)
     assert data.train.dtype == np.uint32 and data.train.max() >= 70_000
-    assert load_tokenizer(data.dir, data.meta).encode("hello") == [70_000]
+    assert load_tokenizer(data).encode("hello") == [70_000]
     want = ["hello world, ärger\n", "# hello\n<|endoftext|x>\n", *stories]
     assert sorted(train + val) == sorted(want + [f"line {i} hello" for i in range(78)])
     said = capsys.readouterr().out

@@ -63,20 +63,21 @@ def train_bpe(texts, vocab_size):
     token, with their counts; a merge touches only the words that contain its pair.
     """
     import regex
-    counts = Counter()
-    for text in texts:
-        counts.update(regex.findall(PATTERN, text))
+    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     words = [word.encode().decode('latin-1') for word in counts] # bytes are the first 256 ids
     counts = list(counts.values())
 
     tokens = [bytes([i]) for i in range(256)]
     pair_count = Counter()
     where = defaultdict(set) # pair -> the words that have it, or once had it
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += counts[w]
+
+    def count(w, sign):
+        for pair in zip(words[w], words[w][1:]):
+            pair_count[pair] += sign * counts[w]
             where[pair].add(w)
 
+    for w in range(len(words)):
+        count(w, 1)
     while len(tokens) < vocab_size:
         if len(tokens) % 64 == 0: # for speed: a pair's count never grows after its first merge
             pair_count = Counter({pair: n for pair, n in pair_count.items() if n > 1})
@@ -87,13 +88,9 @@ def train_bpe(texts, vocab_size):
         new = chr(len(tokens)) # a new spelling: where an older ab+c was joined, no a+bc is left
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for w in where.pop(pair):
-            word = words[w]
-            for old in zip(word, word[1:]):
-                pair_count[old] -= counts[w]
-            words[w] = word = word.replace(''.join(pair), new)
-            for now in zip(word, word[1:]):
-                pair_count[now] += counts[w]
-                where[now].add(w)
+            count(w, -1)
+            words[w] = words[w].replace(''.join(pair), new)
+            count(w, 1)
     return {token: i for i, token in enumerate(tokens)}
 
 def prepare(out='stdlib', vocab_size=4096):
