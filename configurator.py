@@ -23,7 +23,7 @@ EXPECTED = {
 def configure(defaults, argv, check=lambda config: [], given=None):
     """defaults {key: value} and argv, config files and --key=value in order -> a new dict with the
     same keys. check: config -> what else is wrong, in sentences with key=value. given: a set, to
-    which the keys that argv names are added. All problems of a kind at once, exit code 2."""
+    which the keys that argv names are added. All problems at once, exit code 2."""
     sys.stdout.reconfigure(errors='replace') # question marks for what a terminal cannot show
     if {'--help', '-h'} & set(argv):
         main = sys.modules['__main__']
@@ -41,7 +41,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
         key, equals, value = arg.removeprefix('--').partition('=')
         where, named = "on the command line", {key: value if equals else True}
         if not arg.startswith('--'):
-            where, named = f"in {arg}", read_file(arg, config, problems)
+            where, named = f"in {arg}", read_file(arg, config)
         given.update(named)
         for key, value in named.items():
             kind = type(defaults.get(key))
@@ -55,8 +55,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                 config[key] = config[key] + new
             else:
                 config[key] = os.path.expanduser(new) if key in PATHS else new
-    stop_if(problems)
-    stop_if(check(config))
+    stop_if(problems or check(config))
     return config
 
 def stop_if(problems):
@@ -86,16 +85,15 @@ def writable(folder):
         path = os.path.dirname(path)
     return folder != '' and os.path.isdir(path) and os.access(path, os.W_OK)
 
-def read_file(path, config, problems):
+def read_file(path, config):
     """{name: value} that the config file at path assigns; it may use what is configured so far."""
     names = dict(config)
     try:
         with open(path, encoding='utf-8-sig') as f: # sig: Windows' mark of UTF-8
             exec(compile(f.read(), path, 'exec'), names)
     except (Exception, SystemExit) as e:
-        problems.append(f"{path}: not a readable config file ({type(e).__name__}: {e}); "
-                        "options are written --key=value")
-        return {}
+        stop_if([f"{path}: not a readable config file ({type(e).__name__}: {e}); options are "
+                 "written --key=value"])
     assigned = {n: v for n, v in names.items() if n not in config or v is not config[n]}
     return {n: v for n, v in assigned.items() # what it imports, defines or calls _name is its own
             if n in config or type(v) in EXPECTED and not n.startswith('_')}
