@@ -55,7 +55,7 @@ def configure(defaults, argv, check=lambda config: [], given=None):
                 config[key] = config[key] + new
             else:
                 config[key] = os.path.expanduser(new) if key in PATHS else new
-    stop_if(problems or check(config))
+    stop_if(problems + check(config)) # in which a key that could not be read has its default
     return config
 
 def stop_if(problems):

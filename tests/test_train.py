@@ -226,7 +226,7 @@ def test_unusable_data(tiny_data, tmp_path):
     shutil.copytree(tiny_data, tmp_path / 'data')
     with open(tmp_path / 'data' / 'val.bin', 'r+b') as f:
         f.write(b'\x01')
-    refused(tmp_path / 'out', tmp_path / 'data', 'val.bin is damaged')
+    refused(tmp_path / 'out', tmp_path / 'data', 'val.bin is missing or damaged')
     refused(tmp_path / 'out', tiny_data, '3,000 tokens are too few for block_size=4000',
             block_size=4000)
 
