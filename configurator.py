@@ -13,6 +13,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill
 
 PATHS = ('out_dir', 'init_from', 'dataset', 'prompt_file', 'probe', 'html', 'export', 'out',
          'results', 'plot') # of all scripts: keys in which ~ is the home folder
@@ -33,7 +34,8 @@ def configure(defaults, argv, check=lambda config: [], given=None):
         print("\nConfig files and --key=value, later ones win. Keys and defaults:")
         for key, value in defaults.items():
             shown = ','.join(map(str, value)) if isinstance(value, (tuple, list)) else value
-            print(f"  --{key}={shown}".ljust(24), about.get(key, ''))
+            line = f"  --{key}={shown} ".ljust(25) + about.get(key, '')
+            print(fill(line, 80, subsequent_indent=25 * ' '))
         sys.exit(0)
     config, problems = dict(defaults), []
     given = set() if given is None else given

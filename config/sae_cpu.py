@@ -12,6 +12,8 @@ sae_layers = (1,)        # after the second of four blocks
 sae_ratio = 11           # F = 11 * 192 = 2,112 features
 sae_k = 20               # about one in a hundred
 sae_cap = 0.03           # with so few features a laxer one leaves them to "the", "and", "for"
+sae_blend_start = 0.7    # at 30 % of so few steps the SAE has not learned enough yet
+sae_blend_end = 0.7
 
 batch_size = 4           # 4 sequences * 2 micro-batches * 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 2

@@ -31,7 +31,8 @@ from model import GPTConfig # noqa: E402
 SIZES = {
     'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
                 sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
-                sae_steps=2, sae_lr_factor=0.5, warmup_iters=20, eval_tokens=32_768,
+                sae_steps=2, sae_lr_factor=0.5, sae_blend_start=0.7, sae_blend_end=0.7,
+                warmup_iters=20, eval_tokens=32_768,
                 compile=False, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, sae_layers=(3,),
                   gradient_accumulation_steps=4, eval_tokens=524_288),
