@@ -87,7 +87,8 @@ class SAE(nn.Module):
         self.steer = None # or (scale, add), each (F,)
         self.register_buffer('gate', torch.ones(()), persistent=False)
         self.register_buffer('fill', torch.zeros(C if self.site.own else F_), persistent=False)
-        self.posthoc = False # trained on a frozen model: y gets the length of x
+        # trained on a frozen model: y gets the length of x, and evals have alpha 1
+        self.posthoc = False
 
     @torch.no_grad()
     def normalize_rows(self):
@@ -137,7 +138,8 @@ class SAE(nn.Module):
         loss = torch.where(self.alpha > 0, 0.0, self.recon * fvu)
         lengths = x.detach().float().square().mean(-1, keepdim=True).sqrt() # (B, T, 1)
         y = y * (lengths if self.posthoc else self.scale)
-        new_x = (1 - self.alpha) * x + self.alpha * y
+        alpha = 1.0 if self.posthoc and not self.training else self.alpha
+        new_x = (1 - alpha) * x + alpha * y
         l0 = (values != 0).sum() / values[..., 0].numel()
         out = SAEOut(values, indices, fired, l0, fvu.detach(), lengths.mean(), loss)
         return new_x.type_as(x), out

@@ -66,7 +66,7 @@ globals().update({key: getattr(GPTConfig(), key) for key in model_keys})
 # the hand-over to the sparse layers, as shares of max_iters
 sae_blend_start = 0.3     # alpha is 0 until here: the SAE only watches, and learns to reconstruct
 sae_blend_end = 0.3       # and 1 from here; both 0: the SAE replaces the stream from step 0
-sae_posthoc = False       # freeze all but the SAE; evals splice it in
+sae_posthoc = False       # freeze all but the SAE, which evals splice in
 # optimiser
 optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all
 learning_rate = 3e-3
@@ -259,18 +259,13 @@ if resuming:
 torch.manual_seed(seed)
 model_args = {key: config[key] for key in model_keys}
 model = GPT(GPTConfig(vocab_size=data.meta['vocab_size'], **model_args)).to(device)
-raw_model = model # without what compile and DDP put around it
 saes = model.saes() # {block: SAE}
 model.requires_grad_(not sae_posthoc)
 for sae in saes.values():
     sae.requires_grad_(True)
     sae.posthoc = sae_posthoc
+    sae.alpha.zero_() # a new layer has 1; a checkpoint, below, may bring its own
 
-def set_alpha(alpha):
-    for sae in saes.values():
-        sae.alpha.fill_(alpha)
-
-set_alpha(0.0) # a new layer has 1; a checkpoint, below, may bring its own
 
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon); under it features tell less. The
 # SAE learns best in smaller batches, since each feature fires on few tokens: it steps by itself.
@@ -314,23 +309,24 @@ if checkpoint is not None:
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
     asked = given & {'sae_blend_start', 'sae_blend_end'}
     if sae_posthoc and not resuming or any(config[key] != was.get(key) for key in asked):
-        set_alpha(0.0)
+        for sae in saes.values():
+            sae.alpha.zero_()
 checkpoint = None # free the memory
 
 if compile:
-    model = torch.compile(model)
-eval_model = model
+    model.compile()
+forward = model # and what DDP puts around it
 wait_for_all() # hashing the data, on one rank a node, may take longer than rank_timeout
 if ddp:
-    for value in raw_model.state_dict().values(): # all ranks begin with rank 0's
+    for value in model.state_dict().values(): # all ranks begin with rank 0's
         dist.broadcast(value, 0)
 if ddp and model_optimizers: # the SAEs' gradients are averaged for each of their steps, below
     # torch warns that broadcast_buffers has a new name, which 2.11 does not know yet
     warnings.filterwarnings('ignore', message='`broadcast_buffers`')
     names = [name for name, _ in model.named_parameters() if '.sae.' in name]
     DDP._set_params_and_buffers_to_ignore_for_model(model, names)
-    model = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True) # saves a second copy of the gradients
+    forward = DDP(model, device_ids=[local_rank] if cuda else None, broadcast_buffers=False,
+                  gradient_as_bucket_view=True) # saves a second copy of the gradients
 
 # ------------------------------------------------------------------- evaluating, logging and saving
 
@@ -346,9 +342,9 @@ def learning_rate_at(step, max_iters):
 
 def check_replicas():
     """Every rank must hold the same parameters and buffers, or gradients or counts went astray."""
-    sums = torch.stack([t.sum(dtype=torch.float64) for t in raw_model.state_dict().values()])
+    sums = torch.stack([t.sum(dtype=torch.float64) for t in model.state_dict().values()])
     low, high = (all_reduce(sums.clone(), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
-    names = [name for name, differs in zip(raw_model.state_dict(), low != high) if differs]
+    names = [name for name, differs in zip(model.state_dict(), low != high) if differs]
     if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
@@ -381,14 +377,14 @@ if master:
                     gpu=torch.cuda.get_device_name() if cuda else None)
     write_log(dict(event='start', at_step=step, config=config, versions=versions,
                    world_size=world_size, dtype=dtype, device=device,
-                   params=raw_model.num_params(), params_non_embedding=raw_model.num_params(True),
-                   flops_per_token=raw_model.flops_per_token(), tokens_per_step=tokens_per_step))
+                   params=model.num_params(), params_non_embedding=model.num_params(True),
+                   flops_per_token=model.flops_per_token(), tokens_per_step=tokens_per_step))
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-F, blocks = raw_model.config.n_features, ', '.join(map(str, saes))
+F, blocks = model.config.n_features, ', '.join(map(str, saes))
 what = f"SAE at {sae_site} of block {blocks}: {F} features, K={sae_k}" if saes else "dense"
-say(f"{raw_model.num_params() / 1e6:.1f}M parameters, {what}\n"
+say(f"{model.num_params() / 1e6:.1f}M parameters, {what}\n"
     f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
     f"{world_size} x {device_type}, {dtype}")
 if resuming and was['max_iters'] != max_iters:
@@ -402,12 +398,6 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
         signal.signal(signum, lambda signum, frame: signals.append(signum))
 
 # ------------------------------------------------------------------------------------ training loop
-
-def next_batch(step, i):
-    """x and y of this rank's micro-batch i; i = local_micros is the first one of the next step."""
-    batch = get_batch(data.train, block_size, batch_size, seed, step, i * world_size + rank,
-                      gradient_accumulation_steps)
-    return [t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device) for t in batch]
 
 def step_saes():
     """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
@@ -423,7 +413,6 @@ def step_saes():
         sae.normalize_rows()
     return norm
 
-x, y = next_batch(step, 0)
 started = last_log = time.time()
 last_step = saved_step = step
 stop = 0 # the signal that came to any rank
@@ -472,7 +461,7 @@ while True:
         sums = all_reduce(log_sums.clone())
         if master:
             save_checkpoint(out_dir, dict(
-                model=raw_model.state_dict(), model_args=asdict(raw_model.config), step=step,
+                model=model.state_dict(), model_args=asdict(model.config), step=step,
                 optimizers=[opt.state_dict() for opt in optimizers.values()], log_sums=sums,
                 scaler=scaler.state_dict(), config=config, dataset=place, tokenizer=tokenizer,
                 data_sha256=data.meta['train_sha256']))
@@ -485,14 +474,9 @@ while True:
         if ddp:
             check_replicas()
         model.eval()
-        alphas = [sae.alpha.item() for sae in saes.values()]
-        if sae_posthoc: # in training they only watch until the hand-over; evals splice them in
-            set_alpha(1.0)
         batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
                                  rank, None, world_size) # this rank's share
-        record = evaluate(eval_model, saes, batches, autocast, all_reduce)
-        for sae, alpha in zip(saes.values(), alphas):
-            sae.alpha.fill_(alpha)
+        record = evaluate(model, saes, batches, autocast, all_reduce)
         write_log(dict(event='eval', step=step, tokens=tokens, **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
@@ -502,7 +486,7 @@ while True:
         say(line)
         if saes and master and probe_tokens: # what each feature does, for the viewer's timeline
             probe = eval_batches(data.val, block_size, batch_size, probe_tokens)
-            arrays = snapshot(raw_model, (x for x, _ in probe)) # not compiled: it needs no loss
+            arrays = snapshot(model, (x for x, _ in probe)) # not compiled: it needs no loss
             save_npz(f'{out_dir}/features/{step:07d}.npz', dict(step=step, tokens=tokens, **arrays))
         model.train()
         wait_for_all()
@@ -519,11 +503,15 @@ while True:
     sae_norm = torch.zeros((), device=device)
     for i in range(local_micros):
         if ddp: # gradients are averaged over ranks with the last; to be set before the forward pass
-            model.require_backward_grad_sync = i == local_micros - 1
+            forward.require_backward_grad_sync = i == local_micros - 1
         micro = i * world_size + rank
+        batch = get_batch(data.train, block_size, batch_size, seed, step, micro,
+                          gradient_accumulation_steps)
+        x, y = (t.pin_memory().to(device, non_blocking=True) if cuda else t.to(device)
+                for t in batch)
         torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + micro) % 2**63) # for dropout
         with autocast:
-            _, loss, out = model(x, y)
+            _, loss, out = forward(x, y)
         total, scores = loss, loss.new_zeros(2)
         if saes:
             total = loss + out.loss.sum()
@@ -533,13 +521,12 @@ while True:
         scaler.scale(total / local_micros).backward()
         if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
             sae_norm = torch.hypot(sae_norm, step_saes())
-        x, y = next_batch(step, i + 1) # while the GPU works
         log_sums += torch.cat((loss.detach().view(1), scores, loss.new_ones(1))).to(wide)
 
     # 5) clip, update, nudge
     for opt in model_optimizers:
         scaler.unscale_(opt)
-    model_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    model_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = torch.hypot(model_norm, sae_norm)
     if not scaler.is_enabled() or model_norm.isfinite(): # the scaler would skip one optimizer alone
         for opt in model_optimizers:
@@ -548,7 +535,7 @@ while True:
         scaler.update(scaler.get_scale() / 2) # of the SAEs' overflows it knows nothing
     elif model_optimizers:
         scaler.update()
-    raw_model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
     all_reduce(lengths)
     for sae, counts, length in zip(saes.values(), fired, lengths):
