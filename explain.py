@@ -15,24 +15,20 @@ MOST = 300           # features taken away one by one; of more the most promisin
 TOGETHER = 10        # features that are taken away together
 AT_ONCE = 4096       # tokens of a batch of runs
 
-def go_on(model, stream, begin, end=None):
-    """The stream (B, T, C) below block `begin` -> below `end`, and the SAEOuts between them."""
-    T, outs = stream.size(1), []
-    for block in model.transformer.h[begin:end]:
-        stream = block(stream, (model.cos[:T], model.sin[:T]), outs)
-    return stream, outs
-
 def run_scaled(model, idx, scales, end, measure):
     """Runs the first `end` blocks on idx (1, T) B times -> measure(stream (B, T, C), SAEOuts),
     joined. scales {block: (B, F)}: what run b multiplies the code of that SAE with; 0 takes a
     feature away wherever it fires. What lies below the lowest of these blocks runs once."""
-    saes, first, found = model.saes(), min(scales), []
+    saes, first, T, found = model.saes(), min(scales), idx.size(1), []
     x, _ = model.blocks(idx, first)                                          # (1, T, C)
-    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // idx.size(1))):
+    for rows in torch.arange(len(scales[first])).split(max(1, AT_ONCE // T)):
         for layer, scale in scales.items():
             scale = scale[rows, None]                                        # (b, 1, F)
             saes[layer].steer = scale, torch.zeros_like(scale)
-        found.append(measure(*go_on(model, x.expand(len(rows), -1, -1), first, end)))
+        stream, outs = x.expand(len(rows), -1, -1), []
+        for block in model.transformer.h[first:end]:
+            stream = block(stream, (model.cos[:T], model.sin[:T]), outs)
+        found.append(measure(stream, outs))
     for layer in scales:
         saes[layer].steer = None
     return torch.cat(found)
@@ -82,13 +78,10 @@ def explain(model, tokens, layers, end, measure):
     if len(fires) > MOST:
         features = promising(model, idx, fires, layers, end, measure)
     base = run_scaled(model, idx, kept(model, layers, [[]]), end, measure).item()
-    effects = []
-    for layer in sorted({layer for layer, _ in features}): # only what lies above it runs again
-        own = [feature for feature in features if feature[0] == layer]
-        without = kept(model, [layer], [[feature] for feature in own])
-        changes = run_scaled(model, idx, without, end, measure) - base
-        effects += [(change, *feature, fires[feature])
-                    for change, feature in zip(changes.tolist(), own)]
+    without = kept(model, layers, [[feature] for feature in features])
+    changes = run_scaled(model, idx, without, end, measure) - base
+    effects = [(change, *feature, fires[feature])
+               for change, feature in zip(changes.tolist(), features)]
     effects.sort(key=lambda effect: effect[0])
     pro = [effect for effect in effects[:TOGETHER] if effect[0] < 0]
     con = [effect for effect in effects[::-1][:TOGETHER] if effect[0] > 0]
@@ -152,26 +145,15 @@ def why_feature(model, tokens, layer, f):
 def loss_changes(model, layer, tokens, features, which, where):
     """tokens (T,), n features of a block, which (P,) of 0..n-1, where (P,) of 0..T-2 -> (P,): how
     the loss of the token after where[p] changes without features[which[p]], in nats."""
-    idx, sae = torch.from_numpy(tokens).to(device_of(model)), model.saes()[layer]
-    # at attn the MLP reads what the SAE writes; post hoc y has each token's length: run the block
-    if sae.site.hook == 'attn' or sae.posthoc:
-        scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
-        x = run_scaled(model, idx[None], scales, layer + 1, lambda x, _: x)  # (1 + n, T, C)
-    else:                                # what features write is only added to the stream
-        x, out = model.blocks(idx[None], layer + 1)
-        f = torch.tensor(features, device=idx.device)
-        acts = (out.values[-1] * (out.indices[-1] == f[:, None, None])).sum(-1)          # (n, T)
-        removed = sae.alpha * acts[..., None] * model.writes(layer)[f, None]
-        x = torch.cat((x, x - removed))                                      # (1 + n, T, C)
-    chunks = x.split(max(1, AT_ONCE // len(idx)))
-    x = torch.cat([go_on(model, rows, layer + 1)[0] for rows in chunks])
-    which, where = (torch.from_numpy(a).to(idx.device) for a in (which, where))
+    idx = torch.from_numpy(tokens).to(device_of(model))
+    scales = kept(model, [layer], [[], *([(layer, f)] for f in features)])
+    x = run_scaled(model, idx[None], scales, model.config.n_layer, lambda x, _: x)
 
     def losses(run):                     # run (P,): 0 is the model as it is, 1 + i lacks feature i
-        logits = logits_of(model, x[run, where])                             # (P, V)
+        logits = logits_of(model, x[run, where])             # x (1 + n, T, C), logits (P, V)
         return cross_entropy(logits, idx[where + 1], reduction='none')
 
-    return (losses(which + 1) - losses(torch.zeros_like(which))).cpu().numpy()
+    return (losses(which + 1) - losses(0 * which)).cpu().numpy()
 
 def removal_effect(model, scan, f, n, seed):
     """The change of the next token's loss, in nats, when a feature is taken away, at n of the
