@@ -78,24 +78,18 @@ def scan_val(run, wanted, key):
 @torch.no_grad()
 def writing(model, layer):
     """Of the features of a block's SAE: up, down (F, 10), the next tokens that each promotes and
-    suppresses; near (F, 5), the features that write most like it; and up_value, down_value, in
-    logits a unit of activation, near_value, a cosine."""
+    suppresses; near (F, 6), the features that write most like it, itself among them; and up_value,
+    down_value, in logits a unit of activation, near_value, a cosine."""
     wte = model.transformer.wte.weight[:model.config.vocab_size].float()     # (V, C)
     writes = model.writes(layer).float()                                     # (F, C)
-    unit = normalize(writes, dim=-1)
-    found = dict(up=[], down=[], near=[])
-    for rows in torch.arange(len(writes), device=writes.device).split(1024):
-        logits = writes[rows] @ wte.T                                        # (rows, V)
-        cosine = unit[rows] @ unit.T                                         # (rows, F)
-        cosine[torch.arange(len(rows)), rows] = -2                           # itself
-        found['up'].append(logits.topk(min(10, len(wte))))
-        found['down'].append(logits.topk(min(10, len(wte)), largest=False))
-        found['near'].append(cosine.topk(min(5, len(writes) - 1)))
-    arrays = {}
-    for name, tops in found.items():
+    unit, found = normalize(writes, dim=-1), {}
+    for name, a, b, n in (('up', writes, wte, 10), ('down', -writes, wte, 10),
+                          ('near', unit, unit, 6)):
+        tops = [(rows @ b.T).topk(min(n, len(b))) for rows in a.split(1024)]
         values, indices = map(torch.cat, zip(*tops))
-        arrays |= {name: indices.int().cpu().numpy(), f'{name}_value': values.cpu().numpy()}
-    return arrays
+        found |= {name: indices.int().cpu().numpy(), f'{name}_value': values.cpu().numpy()}
+    found['down_value'] *= -1
+    return found
 
 def concepts(count, N, pairs, tokens, names):
     """
@@ -129,23 +123,23 @@ def concepts(count, N, pairs, tokens, names):
         stem = names[token[pair]].strip().lower()[:5]
         stems.setdefault(f[pair], {}).setdefault(stem, pair)
     words = np.full((len(count), 8), -1, np.int32)
-    coherence = np.full(len(count), np.nan, np.float32)
-    told, several = np.zeros((2, len(count)), np.float32)
+    coherence, concept = np.full((2, len(count)), np.nan, np.float32)
     for feature, by_stem in stems.items():
         best = list(by_stem.values())[:8]
         words[feature, :len(best)] = token[best]
-        told[feature] = score[best].sum() / count[feature]
+        if len(best) < 4:
+            continue
+        present = np.stack(list(map(windows_with, token[best]))).astype(np.float32)
+        both = present @ present.T / len(present[0])                         # (n, n)
+        alone = both.diagonal()
+        with np.errstate(divide='ignore', invalid='ignore'):
+            npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
+        npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
+        coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
+        told = score[best].sum() / count[feature]
         share = times[best] / times[best].sum()
-        several[feature] = np.exp(-(share * np.log(share)).sum())
-        if len(best) >= 4:
-            present = np.stack(list(map(windows_with, token[best]))).astype(np.float32)
-            both = present @ present.T / len(present[0])                     # (n, n)
-            alone = both.diagonal()
-            with np.errstate(divide='ignore', invalid='ignore'):
-                npmi = np.log(both / np.outer(alone, alone)) / -np.log(both)
-            npmi = np.where(both == 0, -1, np.where(both == 1, 1, npmi))
-            coherence[feature] = npmi[np.triu_indices(len(best), 1)].mean()
-    concept = (1 + coherence) * told ** 2 * several ** 0.5
+        several = np.exp(-(share * np.log(share)).sum())
+        concept[feature] = (1 + coherence[feature]) * told ** 2 * several ** 0.5
     return dict(words=words, coherence=coherence, concept=concept)
 
 def coherence_curve(scan, timeline):
@@ -182,18 +176,14 @@ def words_of(scan, f):
     return ', '.join(safe(scan.names[token]).strip() for token in scan.words[f] if token >= 0)
 
 def read_index(arrays):
-    """The arrays of scan_val -> {block: the scan of its SAE}, in which each array is an attribute.
-    Added: layer, and first (F,): where in order a feature begins. {} for none, or an older one."""
+    """The arrays of scan_val -> {block: the scan of its SAE}, in which each array is an attribute,
+    and layer is one. {} for none, or an older one."""
     meta = json.loads(str(arrays.get('meta', '{}')))
     if meta.get('version') != VERSION:
         return {}
     meta['names'] = [text.encode('latin-1') for text in meta['names']]
-    index = {}
-    for layer in meta['layers']:
-        own = of_layer(arrays, layer)
-        own['first'] = np.cumsum(own['count']) - own['count']
-        index[layer] = SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta, **own)
-    return index
+    return {layer: SimpleNamespace(layer=layer, tokens=arrays['tokens'], **meta,
+                                   **of_layer(arrays, layer)) for layer in meta['layers']}
 
 def open_index(out_dir, dataset, device, scan_tokens):
     """read_index of out_dir/index.npz, after a scan where there is none that fits. dataset '' is
@@ -246,7 +236,8 @@ def fires_on(scan, f):
 
 def firings(scan, f):
     """Where a feature fires: positions (P,), ascending, and activations (P,)."""
-    slots = scan.order[scan.first[f]:scan.first[f] + scan.count[f]]
+    begin = scan.count[:f].sum()
+    slots = scan.order[begin:begin + scan.count[f]]
     return slots.astype(np.int64) // scan.K, scan.values.reshape(-1)[slots]
 
 def joint(scan, where):
@@ -290,7 +281,7 @@ def feature_numbers(scan, f, seed):
         max=largest, mean=float(acts.mean()) if count else 0.0,
         entropy=float(scan.entropy[f]) if count else None, fires_on=fires_on(scan, f),
         up=zipped(scan.up[f], scan.up_value[f]), down=zipped(scan.down[f], scan.down_value[f]),
-        near=zipped(scan.near[f], scan.near_value[f]),
+        near=[pair for pair in zipped(scan.near[f], scan.near_value[f]) if pair[0] != f][:5],
         hist=np.histogram(acts, BINS, (0, largest or 1))[0].tolist(), intervals=intervals,
         joint=zipped(together, share[together]),
         top=contexts(scan, where, acts, strongest_first, TOP),
@@ -330,15 +321,13 @@ def find(scan, pattern):
         if scan.tokens[start] == scan.eot:
             pieces[0], before = b'', ''
         after = '\0' if end % scan.T == 0 else ''            # else an end-of-text token is there
-        ends = len(before) + np.cumsum([len(piece) for piece in pieces]) # of the tokens, in bytes
+        owner = np.repeat(np.arange(start, end), list(map(len, pieces)))     # of each byte: a token
         text = before + b''.join(pieces).decode('utf-8', 'surrogateescape') + after
         for match in pattern.finditer(text, len(before)):
-            begin, stop = n_bytes(text[:match.start()]), n_bytes(text[:match.end()])
-            stop = min(stop, ends[-1])                       # without what stands for the unknown
-            if begin < stop:
-                first, last = start + np.searchsorted(ends, (begin, stop - 1), 'right')
-                inside[first:last + 1] = True
-                recalled[scan.features[first:last + 1]] += 1 # once each, however often it fires
-                n += 1
+            begin, stop = (n_bytes(text[len(before):at]) for at in match.span())
+            tokens = np.unique(owner[begin:stop])            # none of what stands for the unknown
+            inside[tokens] = True
+            recalled[scan.features[tokens]] += 1             # once each, however often it fires
+            n += len(tokens) > 0
     hits = np.bincount(scan.features[inside].reshape(-1), minlength=scan.F + 1)[:scan.F]
     return hits / np.maximum(1, scan.count), recalled[:scan.F] / max(1, n), n, int(inside.sum())
