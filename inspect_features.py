@@ -27,7 +27,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,9 +47,9 @@ from features import (SETTLED, caption, encode, feature_timeline, open_run, open
 from measures import pooled_codes, probe, read_labels
 from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
                       in_order, open_index, overview_numbers, words_of)
-from terminal import (BARS, RANKED, SHADES, bold, captions, dim, feature_table, heading, level,
-                      line, name, number, one_line, paragraph, percent, ranked, screen, show,
-                      spark, sparklines, table_of)
+from terminal import (BARS, SHADES, bold, captions, dim, feature_table, heading, level, line,
+                      listing, name, number, one_line, paragraph, percent, screen, show, spark,
+                      sparklines, table_of)
 
 DEFAULTS = dict(
     out_dir='out',       # a run of train.py
@@ -109,11 +108,6 @@ class Options(SimpleNamespace):
     """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
     @cached_property
-    def labels(self):
-        """Labels and texts of --probe, read once: it may be a pipe."""
-        return read_labels(self.probe)
-
-    @cached_property
     def index(self):
         return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
 
@@ -170,14 +164,12 @@ def overview(scan, options):
     yield (f"\n  live {d['live']:,} ({percent(d['live'] / scan.F)}) · dead {d['dead']:,} · "
            f"L0 {d['l0']:.2f} · FVU {d['fvu']:.3f}")
     yield dim("  L0: features active a token; FVU: share of variance not kept")
+    yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
+    yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
+    yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
     if d['live']:
-        density, bits = scan.count[live] / scan.N, scan.entropy[live]
-        low, median, high = map(percent, np.percentile(density, (10, 50, 90)))
-        yield f"  density        |{spark(d['densities'])}| 0.0001 to 100 %, log scale"
-        yield dim(f"    median {median}, the middle 80 % from {low} to {high};")
-        yield dim(f"    the busiest 1 % of the features do {percent(d['busiest'])} of all firing")
-        yield f"  token entropy  |{spark(d['entropies'])}| 0 to {d['top_entropy']} bits"
-        yield dim(f"    median {np.median(bits):.2f}, highest {bits.max():.2f}")
+        density, bits = np.median(scan.count[live]) / scan.N, np.median(scan.entropy[live])
+        yield dim(f"    median {bits:.2f} bits, of the density {percent(density)}")
     named = by_concept(scan)[:options.rows]
     if named:
         note = 'words that tell, and keep company: coherence, density, words, contexts'
@@ -197,17 +189,13 @@ def overview(scan, options):
             ('Most word-like', f'lowest {of}; one a token', words),
             ('Most abstract', f'highest token {of}', known[::-1]),
             ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
-        rows = [(scan, f, *ranked(scan, f)) for f in features[:options.rows]]
-        yield from feature_table(title, note, RANKED, rows)
-    some = [f'F{f}' for f in np.flatnonzero(~live)[:options.rows]]
-    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens")
-    yield f"  {' '.join(some) or 'none'}{' ...' if len(some) < d['dead'] else ''}"
-    if len(known):
-        yield heading('Next')
-        some = named[0] if named else known[0]
-        yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
-                   f"--feature={name(scan, some)}", overflow='ignore')
-        yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
+        yield from listing(title, note, scan, features[:options.rows])
+    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens, the first of them")
+    yield '  ' + ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
+    yield heading('Next')
+    yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
+               f"--feature={name(scan, [*named, *known, 0][0])}", overflow='ignore')
+    yield dim('  or --prompt="text" --why=true, --find="regex", --timeline=true, --html=a.html')
 
 def feature_view(scan, f, options):
     d = options.numbers(scan, f)
@@ -233,8 +221,6 @@ def feature_view(scan, f, options):
                                     "positions where it fires")
         yield (f"  mean {e['mean']:+.4f} nats (standard error {e['std'] / e['n'] ** 0.5:.4f}), "
                f"standard deviation {e['std']:.4f}")
-    elif options.effect:
-        yield heading('Without it', 'it fires at no position that has a next token')
     if d['timeline']:
         yield from sparklines(d['timeline'])
     if live:
@@ -328,31 +314,25 @@ def plot_view(options):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
-    warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
-    columns = []
     if options.feature:
-        for scan, f in options.features('feature'):
-            t = feature_timeline(options.timeline_of(scan), f)
-            said = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
-            columns.append((name(scan, f), t['steps'], t['curves'], said))
+        shown = {name(scan, f): feature_timeline(options.timeline_of(scan), f)
+                 for scan, f in options.features('feature')}
     else:
+        shown = {}
         for scan in options.of_layer(options.index):
             t = options.timeline_of(scan)
             curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
-            columns.append((f'SAE of block {t.layer}', t.steps, curves, [''] * len(t.steps)))
-    figure = Figure((5 * len(columns) + 1, 9), layout='constrained')
-    grid = figure.subplots(4, len(columns), sharex='col', squeeze=False)     # of four curves each
-    for (title, steps, curves, said), axes in zip(columns, grid.T):
+            shown[f'SAE of block {t.layer}'] = dict(steps=t.steps, curves=curves)
+    figure = Figure((5 * len(shown) + 1, 9), layout='constrained')
+    grid = figure.subplots(4, len(shown), sharex='col', squeeze=False)       # of four curves each
+    for (title, t), axes in zip(shown.items(), grid.T):
         axes[0].set_title(title)
-        for axis, (label, values) in zip(axes, curves.items()):
-            axis.plot(steps, values, marker='.')
+        axes[-1].set_xlabel('step')
+        for axis, (label, values) in zip(axes, t['curves'].items()):
+            axis.plot(t['steps'], values, marker='.')
             axis.set_ylabel(label.replace(', ', '\n'))
-        stages = np.linspace(0, len(steps) - 1, 5).round().astype(int)
-        axes[-1].set_xticks([steps[i] for i in stages],
-                            [f'{steps[i]:,}\n{said[i]}' for i in stages], parse_math=False)
-        axes[-1].set_xlabel('step' + ', and what it fires on' * bool(options.feature))
     figure.savefig(options.plot)
-    yield f'timeline of {", ".join(column[0] for column in columns)} -> {options.plot}'
+    yield f'timeline of {", ".join(shown)} -> {options.plot}'
 
 def why_numbers(options):
     """The numbers of --why=true: those of why_token, and answer, its target as text."""
@@ -368,7 +348,6 @@ def why_view(options):
     yield heading('Likeliest next tokens')
     yield line('  ', '  '.join(f'{caption(options.run.names[token])} {percent(p)}'
                                for token, p in d['likeliest']))
-    yield ''
 
 def why_feature_view(scan, f, options):
     if scan.layer == min(options.index):
@@ -433,10 +412,7 @@ def trace_view(scan, f, options):
 
 def sorted_view(scan, options):
     some = in_order(scan, options.sort)[:options.rows]
-    rows = [(bold(name(scan, f)), f'{scan.coherence[f]:.2f}'.replace('nan', '-'),
-             *ranked(scan, f)[1:], words_of(scan, f) or captions(scan, f)) for f in some]
-    yield heading(f'SAE of block {scan.layer}', f'live features by {options.sort}')
-    yield table_of(('feature', 'coherence', 'entropy', 'density', 'words, or fires on'), rows)
+    yield from listing(f'SAE of block {scan.layer}', f'live features by {options.sort}', scan, some)
 
 def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
@@ -451,26 +427,26 @@ def find_view(scan, options):
     if not rows:
         yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
-def probe_view(scan, options):
-    labels, texts = options.labels
-    y = np.array(labels, object)
-    yield bold(f'Probe of block {scan.layer}: {len(y):,} texts of {len(set(y))} labels')
+def probe_view(options):
+    labels, texts = read_labels(options.probe)               # before a scan may be needed
+    y, note = np.array(labels, object), 'k=1, first split'
+    yield bold(f'Probe: {len(y):,} texts of {len(set(y))} labels')
     yield dim('held-out accuracy in % of a logistic regression on the k best of mean codes (A: '
               'ranked unscaled); one label against the rest, chance 50; ± over 3 splits')
-    pooled = pooled_codes(options.run, scan.layer, texts, options.seed)
-    width = pooled['channels'].shape[1]                      # with as many, all channels
-    columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
-    found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
-    rows = []
-    for code, (scores, _) in found.items():
-        means = [100 * score.mean(0) for score in scores.values()]           # (splits,) each
-        rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
-    yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
-    scores, best = found['features']
-    rows = [(scan, f, f'{100 * score:.1f} %', caption(label.encode()))
-            for (label, f), score in zip(best.items(), scores['B', 1][:, 0])]
-    note = 'k=1, first split'
-    yield from feature_table('The best feature of each label', note, ('alone', 'label'), rows)
+    for scan in options.of_layer(options.index):
+        pooled, rows = pooled_codes(options.run, scan.layer, texts, options.seed), []
+        width = pooled['channels'].shape[1]                  # with as many, all channels
+        columns = [('B', 1), ('B', 5), ('B', 20), ('B', width), ('A', 1)]
+        found = {code: probe(X, y, options.seed, columns) for code, X in pooled.items()}
+        for code, (scores, _) in found.items():
+            means = [100 * score.mean(0) for score in scores.values()]       # (splits,) each
+            rows.append((code, *(f'{score.mean():.1f} ±{score.std():.1f}' for score in means)))
+        yield heading(f'SAE of block {scan.layer}')
+        yield table_of(('code', 'k=1', 'k=5', 'k=20', f'k={width}', 'A, k=1'), rows)
+        scores, best = found['features']
+        rows = [(scan, f, f'{100 * score:.1f} %', caption(label.encode()))
+                for (label, f), score in zip(best.items(), scores['B', 1][:, 0])]
+        yield from feature_table('The best feature of each label', note, ('alone', 'label'), rows)
 
 # ---------------------------------------------------------------------------------- HTML and export
 
@@ -541,7 +517,7 @@ VIEWS = {
     'html prompt why': (page, None),
     'html sort': (page, None),
     'plot': (plot_view, None),
-    'probe': (probe_view, 'index'),
+    'probe': (probe_view, None),
     'prompt': (prompt_view, 'index'),
     'prompt why': (why_view, None),
     'sort': (sorted_view, 'index'),
@@ -559,8 +535,7 @@ def parts(view, each, options):
         subjects = options.features(each)
     for subject in subjects:
         yield from view(*subject, options)
-        if each:
-            yield ''
+        yield ''
 
 def look(options):
     """Shows what the options ask for."""
@@ -571,8 +546,6 @@ def look(options):
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
                          "takes prompt")
-    if options.probe:
-        options.labels                       # before a scan: a bad file is said at once
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")

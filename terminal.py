@@ -8,12 +8,12 @@ import os
 import re
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from features import caption, pieces
-from scanning import fires_on
+from scanning import fires_on, words_of
 
 def screen():
     """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
@@ -23,9 +23,7 @@ def screen():
 def show(console, parts):
     """Prints what a view yields, without the spaces with which rich fills its tables."""
     with console.capture() as capture:
-        for part in parts: # what a Text says of wrapping rich forgets
-            console.print(part, crop=False, no_wrap=getattr(part, 'no_wrap', None),
-                          overflow=getattr(part, 'overflow', None))
+        console.print(Group(*parts), crop=False) # a group keeps what a Text says of wrapping
     print(re.sub(' +$', '', capture.get(), flags=re.M), end='')
 
 BARS = ' ▁▂▃▄▅▆▇█'
@@ -96,13 +94,13 @@ def feature_table(title, note, columns, rows):
     table = table_of(('feature', *columns, 'fires on'), rows)
     return [heading(title, note), table] if rows else []
 
-RANKED = ('rank', 'entropy', 'density')
-
-def ranked(scan, f):
-    """The cells of RANKED."""
-    if not scan.count[f]:
-        return '-', '-', percent(0)
-    return f'{scan.rank[f]}', f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N)
+def listing(title, note, scan, features):
+    """A line of numbers for each of some live features of one SAE."""
+    rows = [(bold(name(scan, f)), f'{scan.coherence[f]:.2f}'.replace('nan', '-'),
+             f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N),
+             words_of(scan, f) or captions(scan, f)) for f in features]
+    columns = 'feature', 'coherence', 'entropy', 'density', 'words, or fires on'
+    return [heading(title, note), table_of(columns, rows)]
 
 def level(act, largest):
     """The eighth of the largest activation, from 1 on."""
