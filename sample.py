@@ -17,13 +17,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from rich.cells import set_cell_size
-from rich.table import Column, Table
+from rich.table import Table
 
 import configurator
 from features import (autocast, caption, dense, device_of, encode, load_npz, open_run,
                       parse_feature, prompt_text, read, safe, strongest)
-from terminal import screen
+from terminal import screen, show, table_of
 
 DEFAULTS = dict(
     out_dir='out',
@@ -37,7 +36,7 @@ DEFAULTS = dict(
     seed=1337,            # of the first text
     show_features=0,      # so many features beside each token, for each SAE layer
     steer=[],             # see above
-    compare=False,        # steered and unsteered text side by side
+    compare=False,        # the unsteered text before the steered ones
     device='auto',        # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )
 
@@ -127,36 +126,29 @@ def measure(model, tokens, n_prompt, features):
 
 # ----------------------------------------------------------------------------------------- showing
 
-def print_columns(left, right):
-    """Two texts side by side, in 80 columns whatever characters they hold."""
-    columns = Column(width=39, overflow='fold'), Column(width=37, overflow='fold')
-    table = Table.grid(*columns, padding=(0, 2, 0, 0))
-    table.add_row(left, right)
-    screen().print(table)
-
-def print_features(model, tokens, names, n):
+def features_of(model, tokens, names, n):
     """For each token and SAE layer the n features with the largest activations, in size."""
     _, values, indices = read(model, tokens)
+    table = Table.grid(padding=(0, 2, 0, 0))
     for t, token in enumerate(tokens):
-        head = f"{t:5d}  {set_cell_size(caption(names[token]), 14)} "
+        head = f'{t:5d}', caption(names[token])
         for s, i in enumerate(model.saes()):
             cells = [f"L{i}.F{f} {a:.2f}" for f, a in strongest(values[s, t], indices[s, t], n)]
-            cells = cells or [f"L{i}: none fires"]
-            for j in range(0, len(cells), 3):
-                print(head + ''.join(f"{cell:19}" for cell in cells[j:j + 3]).rstrip())
-                head = ' ' * 22
+            cells = ''.join(f'{cell:18}' for cell in cells)
+            table.add_row(*head, cells or f"L{i}: none fires")
+            head = '', ''
+    return table
 
-def print_table(scores, features):
+def table_of_scores(scores, features):
     """scores {label: [what measure() returns, one a sample]}: a line of means for each label."""
-    print("\nloss and firing on the sampled tokens, read by the unsteered model:")
-    width = max(map(len, scores)) + 2
-    print(f"{'':{width}}    loss" + ''.join(f"{f'L{i}.F{f}':>13}" for i, f in features))
-    for label, rows in scores.items():
-        loss, *shares = np.mean(rows, axis=0)
-        print(f"{label:{width}}{loss:8.3f}" + ''.join(f"{100 * x:11.1f} %" for x in shares))
+    rows = []
+    for label, found in scores.items():
+        loss, *shares = np.mean(found, axis=0)
+        rows.append((label, f'{loss:.3f}', *(f'{100 * share:.1f} %' for share in shares)))
+    return table_of(('label', 'loss', *(f'L{i}.F{f}' for i, f in features)), rows)
 
 def write_samples(options):
-    given, steer = prompt_text(options), options.steer
+    given, steer, console = prompt_text(options), options.steer, screen()
     run = open_run(options.out_dir, device=options.device,
                    for_features=bool(steer or options.show_features))
     model, prompt, eot = run.model, encode(run, given), run.meta['eot']
@@ -165,7 +157,6 @@ def write_samples(options):
     steered = list(dict.fromkeys(edit[:2] for edit in versions[0][1])) # each once
     for i, f in steered:
         print(f"L{i}.F{f}, {model.saes()[i].site.place} {i}:\n  {usual_activation(run, i, f)}")
-    measured = options.compare or len(versions) > 1
     if options.compare:
         versions = [('unsteered', []), *versions]
     scores = {label: [] for label, _ in versions}
@@ -173,22 +164,17 @@ def write_samples(options):
         for label, edits in versions:
             tokens = sample(model, prompt, options, seed, edits, eot if options.stop else None)
             text = safe(b''.join(run.names[token] for token in tokens[begins:]), keep='\n\t')
-            if options.compare and not edits:
-                unsteered = text
-            elif options.compare:
-                print(f"\n--- seed {seed} ---")
-                print_columns(f"unsteered\n\n{unsteered}", f"{label}\n\n{text}")
-            elif steer or options.num_samples > 1:
-                print(f"\n--- seed {seed}, {label} ---\n{text}")
-            else:
-                print(text)
-            if measured:
+            if steer or options.num_samples > 1:
+                print(f"\n--- seed {seed}, {label} ---")
+            print(text)
+            if steer:
                 scores[label].append(measure(model, tokens, len(prompt), steered))
             if options.show_features: # what the unsteered model sees in it, like the numbers
                 print(f"\nstrongest features of the text of seed {seed}, {label}:")
-                print_features(model, tokens, run.names, options.show_features)
-    if measured:
-        print_table(scores, steered)
+                show(console, [features_of(model, tokens, run.names, options.show_features)])
+    if steer:
+        print("\nloss and firing on the sampled tokens, read by the unsteered model:")
+        show(console, [table_of_scores(scores, steered)])
 
 def main(argv):
     options = configurator.configure(DEFAULTS, argv, problems)

@@ -156,7 +156,7 @@ def test_stop_at_the_end_of_a_text(capsys, run):
 
 @pytest.mark.parametrize('compare', (False, True))
 def test_sweep(compare, capsys, run):
-    """Texts side by side, or below each other; a table of means, where only active slots count."""
+    """Texts below each other; a table of means, where only active slots count."""
     model = make_model()
     _, values, indices = features.read(model, sample.sample(model, [EOT, 97], SETTINGS, 1337))
     f = indices[1, 2:][values[1, 2:] == 0][0].item()
@@ -171,13 +171,9 @@ def test_sweep(compare, capsys, run):
             losses.append(cross_entropy(logits[1:-1], torch.tensor(tokens[2:])).item())
             fires += (code[1, 2:, f] != 0).tolist()
         numbers = f'{np.mean(losses):.3f} +{100 * np.mean(fires):.1f} %'
-        assert re.search(rf'^{label} +{numbers}$', out, re.M)
-    if compare:
-        assert len(re.findall(rf'unsteered +L2\.F{f}=', out)) == 4
-        assert max(map(cell_len, out.splitlines())) <= 80
-    else:
-        assert out.count(f', L2.F{f}=4 ---') == 2
-        assert printed(capsys, run, '--prompt=a') in out # strength 0 changes nothing
+        assert re.search(rf'^ +{label} +{numbers}$', out, re.M)
+    assert out.count(f', L2.F{f}=4 ---') == 2 and out.count(', unsteered ---') == 2 * compare
+    assert printed(capsys, run, '--prompt=a') in out # strength 0 changes nothing
 
 def test_usual_activation(capsys, run):
     path, arrays = run / 'features/0000007.npz', {'L2.count': [5] * 9, 'L2.mean': [2.5] * 9}
@@ -198,7 +194,6 @@ def test_hostile_text(capsys, run):
         out = printed(capsys, run, *args, *more)
         assert all(c in '\n\t' or unicodedata.category(c)[0] != 'C' for c in out)
         assert more or '\u241b[31m[red][/x]:smile:<U+202E><U+200D>宽' in out
-    assert max(map(cell_len, out.splitlines())) <= 80 # of the two columns
 
 # ------------------------------------------------------------------------------------------- errors
 
