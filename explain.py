@@ -68,12 +68,10 @@ def explain(model, tokens, layers, end, measure):
     idx = torch.tensor([tokens], device=device_of(model))                    # (1, T)
     _, out = model.blocks(idx, max(layers) + 1)
     fires = {}                           # {(block, f): [(position, activation), ...]}
-    values, indices = out.values[:, 0].cpu(), out.indices[:, 0].cpu()        # (S, T, K)
-    blocks = list(model.saes())
-    for s, t, k in values.nonzero().tolist():
-        if blocks[s] in layers:
-            feature = blocks[s], indices[s, t, k].item()
-            fires.setdefault(feature, []).append((t, values[s, t, k].item()))
+    for layer, values, indices in zip(model.saes(), out.values[:, 0], out.indices[:, 0]):
+        for t, k in values.nonzero().tolist() if layer in layers else []:
+            place = t, values[t, k].item()
+            fires.setdefault((layer, indices[t, k].item()), []).append(place)
     features = list(fires)
     if len(fires) > MOST:
         features = promising(model, idx, fires, layers, end, measure)

@@ -122,7 +122,7 @@ class Options(SimpleNamespace):
     @cached_property
     def prompt_tokens(self):
         """Of the prompt: [(token, {block: its --top strongest features})]."""
-        model, tokens = self.run.model, encode(self.run, prompt_text(self))
+        model, tokens = self.run.model, encode(self.run, self.prompt)
         _, values, indices = read(model, tokens)             # (S, n, K) both
         return [(token, {layer: strongest(values[s, t], indices[s, t], self.top)
                          for s, layer in enumerate(model.saes())})
@@ -338,7 +338,7 @@ def why_numbers(options):
     """The numbers of --why=true: those of why_token, and answer, its target as text."""
     layers, run = [scan.layer for scan in options.of_layer(options.index)], options.run
     target = run.tokenizer.encode(options.target, allowed_special='all')
-    d = explain.why_token(run.model, encode(run, prompt_text(options)), target, layers)
+    d = explain.why_token(run.model, encode(run, options.prompt), target, layers)
     return d | dict(answer=caption(b''.join(run.names[token] for token in d['target'])))
 
 def why_view(options):
@@ -405,23 +405,25 @@ def trace_view(scan, f, options):
     for title, note, score in (('Fires with', 'positions with both / either', share),
                                ('Causes', 'without it these are weaker', change),
                                ('Holds down', 'without it these are stronger', -change)):
-        some = [g for g in np.argsort(-score, kind='stable')[:options.rows] if score[g] > 0]
         rows = [(above, g, f'{share[g]:.3f}', f'{as_it_is[g]:.4f}', f'{without[g]:.4f}')
-                for g in some]
+                for g in best(score, options.rows)]
         yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
 def sorted_view(scan, options):
     some = in_order(scan, options.sort)[:options.rows]
     yield from listing(f'SAE of block {scan.layer}', f'live features by {options.sort}', scan, some)
 
+def best(score, n):
+    """The n features of the largest score (F,), if it is above 0."""
+    return [f for f in np.argsort(-score, kind='stable')[:n] if score[f] > 0]
+
 def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
     precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
     f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
     yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
-    some = [f for f in np.argsort(-f1, kind='stable')[:options.rows] if f1[f] > 0]
     rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-             f'{f1[f]:.3f}') for f in some]
+             f'{f1[f]:.3f}') for f in best(f1, options.rows)]
     note = 'precision: its firings in a match; recall: matches where it fires'
     yield from feature_table('Features', note, ('fires', 'precision', 'recall', 'F1'), rows)
     if not rows:
@@ -459,7 +461,7 @@ def page(options):
     texts = lambda some: [(words[token], x) for token, x in some]
     if options.feature:
         features = options.features('feature')
-    elif options.prompt or options.prompt_file:
+    elif options.prompt:
         prompt = options.prompt_tokens
         seen = {(scan.layer, f) for scan in scans for _, by_layer in prompt
                 for f, _ in by_layer[scan.layer]}
@@ -508,15 +510,8 @@ VIEWS = {
     '': (overview, 'index'),
     'export': (export, None),
     'feature': (feature_view, 'feature'),
-    'feature html': (page, None),
-    'feature plot': (plot_view, None),
     'feature timeline': (feature_timeline_view, 'feature'),
     'find': (find_view, 'index'),
-    'html': (page, None),
-    'html prompt': (page, None),
-    'html prompt why': (page, None),
-    'html sort': (page, None),
-    'plot': (plot_view, None),
     'probe': (probe_view, None),
     'prompt': (prompt_view, 'index'),
     'prompt why': (why_view, None),
@@ -525,23 +520,15 @@ VIEWS = {
     'trace': (trace_view, 'trace'),
     'why': (why_feature_view, 'why'),
 }
-
-def parts(view, each, options):
-    """All that a view yields to be printed."""
-    subjects = [()]
-    if each in ('index', 'timelines'):
-        subjects = [(sae,) for sae in options.of_layer(getattr(options, each))]
-    elif each:
-        subjects = options.features(each)
-    for subject in subjects:
-        yield from view(*subject, options)
-        yield ''
+for names in 'html', 'feature html', 'html prompt', 'html prompt why', 'html sort':
+    VIEWS[names] = page, None
+for names in 'plot', 'feature plot', 'plot timeline', 'feature plot timeline':
+    VIEWS[names] = plot_view, None
 
 def look(options):
     """Shows what the options ask for."""
-    given = vars(options) | dict(prompt=options.prompt or options.prompt_file,
-                                 timeline=options.timeline and not options.plot)
-    names = sorted(key for key in set(' '.join(VIEWS).split()) if given[key])
+    options.prompt = prompt_text(options)
+    names = sorted(key for key in set(' '.join(VIEWS).split()) if getattr(options, key))
     if ' '.join(names) not in VIEWS:
         raise ValueError(f"{' and '.join(names)} do not go together: choose one view; html takes "
                          "feature, prompt or sort beside it, timeline and plot take feature, why "
@@ -549,7 +536,14 @@ def look(options):
     if (options.timeline or options.plot) and not options.timelines:
         raise ValueError(f"there are no snapshots in {options.out_dir}/features: train.py writes "
                          "one at each eval")
-    show(options.console, parts(*VIEWS[' '.join(names)], options))
+    view, each = VIEWS[' '.join(names)]
+    subjects = [()]
+    if each in ('index', 'timelines'):
+        subjects = [(sae,) for sae in options.of_layer(getattr(options, each))]
+    elif each:
+        subjects = options.features(each)
+    for subject in subjects:
+        show(options.console, [*view(*subject, options), ''])
 
 def main(argv):
     options = configurator.configure(DEFAULTS, argv, problems)

@@ -196,12 +196,9 @@ def open_index(out_dir, dataset, device, scan_tokens):
     if index:
         scan = index[min(index)]
         why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
-        if scan_tokens in (scan.wanted, 0):
-            if not key and dataset in (scan.dataset, ''):
-                say(f"note: no checkpoint in {out_dir} that can be read; {why}")
-                return index
-            if key == scan.key and is_of(scan, dataset or scan.trained_on):
-                return index
+        kept = is_of(scan, dataset or scan.trained_on) if key else dataset in (scan.dataset, '')
+        if scan_tokens in (scan.wanted, 0) and key in (scan.key, []) and kept:
+            return index
     run = open_run(out_dir, dataset, device)
     wanted = scan_tokens or (1_048_576 if device_of(run.model).type == 'cuda' else 131_072)
     say(f"{why}: reading {wanted:,} tokens of val, once; later views use these")
