@@ -190,8 +190,8 @@ def overview(scan, options):
             ('Most abstract', f'highest token {of}', known[::-1]),
             ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
         yield from listing(title, note, scan, features[:options.rows])
-    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens, the first of them")
-    yield '  ' + ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
+    dead = ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
+    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens: {dead}")
     yield heading('Next')
     yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
                f"--feature={name(scan, [*named, *known, 0][0])}", overflow='ignore')
@@ -386,8 +386,6 @@ def effects(d, what, index):
     yield heading('Together', 'taken away at once')
     yield f"  the first {len(d['pro'])} for it   {d['together']:+.4f}"
     yield f"  all features      {d['whole']:+.4f}"
-    if d['together'] < 0 and d['whole'] < 0:
-        yield f"  so these make up {percent(d['together'] / d['whole'])} of all"
     yield dim('  ' + d['passes'].replace(': ', ':\n  '))
 
 def trace_view(scan, f, options):
@@ -426,8 +424,6 @@ def find_view(scan, options):
              f'{f1[f]:.3f}') for f in best(f1, options.rows)]
     note = 'precision: its firings in a match; recall: matches where it fires'
     yield from feature_table('Features', note, ('fires', 'precision', 'recall', 'F1'), rows)
-    if not rows:
-        yield '  no feature fires on any of them' if n else '  no match: nothing to rank'
 
 def probe_view(options):
     labels, texts = read_labels(options.probe)               # before a scan may be needed
@@ -494,13 +490,9 @@ def page(options):
     yield f'features: {len(features):,} -> {options.html}, {len(text) / 1e6:.2f} MB'
 
 def for_page(scan, context):
-    """[text, (text, activation, is it the peak), text, ...], where, times."""
-    parts = ['']
-    for text, act, peak in pieces(scan, context):
-        if act:
-            parts += [(text, float(f'{act:.4g}'), peak), '']
-        else:
-            parts[-1] += text
+    """[text, or (text, activation, is it the peak) where the feature fires, ...], where, times."""
+    parts = [(text, float(f'{act:.4g}'), peak) if act else text
+             for text, act, peak in pieces(scan, context)]
     return parts, context['where'], context['times']
 
 # {the options that choose it, in alphabetical order: (the view, what it is called for)}. It is

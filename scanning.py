@@ -192,16 +192,14 @@ def open_index(out_dir, dataset, device, scan_tokens):
     index = read_index(load_npz(path))
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(Path(out_dir) / 'ckpt.pt') as z:
         key = [item.CRC for item in z.infolist()]            # the content, without reading it
-    why = "no index yet"                                     # or of another version, or torn
-    if index:
+    if index:                                                # and not of another version, or torn
         scan = index[min(index)]
-        why = f"the index is of step {scan.step:,}, {scan.wanted:,} tokens of {scan.dataset}"
         kept = is_of(scan, dataset or scan.trained_on) if key else dataset in (scan.dataset, '')
         if scan_tokens in (scan.wanted, 0) and key in (scan.key, []) and kept:
             return index
     run = open_run(out_dir, dataset, device)
     wanted = scan_tokens or (1_048_576 if device_of(run.model).type == 'cuda' else 131_072)
-    say(f"{why}: reading {wanted:,} tokens of val, once; later views use these")
+    say(f"no index of this yet: reading {wanted:,} tokens of val, once; later views use these")
     arrays = scan_val(run, wanted, key)
     keep(path, arrays)
     return read_index(arrays)
@@ -267,7 +265,7 @@ def feature_numbers(scan, f, seed):
     intervals = []
     for j in reversed(np.unique(eighth).tolist()):
         some = drawn[eighth[drawn] == j][-1:]                # the last: `random` shows the first
-        example, = contexts(scan, where, acts, some, 1) or [None]
+        example, = contexts(scan, f, where[some], 1) or [None]
         intervals.append((j * largest / INTERVALS, (j + 1) * largest / INTERVALS,
                           float(np.mean(eighth == j)), example))
     share = joint(scan, where)                                               # (F,)
@@ -281,26 +279,24 @@ def feature_numbers(scan, f, seed):
         near=[pair for pair in zipped(scan.near[f], scan.near_value[f]) if pair[0] != f][:5],
         hist=np.histogram(acts, BINS, (0, largest or 1))[0].tolist(), intervals=intervals,
         joint=zipped(together, share[together]),
-        top=contexts(scan, where, acts, strongest_first, TOP),
-        random=contexts(scan, where, acts, drawn, RANDOM), words=words_of(scan, f),
+        top=contexts(scan, f, where[strongest_first], TOP),
+        random=contexts(scan, f, where[drawn], RANDOM), words=words_of(scan, f),
         coherence=None if np.isnan(scan.coherence[f]) else float(scan.coherence[f]),
         concept_rank=1 + int((scan.concept > scan.concept[f]).sum()),
         concepts=int((~np.isnan(scan.concept)).sum()))
 
-def contexts(scan, where, acts, peaks, n):
-    """The text around the first peak in each of the first n windows that peaks visit, no further
-    than its window. Those with the same text around the peak are one, counted in `times`. where,
-    acts (P,): the feature's firings; peaks: places in these."""
-    _, firsts = np.unique(where[peaks] // scan.T, return_index=True)
+def contexts(scan, f, peaks, n):
+    """The text around the first peak in each of the first n windows that peaks (P,), positions,
+    visit, no further than its window, with the activations of feature f. Those with the same text
+    around the peak are one, counted in `times`."""
+    _, firsts = np.unique(peaks // scan.T, return_index=True)
     found = {}
-    for at in where[peaks[np.sort(firsts)[:n]]].tolist():
+    for at in peaks[np.sort(firsts)[:n]].tolist():
         window = at // scan.T * scan.T
         begin, end = max(window, at - SIDE), min(window + scan.T, at + SIDE + 1)
         tokens, peak = scan.tokens[begin:end].tolist(), at - begin
-        around = np.zeros(end - begin, np.float32)
-        inside = slice(*np.searchsorted(where, (begin, end)))
-        around[where[inside] - begin] = acts[inside]
-        context = dict(tokens=tokens, acts=around.tolist(), peak=peak, where=at, times=0)
+        acts = np.where(scan.features[begin:end] == f, scan.values[begin:end], 0).sum(1)
+        context = dict(tokens=tokens, acts=acts.tolist(), peak=peak, where=at, times=0)
         found.setdefault(tuple(tokens[max(0, peak - 8):peak + 5]), context)['times'] += 1
     return list(found.values())
 

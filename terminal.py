@@ -54,12 +54,10 @@ def number(x):
 def sparklines(t):
     """A feature over training; t from feature_timeline."""
     steps, settled = t['steps'], t['settled']
-    density, bits, direction, same = t['curves'].values()
     yield heading('Timeline', f'{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
-    yield f'  density        |{spark(density)}| 0 to {percent(max(density))}'
-    yield f'  token entropy  |{spark(bits)}| 0 to {max(bits):.2f} bits'
-    yield f'  direction      |{spark(direction, 1)}| cosine to the end, 0 to 1'
-    yield f'  fires on       |{spark(same, 1)}| cosine of the token counts to the end, 0 to 1'
+    for label, values in t['curves'].items():
+        what, _, unit = label.partition(', ')
+        yield f'  {what:14} |{spark(values)}| 0 to {max(values):.4f} {unit}'
     if settled < len(steps):
         yield ' ' * (18 + settled) + '^'
         yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'

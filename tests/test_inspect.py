@@ -76,7 +76,7 @@ def test_tokens_that_share_a_character_are_one_piece():
         ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
     parts, _, _ = view.for_page(scan, context | dict(where=3, times=1))
-    assert parts == ['x', (' 漢字', -4.0, True), 'y<0xA2><0xE6>z<0xE6>']
+    assert parts == ['x', (' 漢字', -4.0, True), 'y', '<0xA2>', '<0xE6>z', '<0xE6>']
     text, bars = view.paragraph(view.screen(), scan, context, 4.0)
     assert text.plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 
