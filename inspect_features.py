@@ -142,16 +142,10 @@ class Options(SimpleNamespace):
                   for part in getattr(self, key).split(','))
         return [(self.index[layer], f) for layer, f in parsed]
 
-    def timeline_of(self, scan):
-        """The timeline of an SAE; None for a run without snapshots."""
-        t = self.timelines.get(scan.layer)
-        if self.timelines and (t is None or t.count.shape[1] != scan.F):
-            raise ValueError("the snapshots in features/ are of another model: remove them")
-        return t
-
     def numbers(self, scan, f):
         """All of a feature, with its timeline and effect; None where there is none."""
-        d, t, n = feature_numbers(scan, f, self.seed), self.timeline_of(scan), self.effect
+        d, n = feature_numbers(scan, f, self.seed), self.effect
+        t = self.timelines.get(scan.layer)
         effect = explain.removal_effect(self.run.model, scan, f, n, self.seed) if n else None
         return d | dict(timeline=t and feature_timeline(t, f), effect=effect)
 
@@ -200,11 +194,9 @@ def overview(scan, options):
 def feature_view(scan, f, options):
     d = options.numbers(scan, f)
     live = d['count'] > 0
-    about = f" is dead: it never fired in {scan.N:,} tokens"
-    if live:
-        about = (f" · alive · fires on {percent(d['density'])} of {scan.N:,} tokens · "
-                 f"max {number(d['max'])} · mean {number(d['mean'])}")
-    yield Text.assemble(bold(name(scan, f)), about)
+    yield Text.assemble(bold(name(scan, f)), ' is dead' * (not live),
+                        f" · fires on {percent(d['density'])} of {scan.N:,} tokens · "
+                        f"max {number(d['max'])} · mean {number(d['mean'])}")
     yield dim(f"step {scan.step:,} · {scan.place} {scan.layer}")
     if live:
         yield from firing_panels(scan, d, options)
@@ -243,8 +235,7 @@ def firing_panels(scan, d, options):
                     f"{d['concepts']:,} as a concept")
         yield heading('Words', note)
         yield line('  ', d['words'])
-    how = 'bars' if options.console.color_system is None else 'shaded'
-    yield heading('Top contexts', f"one a window; the peak in «», {how} by activation")
+    yield heading('Top contexts', 'one a window; the peak in «», bars or shades by activation')
     for n, c in enumerate(d['top'][:options.examples], 1):
         yield bold(f"Layer {scan.layer} - Feature {d['f']} - Example {n} - Rank {d['rank']} - "
                    f"Token Entropy {d['entropy']:.4f}")
@@ -280,7 +271,7 @@ def timeline_view(t, options):
     yield table_of(('step', 'tokens', 'live', 'settled', 'median', of), rows)
 
 def feature_timeline_view(scan, f, options):
-    timeline = options.timeline_of(scan)
+    timeline = options.timelines[scan.layer]
     t, rows = feature_timeline(timeline, f), []
     yield bold(f'{name(scan, f)} over training, on {timeline.probed:,} tokens at each snapshot')
     yield from sparklines(t)
@@ -315,12 +306,12 @@ def plot_view(options):
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
     if options.feature:
-        shown = {name(scan, f): feature_timeline(options.timeline_of(scan), f)
+        shown = {name(scan, f): feature_timeline(options.timelines[scan.layer], f)
                  for scan, f in options.features('feature')}
     else:
         shown = {}
         for scan in options.of_layer(options.index):
-            t = options.timeline_of(scan)
+            t = options.timelines[scan.layer]
             curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
             shown[f'SAE of block {t.layer}'] = dict(steps=t.steps, curves=curves)
     figure = Figure((5 * len(shown) + 1, 9), layout='constrained')
@@ -366,11 +357,9 @@ def why_feature_view(scan, f, options):
 
 def effects(d, what, index):
     """The tables of d, numbers of explain.py. what: the measure, in words."""
-    tried = 'all'
-    if len(d['effects']) < d['active']:
-        tried = f"the {len(d['effects'])} with the largest gradient times activation"
-    yield dim(f"{len(d['idx']):,} tokens are read; of {d['active']:,} active features {tried} are "
-              "taken away, one at a time")
+    yield dim(f"{len(d['idx']):,} tokens are read; of {d['active']:,} active features "
+              f"{len(d['effects'])} are taken away, one at a time: those with the largest gradient "
+              "times activation")
     for title, verb, some in (('For', 'falls', d['pro']), ('Against', 'rises', d['con'])):
         rows = []
         for change, layer, f, at in some:
@@ -408,8 +397,9 @@ def trace_view(scan, f, options):
         yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
 def sorted_view(scan, options):
-    some = in_order(scan, options.sort)[:options.rows]
-    yield from listing(f'SAE of block {scan.layer}', f'live features by {options.sort}', scan, some)
+    title, some = f'SAE of block {scan.layer}', in_order(scan, options.sort)[:options.rows]
+    said = words_of if options.sort == 'coherence' else captions
+    yield from listing(title, f'live features by {options.sort}', scan, some, said)
 
 def best(score, n):
     """The n features of the largest score (F,), if it is above 0."""

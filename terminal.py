@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from features import caption, pieces
-from scanning import fires_on, words_of
+from scanning import fires_on
 
 def screen():
     """80 columns, or what a narrower terminal has. NO_COLOR takes bold and dim away as well."""
@@ -86,19 +86,17 @@ def table_of(columns, rows):
         table.add_row(*row)
     return table
 
-def feature_table(title, note, columns, rows):
+def feature_table(title, note, columns, rows, said=captions):
     """rows: (scan, feature, *cells). Nothing for no rows."""
-    rows = [(bold(name(scan, f)), *cells, captions(scan, f)) for scan, f, *cells in rows]
+    rows = [(bold(name(scan, f)), *cells, said(scan, f)) for scan, f, *cells in rows]
     table = table_of(('feature', *columns, 'fires on'), rows)
     return [heading(title, note), table] if rows else []
 
-def listing(title, note, scan, features):
-    """A line of numbers for each of some live features of one SAE."""
-    rows = [(bold(name(scan, f)), f'{scan.coherence[f]:.2f}'.replace('nan', '-'),
-             f'{scan.entropy[f]:.4f}', percent(scan.count[f] / scan.N),
-             words_of(scan, f) or captions(scan, f)) for f in features]
-    columns = 'feature', 'coherence', 'entropy', 'density', 'words, or fires on'
-    return [heading(title, note), table_of(columns, rows)]
+def listing(title, note, scan, features, said=captions):
+    """The same of live features of one SAE, with their numbers."""
+    rows = [(scan, f, f'{scan.coherence[f]:.2f}'.replace('nan', '-'), f'{scan.entropy[f]:.4f}',
+             percent(scan.count[f] / scan.N)) for f in features]
+    return feature_table(title, note, ('coherence', 'entropy', 'density'), rows, said)
 
 def level(act, largest):
     """The eighth of the largest activation, from 1 on."""
