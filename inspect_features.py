@@ -3,16 +3,8 @@ The viewer: what the features of a trained model mean, in a terminal, in a pipe,
 
     python inspect_features.py --out_dir=out-sae-cpu                    every SAE
     python inspect_features.py --out_dir=out-sae-cpu --feature=L1.F101  all about one feature
-    ... --prompt="import os"   a text with its features
-    ... --find="self|cls"      the features that fire on that
-    ... --probe=labels.tsv     the features that tell labels apart
     ... --prompt="import os" --why=true    what made the model go on as it does
-    ... --why=L6.F2386         the features of the SAEs below that made it fire
-    ... --trace=L3.F17         what a feature does to those of the next SAE
-    ... --sort=coherence       a list of features, or --sort=entropy, --sort=density
-    ... --timeline=true        how they formed; with --plot=timeline.png, as a picture
-    ... --html=page.html       all of them, or those of --feature or --prompt, as one page
-    ... --export=folder        the SAEs, for SAELens
+    ... --help             all views, each by the option that asks for it
 
 The model runs once over val (the scan); what fired where is kept in out_dir, in index.npz, until
 the checkpoint changes. A new view is a function that yields what to print, and a line in VIEWS.
@@ -107,17 +99,10 @@ def problems(config):
 class Options(SimpleNamespace):
     """The options, and what they choose: opened when a view first asks. All raise ValueError."""
 
-    @cached_property
-    def index(self):
-        return open_index(self.out_dir, self.dataset, self.device, self.scan_tokens)
-
-    @cached_property
-    def run(self):
-        return open_run(self.out_dir, self.dataset, self.device)
-
-    @cached_property
-    def timelines(self):
-        return open_timeline(self.out_dir)
+    run = cached_property(lambda self: open_run(self.out_dir, self.dataset, self.device))
+    index = cached_property(lambda self: open_index(self.out_dir, self.dataset, self.device,
+                                                    self.scan_tokens))
+    timelines = cached_property(lambda self: open_timeline(self.out_dir))
 
     @cached_property
     def prompt_tokens(self):
@@ -392,8 +377,9 @@ def trace_view(scan, f, options):
     for title, note, score in (('Fires with', 'positions with both / either', share),
                                ('Causes', 'without it these are weaker', change),
                                ('Holds down', 'without it these are stronger', -change)):
+        some = np.argsort(-score, kind='stable')[:options.rows]
         rows = [(above, g, f'{share[g]:.3f}', f'{as_it_is[g]:.4f}', f'{without[g]:.4f}')
-                for g in best(score, options.rows)]
+                for g in some if score[g] > 0]
         yield from feature_table(title, note, ('both', 'with it', 'without'), rows)
 
 def sorted_view(scan, options):
@@ -401,17 +387,14 @@ def sorted_view(scan, options):
     said = words_of if options.sort == 'coherence' else captions
     yield from listing(title, f'live features by {options.sort}', scan, some, said)
 
-def best(score, n):
-    """The n features of the largest score (F,), if it is above 0."""
-    return [f for f in np.argsort(-score, kind='stable')[:n] if score[f] > 0]
-
 def find_view(scan, options):
     text = safe(options.find.encode('utf-8', 'surrogateescape'))
     precision, recall, n, n_tokens = find(scan, re.compile(options.find, re.M))
     f1 = 2 * precision * recall / np.maximum(1e-12, precision + recall)
     yield bold(f"/{text}/ in the {scan.N:,} tokens scanned: {n:,} matches, {n_tokens:,} tokens")
+    some = np.argsort(-f1, kind='stable')[:options.rows]
     rows = [(scan, f, f'{scan.count[f]:,}', f'{precision[f]:.3f}', f'{recall[f]:.3f}',
-             f'{f1[f]:.3f}') for f in best(f1, options.rows)]
+             f'{f1[f]:.3f}') for f in some if f1[f] > 0]
     note = 'precision: its firings in a match; recall: matches where it fires'
     yield from feature_table('Features', note, ('fires', 'precision', 'recall', 'F1'), rows)
 
