@@ -64,8 +64,8 @@ def scan_val(run, wanted, key):
         np.maximum.at(largest, features[active], values[active])
         by_entropy = np.lexsort((-count, found['entropy']))                  # nan comes last
         rank = np.where(count > 0, by_entropy.argsort() + 1, 0)
-        found |= dict(features=features, values=values, fvu=fvu)
-        found |= dict(order=order, max=largest, rank=rank)
+        found |= dict(features=features, values=values, fvu=fvu, order=order, max=largest,
+                      rank=rank)
         arrays |= {f'L{layer}.{name}': x for name, x in found.items()}
     place, eot = SITES[model.config.sae_site].place, run.meta['eot']
     names = [raw.decode('latin-1') for raw in run.names]                     # JSON holds no bytes
@@ -206,10 +206,9 @@ def open_index(out_dir, dataset, device, scan_tokens):
 
 def is_of(scan, dataset):
     """Whether a scan is of the val that a data set has now; of one that is gone, by its name."""
-    try:
+    with suppress(ValueError):
         return load_dataset(dataset).meta['val_sha256'] == scan.val_sha256
-    except ValueError:
-        return dataset == scan.dataset
+    return dataset == scan.dataset
 
 # ---------------------------------------------------- numbers of the views, from the scan of an SAE
 
