@@ -37,8 +37,8 @@ from features import (SETTLED, caption, encode, feature_timeline, open_run, open
                       parse_feature, pieces, prompt_text, read, safe, strongest, timeline_curves,
                       tracked, write_whole)
 from measures import pooled_codes, probe, read_labels
-from scanning import (ORDERS, SHOWN_FROM, by_concept, feature_numbers, find, in_order, open_index,
-                      overview_numbers, words_of)
+from scanning import (ORDERS, SHOWN_FROM, by_concept, coherence_curve, feature_numbers, find,
+                      in_order, open_index, overview_numbers, words_of)
 from terminal import (BARS, SHADES, bold, captions, dim, feature_table, heading, level, line,
                       listing, name, number, one_line, paragraph, percent, screen, show, spark,
                       sparklines, table_of)
@@ -294,11 +294,13 @@ def plot_view(options):
         shown = {name(scan, f): feature_timeline(options.timelines[scan.layer], f)
                  for scan, f in options.features('feature')}
     else:
-        shown = {f'SAE of block {t.layer}': dict(steps=t.steps, curves=timeline_curves(t))
-                 for t in options.of_layer(options.timelines)}
+        shown = {}
+        for scan in options.of_layer(options.index):
+            t = options.timelines[scan.layer]
+            curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
+            shown[f'SAE of block {t.layer}'] = dict(steps=t.steps, curves=curves)
     figure = Figure((5 * len(shown) + 1, 9), layout='constrained')
-    n_curves = max(len(t['curves']) for t in shown.values())
-    grid = figure.subplots(n_curves, len(shown), sharex='col', squeeze=False)
+    grid = figure.subplots(4, len(shown), sharex='col', squeeze=False)       # of four curves each
     for (title, t), axes in zip(shown.items(), grid.T):
         axes[0].set_title(title)
         axes[-1].set_xlabel('step')

@@ -142,6 +142,17 @@ def concepts(count, N, pairs, tokens, names):
         concept[feature] = (1 + coherence[feature]) * told ** 2 * several ** 0.5
     return dict(words=words, coherence=coherence, concept=concept)
 
+def coherence_curve(scan, timeline):
+    """Mean coherence of an SAE's features at each snapshot, by the 8 tokens on which each fires
+    most: a snapshot holds no others."""
+    curve = []
+    for count, tokens, times in zip(timeline.count, timeline.top_tokens, timeline.top_counts):
+        pairs = np.nonzero(times)[0], tokens[times > 0], times[times > 0]
+        found = concepts(count, timeline.probed, pairs, scan.tokens, scan.names)['coherence']
+        some = found[~np.isnan(found)]
+        curve.append(some.mean() if len(some) else np.nan)
+    return curve
+
 def by_concept(scan):
     """Live features, the most nameable first. Of those that share more than a third of their words
     the first one is there alone."""

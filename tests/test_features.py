@@ -408,7 +408,7 @@ def snapshots(folder, F=12):
     return found
 
 def test_timeline(tmp_path):
-    """A feature's; and of all the live share, the settled, and the median entropy."""
+    """A feature's; and of all the live share, the settled, median entropy, and coherence."""
     cosine = lambda a, b: a @ b / max(1e-9, np.linalg.norm(a) * np.linalg.norm(b))
     want = snapshots(tmp_path)
     for again in range(2): # built, then from timeline.npz
@@ -432,6 +432,14 @@ def test_timeline(tmp_path):
     t, last = timelines[1], want[-1]
     assert [curve[-1] for curve in features.timeline_curves(t).values()] == pytest.approx(
         [100 * (last['count'] > 0).mean(), sum(i < 5 for i in seen), np.nanmedian(last['entropy'])])
+    t.probed = 2000                                          # of them 2 % are 40
+    names, rng = [bytes([97 + i] * 3) for i in range(16)], np.random.default_rng(0)
+    scan = SimpleNamespace(tokens=rng.integers(0, 16, 3000), names=names)
+    pairs = [(f, token, last['top_counts'][f, place]) for f in range(12)
+             for place, token in enumerate(last['top_tokens'][f]) if token >= 0]
+    found = scanning.concepts(last['count'], 2000, np.array(pairs).T, scan.tokens, names)
+    mean = np.nanmean(found['coherence'])
+    assert scanning.coherence_curve(scan, t)[-1] == pytest.approx(mean)
 
 # ---------------------------------------------------------------------------------------- the index
 
