@@ -170,7 +170,7 @@ def overview(scan, options):
             ('Densest', 'fire on the most positions', in_order(scan, 'density'))):
         yield from listing(title, note, scan, features[:options.rows])
     dead = ' '.join(f'F{f}' for f in np.flatnonzero(~live)[:options.rows])
-    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens: {dead}")
+    yield heading('Dead', f"{d['dead']:,} never fired in {scan.N:,} tokens  {dead}")
     yield heading('Next')
     yield line(f"  python inspect_features.py --out_dir={shlex.quote(options.out_dir)} "
                f"--feature={name(scan, [*named, *known, 0][0])}", overflow='ignore')

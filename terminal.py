@@ -57,7 +57,7 @@ def sparklines(t):
     yield heading('Timeline', f'{len(steps)} snapshots, steps {steps[0]:,} to {steps[-1]:,}')
     for label, values in t['curves'].items():
         what, _, unit = label.partition(', ')
-        yield f'  {what:14} |{spark(values)}| 0 to {max(values):.4f} {unit}'
+        yield f'  {what:14} |{spark(values)}| 0 to {max(values):.4g} {unit}'
     if settled < len(steps):
         yield ' ' * (18 + settled) + '^'
         yield f'  took its final meaning at step {steps[settled]:,}: about the same tokens since'
