@@ -5,6 +5,7 @@ Shapes, here and in the viewer's other files: B windows, T tokens of a window, N
 K active a token, S SAEs (in the timeline snapshots), C n_embd, V vocabulary, P pairs of a feature
 and a token type, or places where a feature fires.
 """
+import codecs
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import cross_entropy
 
-from data.dataset import decode_encoding, load_dataset, named_encoding, token_bytes
+from data.dataset import decode_encoding, named_encoding, token_bytes
 from model import GPT, load_checkpoint, load_model
 
 VERSION = 8   # of index.npz and timeline.npz: another one is made again
@@ -206,57 +207,52 @@ def timeline_curves(timeline):
 # ------------------------------ evaluation: the loss, and what the model loses without its features
 
 @torch.no_grad()
-def evaluate(model, saes, batches, autocast, all_reduce=lambda t: t):
+def evaluate(model, batches, autocast, all_reduce=lambda t: t):
     """
     The eval record of log.jsonl: loss in nats; of each SAE layer L0, FVU, the share of its features
     that is live, and the share of all firing that the busiest 1 % of them do; then the loss with
     the SAEs' outputs zeroed, and with each replaced by its mean.
 
-    model: a GPT, compiled or not; saes: {block: SAE}; batches: a function that yields this rank's
-    (x, y); all_reduce: sums a tensor over ranks, in place.
+    model: a GPT; batches: a function that yields this rank's (x, y); all_reduce: sums a tensor over
+    ranks, in place.
     """
-    layers, device = list(saes.values()), next(model.parameters()).device
-    n_features = max((sae.n_features for sae in layers), default=0)
-    wide = torch.float32 if device.type == 'mps' else torch.float64 # MPS has no float64
+    saes, F, device = model.saes(), model.config.n_features, device_of(model)
 
     def val_pass():
-        """Means: loss; FVU (S,); code (S, F); share of tokens on which a feature fires (S, F)."""
-        sums = torch.zeros(3, dtype=wide, device=device) # loss, batches, tokens
-        fvu = torch.zeros(len(layers), dtype=wide, device=device)
-        codes = torch.zeros(len(layers), n_features, device=device)
-        fired = torch.zeros_like(codes)
+        """Means: loss; FVU (S,); share of tokens on which a feature fires, and code (S, F)."""
+        sizes = (3,), (len(saes),), (len(saes), F), (len(saes), F)
+        sums, fvu, fired, code = (torch.zeros(size, device=device) for size in sizes)
         for x, y in batches():
             with autocast:
                 _, loss, out = model(x.to(device), y.to(device))
-            sums += torch.stack((loss.to(wide), sums.new_ones(()), sums.new_tensor(x.numel())))
+            sums += torch.stack((loss, torch.ones_like(loss), loss.new_tensor(x.numel())))
             if saes:
                 fvu += out.fvu
                 fired += out.fired
-                for code, indices, values in zip(codes, out.indices, out.values):
-                    code.index_add_(0, indices.flatten(), values.flatten())
-        for t in (sums, fvu, codes, fired):
+                code.scatter_add_(1, out.indices.flatten(1), out.values.flatten(1))
+        for t in (sums, fvu, fired, code):
             all_reduce(t)
         loss, n, tokens = sums.tolist()
-        return loss / n, fvu / n, codes / tokens, fired / tokens
+        return loss / n, fvu / n, fired / tokens, code / tokens
 
-    loss, fvu, codes, density = val_pass()
+    loss, fvu, density, code = val_pass()
     record = dict(val_loss=loss)
     if not saes:
         return record
-    for sae in layers:
+    for sae in saes.values():
         sae.gate.zero_()
-    record['val_loss_zeroed'], *_ = val_pass()
-    for sae, code in zip(layers, codes):
-        sae.fill.copy_(sae.decode(code))
-    record['val_loss_mean'], *_ = val_pass()
-    for sae in layers:
+    record['val_loss_zeroed'] = val_pass()[0]
+    for sae, mean in zip(saes.values(), code):
+        sae.fill.copy_(sae.decode(mean))
+    record['val_loss_mean'] = val_pass()[0]
+    for sae in saes.values():
         sae.gate.fill_(1.0)
         sae.fill.zero_()
-    l0, live = density.sum(1), (density > 0).float().mean(1)
-    busiest = density.topk(math.ceil(n_features / 100)).values.sum(1) / l0.clamp_min(1e-12)
-    rows = zip(l0.tolist(), fvu.tolist(), live.tolist(), busiest.tolist())
-    record['sae'] = {layer: dict(zip(('l0', 'fvu', 'live', 'busiest'), row))
-                     for layer, row in zip(saes, rows)}
+    l0 = density.sum(1)
+    busiest = density.topk(math.ceil(F / 100)).values.sum(1) / l0.clamp_min(1e-12)
+    columns = dict(l0=l0, fvu=fvu, live=(density > 0).float().mean(1), busiest=busiest)
+    record['sae'] = {layer: {name: column[s].item() for name, column in columns.items()}
+                     for s, layer in enumerate(saes)}
     return record
 
 # --------------------------------------------------- a run, and the one way in which a text is read
@@ -282,8 +278,6 @@ def open_run(out_dir, dataset='', device='auto', for_features=True):
     kept = checkpoint.get('tokenizer')
     if kept is None:
         raise ValueError(f"the checkpoint in {out_dir} is of an older version: train again")
-    if dataset:
-        load_dataset(dataset) # for its error
     meta, text = kept['meta'], kept['json']
     tokenizer = decode_encoding(text) if text else named_encoding(meta['tokenizer'])
     return Run(out_dir, checkpoint, model, dataset or checkpoint['dataset'], meta, tokenizer,
@@ -293,15 +287,12 @@ def parse_feature(text, layers, n_features, layer=-1):
     """'L6.F2386' -> (6, 2386); '2386' is of `layer`, of the first where that is -1. Raises
     ValueError, one sentence."""
     match = re.fullmatch(r'(?:L?([0-9]{1,9})\.)?F?([0-9]{1,9})', text.strip(), re.I)
-    if not match:
-        raise ValueError(f"{text!r} names no feature: write L6.F2386")
-    layer, f = int(match[1] or (min(layers) if layer == -1 else layer)), int(match[2])
-    if layer not in layers:
-        blocks = ', '.join(map(str, layers))
-        raise ValueError(f"{text}: block {layer} has no SAE; block {blocks} has one")
-    if f >= n_features:
-        raise ValueError(f"{text} is out of range: block {layer} has features 0 to "
-                         f"{n_features - 1}")
+    first, last = min(layers), n_features - 1
+    if match:
+        layer, f = int(match[1] or (first if layer == -1 else layer)), int(match[2])
+    if not match or layer not in layers or f > last:
+        raise ValueError(f"{text!r} names no feature: write L{first}.F{last}, say; features are 0 "
+                         f"to {last}, SAEs in block {', '.join(map(str, layers))}")
     return layer, f
 
 def read_file(key, path):
@@ -370,6 +361,7 @@ def strongest(values, indices, n):
 
 SIGNS = {chr(i): chr(0x2400 + i) for i in range(32)}
 SIGNS |= {'\n': '⏎', '\t': '⇥', '\x7f': '␡'}
+SIGNS |= {chr(0xDC00 + i): f'<0x{i:02X}>' for i in range(128, 256)} # as surrogateescape has them
 
 def safe(raw, keep=''):
     """Bytes as text that leaves any screen whole, but for characters to keep. Control bytes become
@@ -377,15 +369,9 @@ def safe(raw, keep=''):
     a lone accent gets a circle to sit on."""
     out = ''
     for char in raw.decode('utf-8', 'surrogateescape'):
-        code, kind = ord(char), unicodedata.category(char)
-        if char in keep:
-            pass
-        elif char in SIGNS:
-            char = SIGNS[char]
-        elif 0xDC80 <= code <= 0xDCFF:
-            char = f'<0x{code - 0xDC00:02X}>'
-        elif kind[0] == 'C' or kind in ('Zl', 'Zp'):
-            char = f'<U+{code:04X}>'
+        kind = unicodedata.category(char)
+        if (kind[0] == 'C' or kind in ('Zl', 'Zp')) and char not in keep:
+            char = SIGNS.get(char, f'<U+{ord(char):04X}>')
         elif kind[0] == 'M' and not out:
             char = '◌' + char
         out += char
@@ -396,15 +382,14 @@ def caption(raw):
     text = re.sub('^ +| +$', lambda spaces: '·' * len(spaces[0]), safe(raw)) or '(none)'
     return text if len(text) <= 16 else text[:15] + '…'
 
-# bytes that end within a character of UTF-8: its first byte, with fewer after it than belong to it
-UNFINISHED = re.compile(rb'([\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z')
-
 def pieces(scan, context):
     """(text, activation, is it the peak) of each token; those that share a character are one."""
-    out = []
+    out, decoder = [], codecs.getincrementaldecoder('utf-8')('ignore')
     for at, (token, act) in enumerate(zip(context['tokens'], context['acts'])):
         raw, peak = scan.names[token], at == context['peak']
-        if out and UNFINISHED.search(out[-1][0]):
+        begun, _ = decoder.getstate()                        # bytes of a character not yet whole
+        decoder.decode(raw)
+        if begun:
             before, other, was_peak = out.pop()
             raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
         out.append((raw, act, peak))

@@ -476,7 +476,7 @@ while True:
         model.eval()
         batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
                                  rank, None, world_size) # this rank's share
-        record = evaluate(model, saes, batches, autocast, all_reduce)
+        record = evaluate(model, batches, autocast, all_reduce)
         write_log(dict(event='eval', step=step, tokens=tokens, **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:

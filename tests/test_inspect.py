@@ -209,8 +209,8 @@ def test_commands_can_be_pasted(tmp_path, capsys):
 
 @pytest.mark.parametrize('argv, sentence', (
     (['--layer=0'], 'layer=0 has no SAE; block 1, 2 has one'),
-    (['--feature=L0.F1'], 'block 0 has no SAE'), (['--feature=x'], 'names no feature'),
-    (['--feature=48'], 'out of range: block 1 has features 0 to 47'),
+    (['--feature=L0.F1'], "'L0.F1' names no feature"), (['--feature=x'], 'write L1.F47'),
+    (['--feature=48'], 'features are 0 to 47, SAEs in block 1, 2'),
     (['--prompt=a', '--prompt_file=b'], 'both given'), (['--find=('], 'is no regular expression'),
     (['--timeline=true'], 'there are no snapshots'), (['--top=0'], 'top=0 must be at least 1'),
     (['--device=nonsense', '--scan_tokens=99'], 'is not usable here'),

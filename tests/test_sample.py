@@ -42,8 +42,7 @@ def test_parse_steering():
     ('L1.F3', 'malformed'), ('L1F3=8', 'names no feature'), ('L-1.F3=8', 'names no feature'),
     ('L1.F3=y2', "'y2'"), ('L1.F3=nan', "'nan'"), ('L1.F3=xinf', "'xinf'"),
     ('L1.F3=2e6', "'2e6'"), ('L1.F3=1,,2', "''"),
-    ('L3.F3=8', 'block 3 has no SAE; block 1, 2 has one'),
-    ('L1.F48=8', 'block 1 has features 0 to 47')])
+    ('L3.F3=8', 'names no feature'), ('L1.F48=8', 'features are 0 to 47, SAEs in block 1, 2')])
 def test_parse_steering_refuses(spec, part):
     with pytest.raises(ValueError, match=re.escape(part)):
         sample.parse_steering([spec], make_model())
