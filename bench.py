@@ -41,24 +41,18 @@ if GPU:
 
 def median_ms(fn):
     """Median time of fn() after warm-up, on a GPU with a cold L2 cache."""
-    for _ in range(3):
-        fn()
     if not GPU:
-        return 1000 * median(timeit.repeat(fn, number=1, repeat=10))
+        return 1000 * median(timeit.repeat(fn, number=1, repeat=13)[3:])
     flush = torch.empty(2**28, dtype=torch.int8, device=DEVICE) # larger than any card's L2
-    times = []
-    for _ in range(8):
-        # about 10 ms, in which the host queues four calls: else small shapes show Python's speed
-        torch.cuda._sleep(20_000_000)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(4)]
-        for a, b in events:
-            flush.zero_()
-            a.record()
-            fn()
-            b.record()
-        torch.cuda.synchronize()
-        times += [a.elapsed_time(b) for a, b in events]
-    return median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(35)]
+    for a, b in events:
+        torch.cuda._sleep(10_000_000) # 5 ms in which the host queues fn: else one times Python
+        flush.zero_()
+        a.record()
+        fn()
+        b.record()
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in events[3:])
 
 def bench_layer(C, F, K):
     """The times of each variant, all with the same bf16 h and dy; None if it does not fit."""
@@ -97,26 +91,22 @@ def bench_layer(C, F, K):
     row['encoder'] = median_ms(lambda: x @ W.t())
     return row
 
-def train(folder, kind, out):
-    """Runs train.py on the tokens in folder -> tokens/s of each steady line of its log."""
-    options = dict(dataset=folder, out_dir=out, probe_tokens=0) | TRAIN
-    command = [sys.executable, 'train.py', f'config/{kind}_gpt.py']
-    command += [f'--{key}={value}' for key, value in options.items()]
-    subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, check=True)
-    lines = (out / 'log.jsonl').read_text(encoding='utf-8').splitlines()
-    tok_s = [record['tok_s'] for record in map(json.loads, lines) if record['event'] == 'log']
-    return tok_s[max(1, len(tok_s) // 3):] # the first ones compile
-
 def bench_step():
     """Tokens/s, medians over all runs; and the SAE's share of an SAE step's time."""
     found = {'dense': [], 'sae': []}
     u = np.random.default_rng(0).random(8_000_000 if GPU else 10_000)
     tokens = (V**u).astype(np.int64) - 1 # Zipf's frequencies: P(id) falls as 1/id
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
         write_dataset(folder, [tokens], [tokens], V, 'gpt2', 'random, Zipf', None)
-        for kind in ['dense', 'sae'] * (2 if GPU else 1): # in turns, as clocks drift
-            found[kind] += train(folder, kind, folder / f'{kind}-{len(found[kind])}')
+        for turn, kind in enumerate(['dense', 'sae'] * (2 if GPU else 1)): # in turns: clocks drift
+            out = Path(folder, f'run{turn}')
+            options = dict(dataset=folder, out_dir=out, probe_tokens=0) | TRAIN
+            options = [f'--{key}={value}' for key, value in options.items()]
+            subprocess.run([sys.executable, 'train.py', f'config/{kind}_gpt.py', *options],
+                           cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, check=True)
+            log = map(json.loads, (out / 'log.jsonl').read_text('utf-8').splitlines())
+            tok_s = [record['tok_s'] for record in log if record['event'] == 'log']
+            found[kind] += tok_s[max(1, len(tok_s) // 3):] # the first ones compile
     dense, sae = median(found['dense']), median(found['sae'])
     return dict(dense_tok_s=dense, sae_tok_s=sae, sae_share=1 - sae / dense)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from explain import loss_changes
 from features import dense, device_of, encode, read_file, see, tracked
@@ -44,27 +45,24 @@ def pooled_codes(run, layer, texts, seed):
     are F random unit rows on what the SAE reads, relu, the K largest of each token: without them no
     accuracy says anything (arXiv 2602.14111)."""
     model, sae, read_by_sae = run.model, run.model.saes()[layer], []
-    F, width = sae.n_features, len(sae.fill)
-    rows = torch.randn(F, width, generator=torch.Generator().manual_seed(seed))
+    F, T = sae.n_features, min(129, model.config.block_size)
+    rows = torch.randn(F, len(sae.fill), generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1).to(device_of(model))                      # (F, C)
-    most = min(129, model.config.block_size)
-    tokens = [encode(run, text)[:most] for text in texts]
-    size = np.array([len(text) for text in tokens])
-    batches = [batch for length in np.unique(size)           # of texts of one length
-               for batch in torch.from_numpy(np.flatnonzero(size == length)).split(32)]
-    widths = {'features': F, 'random directions': F, 'channels': width}
-    X = {name: np.zeros((len(texts), n), np.float32) for name, n in widths.items()}
     hook = sae.register_forward_pre_hook(lambda _, args: read_by_sae.append(args[0]))
-    for batch in tracked(batches, "reading texts"):
-        out = see(model, torch.tensor([tokens[n] for n in batch]), layer + 1)
+    found = {'features': [], 'random directions': [], 'channels': []}
+    for begin in tracked(range(0, len(texts), 32), "reading texts"):
+        tokens = [torch.tensor(encode(run, text)[:T]) for text in texts[begin:begin + 32]]
+        counts = [torch.arange(len(text)) > 0 for text in tokens]            # not end-of-text
+        out = see(model, pad_sequence(tokens, True), layer + 1) # no text sees what pads it, later
         x = read_by_sae.pop()
         h = norm(x).float() if sae.site.own else x.float()                   # (B, T, C)
         random = (h @ rows.T).relu().topk(sae.k, dim=-1)
-        found = dense(out.values[-1], out.indices[-1], F), dense(*random, F), h
-        for name, z in zip(X, found):                        # (B, T, F or C); T may be 1
-            X[name][batch] = z[:, 1:].sum(1).div(max(1, z.size(1) - 1)).cpu().numpy()
+        counts = pad_sequence(counts, True)[..., None].to(h)                 # (B, T, 1), 0 or 1
+        codes = dense(out.values[-1], out.indices[-1], F), dense(*random, F), h
+        for means, z in zip(found.values(), codes):                          # (B, T, F or C)
+            means.append(((z * counts).sum(1) / counts.sum(1).clamp_min(1)).cpu())
     hook.remove()
-    return X
+    return {name: torch.cat(means).numpy() for name, means in found.items()}
 
 def logistic(X, y):
     """Logistic regression on X (n, k), y (n,) of 0 and 1, by Newton's method -> weights (k + 1,),
@@ -132,21 +130,20 @@ def probes(run, layer, folder, wanted):
 def duplicates(values, features, n_features, device):
     """Of the features that fire, the share whose activations correlate above 0.9 with those of one
     whose mean is larger. values, features (N, K), n_features where a slot is not active."""
-    N, F = len(values), n_features
+    F = n_features
     second = torch.zeros(F, F, device=device)                # sums of products
     first = torch.zeros(F, dtype=torch.double, device=device)
     slots = torch.from_numpy(values), torch.from_numpy(features.astype(np.int64))
     for v, f in zip(*(x.to(device).split(4096) for x in slots)):
         z = dense(v, f, F + 1)[:, :F]
-        first += z.sum(0, dtype=torch.double)
+        first += z.sum(0)
         second += z.T @ z
-    mean = (first / N).float()
-    live = second.diagonal() > 0
-    covariance = second / N - mean[:, None] * mean
+    mean = (first / len(values)).float()
+    covariance = second / len(values) - mean[:, None] * mean
     deviation = covariance.diagonal().clamp_min(1e-12).sqrt()
-    alike = covariance > 0.9 * deviation[:, None] * deviation
-    weaker = mean[:, None] < mean                            # (F, F): row than column
-    return (alike & weaker & live[:, None])[:, live].any(1)[live].float().mean().item()
+    alike = covariance > 0.9 * deviation[:, None] * deviation # never with one that is silent
+    weaker = mean[:, None] < mean                             # (F, F): row than column
+    return (alike & weaker).any(1)[mean > 0].float().mean().item()
 
 @torch.no_grad()
 def causal_share(model, layer, tokens, features, seed=0, n=500, most=64):

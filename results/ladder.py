@@ -22,18 +22,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from configurator import configure, run, writable # noqa: E402
+from configurator import configure, read_file, run, writable # noqa: E402
 from data.dataset import load_dataset # noqa: E402
 from features import open_run, write_whole # noqa: E402
 from measures import mean_of, measure # noqa: E402
 from model import GPTConfig # noqa: E402
 
 SIZES = {
-    'cpu': dict(n_layer=4, n_head=2, n_embd=192, block_size=256, batch_size=4, sae_layers=(1,),
-                sae_ratio=11, sae_k=20, sae_cap=0.03, gradient_accumulation_steps=2,
-                sae_steps=2, sae_lr_factor=0.5, sae_blend_start=0.7, sae_blend_end=0.7,
-                warmup_iters=20, eval_tokens=32_768,
-                compile=False, device='cpu'),
+    'cpu': read_file(ROOT / 'config/sae_cpu.py', {}) | dict(eval_tokens=32_768, device='cpu'),
     'small': dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=32, sae_layers=(3,),
                   gradient_accumulation_steps=4, eval_tokens=524_288),
     'large': dict(n_layer=12, n_head=6, n_embd=768, block_size=1024, batch_size=16, sae_layers=(6,),
@@ -81,7 +77,6 @@ def rows(size):
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),
-        'dense of its FLOPs': dict(sae_layers=(), n_embd=C + 8, n_head=4),
     }
 
 def make(c, row, seed):
@@ -91,36 +86,34 @@ def make(c, row, seed):
     target, out_dir = Path(c['results'], f'{name}.json'), Path(c['out'], name)
     if target.exists():
         return None
-    options = dict(
-        seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir, probe_tokens=0,
-        warmup_iters=max(1, steps // 20), save_interval=10**9,
-        eval_interval=max(1, steps // (4 if size == 'cpu' else 10)))
+    options = dict(warmup_iters=max(1, steps // 20), eval_interval=max(1, steps // 10))
     options |= SIZES[size] | rows(size)[row]
+    options |= dict(seed=seed, max_iters=steps, dataset=c['dataset'], out_dir=out_dir,
+                    probe_tokens=0, save_interval=10**9)
     if 'sae_posthoc' in options:
         options['init_from'] = Path(c['out'], f'{size}-{steps}-dense-s{seed}')
     if (out_dir / 'ckpt.pt').exists():
         options['init_from'] = 'resume'
-    command = [sys.executable, ROOT / 'train.py']
-    command += [f'--{key}={value}' for key, value in options.items()]
+    options = [f'--{key}={value}' for key, value in options.items()]
     printed = f'{out_dir}.txt'
     with open(printed, 'w') as f:
         # not subprocess.call, which at Ctrl-C kills train.py before it has saved
-        failed = subprocess.Popen(command, stdout=f, stderr=f).wait()
+        train = subprocess.Popen([sys.executable, ROOT / 'train.py', *options], stdout=f, stderr=f)
+        failed = train.wait()
     print(f"{name} {'FAILED' if failed else 'is done'}", flush=True)
     if failed:
         return printed
-    result = summary(row, size, out_dir / 'log.jsonl')
-    result['dataset'] = os.path.basename(c['dataset'])
-    result['unique_tokens'] = min(result['tokens'], load_dataset(c['dataset']).meta['train_tokens'])
+    result = dict(row=row, size=size, dataset=os.path.basename(c['dataset']))
+    result |= summary(out_dir / 'log.jsonl')
     if c['labels']:
         model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
         result |= measure(model, c['labels'], SIZES[size]['sae_layers'][0], k)
     write_whole(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
-def summary(row, size, log):
+def summary(log):
     """
-    The JSON of a finished run, from its log.jsonl: losses in nats, means over SAE layers. Of
+    What a finished run's log.jsonl tells: its start, losses in nats, means over SAE layers. Of
     several lines of one step the last counts; a torn line is skipped.
     """
     steps = dict(start={}, log={}, eval={})
@@ -132,21 +125,23 @@ def summary(row, size, log):
     last = evals[-1]
     saes = list(last.get('sae', {}).values())
     mean = mean_of(saes) if saes else dict.fromkeys(('live', 'busiest', 'l0', 'fvu'))
-    start |= start['versions']
-    copied = 'params params_non_embedding flops_per_token torch gpu commit config'.split()
-    return dict(
-        row=row, size=size, seed=start['config']['seed'], tokens=last['tokens'],
+    return start | start['versions'] | dict(
+        seed=start['config']['seed'], tokens=last['tokens'],
         train_loss=logs[-1]['loss'], val_loss=last['val_loss'],
         val_loss_zeroed=last.get('val_loss_zeroed'), val_loss_mean=last.get('val_loss_mean'),
         live_share=mean['live'], live_share_min=min((sae['live'] for sae in saes), default=None),
         busiest_share=mean['busiest'], l0=mean['l0'], fvu=mean['fvu'],
         tok_s=statistics.median(r['tok_s'] for r in logs[len(logs) // 4:]), # the first compile
-        curve=[[r['tokens'], r['val_loss']] for r in evals], **{key: start[key] for key in copied})
+        curve=[[r['tokens'], r['val_loss']] for r in evals])
 
 # ---------------------------------------------------------------------------- table and picture
 
 NEEDED = {'row', 'size', 'seed', 'tokens', 'val_loss', 'config', 'curve'}
-LOSSES = ( # heading, key of a result, factor, format
+PRICE = ( # heading, key of a result, factor, format
+    ('-dense', 'price', 1, '+.3f'),
+    ('+-', 'price', 1, '.3f'),
+)
+LOSSES = (
     ('loss', 'val_loss', 1, '.3f'),
     ('train', 'train_loss', 1, '.3f'),
     ('zeroed', 'val_loss_zeroed', 1, '.2f'),
@@ -209,15 +204,14 @@ def tokens_to(loss, curve, tokens):
 
 def print_part(part, columns, order):
     """One table: a line a row, means over seeds; nothing for rows that have none of the columns."""
-    lines = [['row', 'n', '-dense', '+-', *(heading for heading, *_ in columns)]]
+    lines = [['row', 'n', *(heading for heading, *_ in columns)]]
     for row in order:
         runs = [r for r in part if r['row'] == row]
-        prices = [r['price'] for r in runs if 'price' in r]
         line = [row, str(len(runs))]
-        line.append(f"{statistics.mean(prices):+.3f}" if prices else '')
-        line.append(f"{statistics.stdev(prices):.3f}" if len(prices) > 1 else '')
-        for _, key, factor, form in columns:
+        for heading, key, factor, form in columns:
             values = [factor * r[key] for r in runs if r.get(key) is not None]
+            if heading == '+-':
+                values = [statistics.stdev(values)] if len(values) > 1 else []
             line.append(format(statistics.mean(values), form) if values else '')
         if any(line[4:]):
             lines.append(line)
@@ -238,10 +232,10 @@ def print_table(results):
         found = sorted(r['row'] for r in part)
         order = dict.fromkeys(['random', 'channels', *rows(size), *found])
         print(f"\n{size}, {tokens / 1e6:.1f} M tokens; losses in nats")
-        print_part(part, LOSSES, order)
+        print_part(part, PRICE + LOSSES, order)
         if any('k1' in r for r in part):
             print("\nits features")
-            print_part(part, FEATURES, order)
+            print_part(part, PRICE + FEATURES, order)
 
 def plot(results, c):
     """Each row a dot: its price, minus dense, to the right, its probes with one feature upwards."""
@@ -269,25 +263,22 @@ def plot(results, c):
 
 def problems(c):
     """What is wrong with the options c, as a list of sentences."""
-    found, known = [], rows('small') # the same at every size
-    if c['size'] not in SIZES:
-        found.append(f"size={c['size']!r} must be one of {', '.join(SIZES)}")
-    if not c['table']:
-        found += [f"rows={row!r} is unknown: known are {', '.join(known)}"
-                  for row in c['rows'].split(',') if row not in known]
-        found += [f"{key}={c[key]} must be a folder that can be written"
-                  for key in ('results', 'out') if not writable(c[key])]
-    if c['labels'] and not list(Path(c['labels']).glob('*.tsv')):
-        found.append(f"labels={c['labels']} must be a folder of files *.tsv: label, tab, text")
-    if c['table'] and not list(Path(c['results']).glob('*.json')):
-        found.append(f"results={c['results']} holds no results: run this without --table=true")
-    if c['steps'] < 1:
-        found.append(f"steps={c['steps']} must be at least 1")
-    if not c['seeds'] or min(c['seeds']) < 0:
-        found.append(f"seeds={c['seeds']} must be one number or more, from 0")
-    if c['plot'] and find_spec('matplotlib') is None:
-        found.append(f"plot={c['plot']} needs matplotlib: pip install matplotlib")
-    return found
+    known, table = rows('small'), c['table'] # the same rows at every size
+    checks = [
+        (c['size'] in SIZES, f"size={c['size']!r} must be one of {', '.join(SIZES)}"),
+        (set(c['rows'].split(',')) <= set(known),
+         f"rows={c['rows']!r} must be of these: {', '.join(known)}"),
+        *((table or writable(c[key]), f"{key}={c[key]} must be a folder that can be written")
+          for key in ('results', 'out')),
+        (not c['labels'] or any(Path(c['labels']).glob('*.tsv')),
+         f"labels={c['labels']} must be a folder of files *.tsv: label, tab, text"),
+        (not table or any(Path(c['results']).glob('*.json')),
+         f"results={c['results']} holds no results: run this without --table=true"),
+        (c['steps'] > 0, f"steps={c['steps']} must be at least 1"),
+        (c['seeds'] and min(c['seeds']) >= 0, f"seeds={c['seeds']} must be numbers from 0"),
+        (not c['plot'] or find_spec('matplotlib'),
+         f"plot={c['plot']} needs matplotlib: pip install matplotlib")]
+    return [sentence for sound, sentence in checks if not sound]
 
 def main(argv):
     c = configure(dict(

@@ -65,7 +65,7 @@ def test_log_of_a_resumed_run(tmp_path):
     lines = [json.dumps(r) for r in [start, *evals[:3], start, *log, *evals[3:]]]
     lines.insert(4, '{"event": "ev')
     (tmp_path / 'log.jsonl').write_text('\n'.join(lines) + '\n')
-    r = ladder.summary('dense', 'tiny', tmp_path / 'log.jsonl')
+    r = ladder.summary(tmp_path / 'log.jsonl')
     assert r['curve'] == [[0, 9.0], [10, 6.0], [20, 5.0]]
     assert r['val_loss'] == 5.0 and r['tok_s'] == 150
 
