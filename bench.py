@@ -41,18 +41,24 @@ if GPU:
 
 def median_ms(fn):
     """Median time of fn() after warm-up, on a GPU with a cold L2 cache."""
-    if not GPU:
-        return 1000 * median(timeit.repeat(fn, number=1, repeat=13)[3:])
-    flush = torch.empty(2**28, dtype=torch.int8, device=DEVICE) # larger than any card's L2
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(35)]
-    for a, b in events:
-        torch.cuda._sleep(10_000_000) # 5 ms in which the host queues fn: else one times Python
-        flush.zero_()
-        a.record()
+    for _ in range(3):
         fn()
-        b.record()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in events[3:])
+    if not GPU:
+        return 1000 * median(timeit.repeat(fn, number=1, repeat=10))
+    flush = torch.empty(2**28, dtype=torch.int8, device=DEVICE) # larger than any card's L2
+    times = []
+    for _ in range(8):
+        # about 10 ms, in which the host queues four calls: else small shapes show Python's speed
+        torch.cuda._sleep(20_000_000)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(4)]
+        for a, b in events:
+            flush.zero_()
+            a.record()
+            fn()
+            b.record()
+        torch.cuda.synchronize()
+        times += [a.elapsed_time(b) for a, b in events]
+    return median(times)
 
 def bench_layer(C, F, K):
     """The times of each variant, all with the same bf16 h and dy; None if it does not fit."""

@@ -77,6 +77,7 @@ def rows(size):
         'wider 12%': dict(n_embd=C * 9 // 8),
         'wider 25%': dict(n_embd=C * 5 // 4),
         'a block more': dict(n_layer=L + 1),
+        'dense of its FLOPs': dict(sae_layers=(), n_embd=C + 8, n_head=4),
     }
 
 def make(c, row, seed):
@@ -105,6 +106,7 @@ def make(c, row, seed):
         return printed
     result = dict(row=row, size=size, dataset=os.path.basename(c['dataset']))
     result |= summary(out_dir / 'log.jsonl')
+    result['unique_tokens'] = min(result['tokens'], load_dataset(c['dataset']).meta['train_tokens'])
     if c['labels']:
         model = open_run(str(out_dir), c['dataset'], for_features=False)
         k = SIZES[size].get('sae_k', GPTConfig.sae_k)
