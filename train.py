@@ -115,7 +115,7 @@ def problems(c):
             found.append(f"{key}={c[key]!r} must be one of {', '.join(known)}")
     own = [name for name, site in SITES.items() if site.own]
     micros = c['gradient_accumulation_steps']
-    parts = world_size * (c['sae_steps'] if c['sae_layers'] and c['sae_site'] in own else 1)
+    parts = world_size * (max(1, c['sae_steps']) if c['sae_layers'] and c['sae_site'] in own else 1)
     if micros % parts:
         found.append(f"gradient_accumulation_steps={micros} must be a multiple of {parts}, the "
                      "number of ranks times sae_steps")
@@ -210,14 +210,9 @@ def wait_for_all(): # where one rank works alone, maybe for longer than rank_tim
     if ddp:
         dist.barrier(hosts)
 
-def say(text):
-    if master:
-        with suppress(OSError): # nobody reads any more: no reason to end a run
-            print(text, flush=True)
-
 # ----------------------------------------------------------- data, and the checkpoint to begin with
 if master and dataset == 'stdlib' and not (data_dir(dataset) / 'meta.json').exists():
-    say("preparing data/stdlib, once: Python's own library as a corpus") # needs nothing but Python
+    print("preparing data/stdlib, once: Python's own library as a corpus", flush=True)
     from data.stdlib.prepare import prepare
     prepare()
 wait_for_all()
@@ -227,18 +222,17 @@ try:
     data = load_dataset(dataset, check_hash=local_rank == 0) # one rank of a node, about 1 GB/s
     for tokens in data.train, data.val:
         windows_per_epoch(len(tokens), block_size) # for its error
-    checkpoint = None if init_from == 'scratch' else load_checkpoint(source)
+    checkpoint = {} if init_from == 'scratch' else load_checkpoint(source)
 except ValueError as e:
     fail(e)
 # kept in the checkpoint: one may look from another folder, after the data set was made anew
 place = data.dir.name if data.dir.parent == ROOT else os.path.abspath(data.dir)
-names = 'tokenizer', 'eot', 'vocab_size'
-tokenizer = dict(meta={key: data.meta[key] for key in names}, json=None)
-if data.meta['tokenizer'].endswith('.json'):
-    tokenizer['json'] = (data.dir / data.meta['tokenizer']).read_text('utf-8')
+file = data.dir / data.meta['tokenizer'] # a file, or a name that tiktoken knows
+tokenizer = dict(meta={key: data.meta[key] for key in ('tokenizer', 'eot', 'vocab_size')},
+                 json=file.read_text('utf-8') if file.suffix == '.json' else None)
 
 step = checkpoint['step'] if resuming else 0
-was = checkpoint.get('config', {}) if checkpoint else {} # with which it was trained
+was = checkpoint.get('config', {}) # with which it was trained
 anew = f"begin another run with its weights, --init_from={shlex.quote(out_dir)} --out_dir=..."
 if resuming:
     if not {'config', 'optimizers', 'scaler', 'log_sums', 'data_sha256'} <= checkpoint.keys():
@@ -282,9 +276,8 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 wide = torch.float32 if device_type == 'mps' else torch.float64 # so that no order of ranks shows
 log_sums = torch.zeros(4, dtype=wide, device=device)
 
-if checkpoint is not None:
+if checkpoint:
     args = checkpoint['model_args']
-    misfit = f"the weights in {source} do not fit this model"
     try:
         if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
@@ -297,7 +290,6 @@ if checkpoint is not None:
         if missing:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
-            misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
             for opt, state in zip(optimizers.values(), checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
@@ -305,13 +297,13 @@ if checkpoint is not None:
                 log_sums.copy_(checkpoint['log_sums'])
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         *_, reason = str(e).split('\n')
-        fail(f"{misfit} ({reason.strip()})")
+        fail(f"weights or optimizers in {source} do not fit this model ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
     asked = given & {'sae_blend_start', 'sae_blend_end'}
     if sae_posthoc and not resuming or any(config[key] != was.get(key) for key in asked):
         for sae in saes.values():
             sae.alpha.zero_()
-checkpoint = None # free the memory
+checkpoint = {} # free the memory
 
 if compile:
     model.compile()
@@ -348,12 +340,17 @@ def check_replicas():
     if names:
         fail(f"at step {step} the ranks hold different values of {', '.join(names[:3])}", code=4)
 
-def write_log(record): # of several lines of one step the last counts
-    if master:
+def say(text, record=None):
+    """text to the terminal, record to log.jsonl: there of several of one step the last counts."""
+    if not master:
+        return
+    if record:
         finite = json.loads(json.dumps(record), parse_constant=lambda name: None) # JSON has no NaN
         log_file.write(json.dumps(finite) + '\n')
         if wandb_log and 'step' in record:
-            wandb.log(record, step=record['step'])
+            wandb.log(record, step=step)
+    with suppress(OSError): # nobody reads any more: no reason to end a run
+        print(text, flush=True)
 
 def due(*intervals):
     return step == max_iters or any(step % interval == 0 for interval in intervals)
@@ -371,22 +368,21 @@ if master:
         shutil.rmtree(os.path.join(out_dir, 'features'), ignore_errors=True)
     log_file = open(f'{out_dir}/log.jsonl', 'a' if resuming else 'w', buffering=1) # line by line
     log_file.write('\n' if resuming else '') # after a line that may be torn
-    failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
-    versions = dict(commit=None if failed else commit, torch=torch.__version__,
-                    numpy=np.__version__, python=sys.version,
-                    gpu=torch.cuda.get_device_name() if cuda else None)
-    write_log(dict(event='start', at_step=step, config=config, versions=versions,
-                   world_size=world_size, dtype=dtype, device=device,
-                   params=model.num_params(), params_non_embedding=model.num_params(True),
-                   flops_per_token=model.flops_per_token(), tokens_per_step=tokens_per_step))
     if wandb_log:
         import wandb
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+failed, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
+versions = dict(commit=None if failed else commit, torch=torch.__version__, numpy=np.__version__,
+                python=sys.version, gpu=torch.cuda.get_device_name() if cuda else None)
 F, blocks = model.config.n_features, ', '.join(map(str, saes))
 what = f"SAE at {sae_site} of block {blocks}: {F} features, K={sae_k}" if saes else "dense"
 say(f"{model.num_params() / 1e6:.1f}M parameters, {what}\n"
     f"{max_iters} steps of {tokens_per_step:,} tokens of {data.dir.name} ({len(data.train):,}) on "
-    f"{world_size} x {device_type}, {dtype}")
+    f"{world_size} x {device_type}, {dtype}",
+    dict(event='start', at_step=step, config=config, versions=versions, world_size=world_size,
+         dtype=dtype, device=device, params=model.num_params(),
+         params_non_embedding=model.num_params(True), flops_per_token=model.flops_per_token(),
+         tokens_per_step=tokens_per_step))
 if resuming and was['max_iters'] != max_iters:
     say(f"learning rate at step {step}: {learning_rate_at(step, was['max_iters']):.3g} with "
         f"max_iters={was['max_iters']}, now {learning_rate_at(step, max_iters):.3g}")
@@ -438,13 +434,10 @@ while True:
             live, alpha = 1 - silent.mean().item(), min(sae.alpha.item() for sae in saes.values())
             record |= dict(l0=l0, fvu=fvu, live=live, alpha=alpha)
             line += f" | FVU {fvu:.3f} | live {100 * live:.1f} %"
-            if 0 < alpha < 1:
-                line += f" | alpha {alpha:.2f}"
         if scaler.is_enabled():
             record['loss_scale'] = scaler.get_scale()
-        write_log(record)
         left = timedelta(seconds=int((max_iters - step) * tokens_per_step / tok_s))
-        say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left")
+        say(f"{line} | {tok_s / 1000:.1f}k tok/s | {left} left", record)
         log_sums.zero_()
         last_log, last_step = now, step
 
@@ -467,23 +460,19 @@ while True:
                 data_sha256=data.meta['train_sha256']))
         wait_for_all()
         saved_step = step
-    if stop:
-        say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
-        break
-    if due(eval_interval):
+    if due(eval_interval) and not stop:
         if ddp:
             check_replicas()
         model.eval()
         batches = lambda: islice(eval_batches(data.val, block_size, batch_size, eval_tokens),
                                  rank, None, world_size) # this rank's share
         record = evaluate(model, batches, autocast, all_reduce)
-        write_log(dict(event='eval', step=step, tokens=tokens, **record))
         line = f"step {step:5d} | val loss {record['val_loss']:.4f}"
         if saes:
             live = min(sae['live'] for sae in record['sae'].values())
             line += (f" | SAE zeroed {record['val_loss_zeroed']:.3f}"
                      f" | mean {record['val_loss_mean']:.3f} | live {100 * live:.1f} %")
-        say(line)
+        say(line, dict(event='eval', step=step, tokens=tokens, **record))
         if saes and master and probe_tokens: # what each feature does, for the viewer's timeline
             probe = eval_batches(data.val, block_size, batch_size, probe_tokens)
             arrays = snapshot(model, (x for x, _ in probe)) # not compiled: it needs no loss
@@ -491,10 +480,7 @@ while True:
         model.train()
         wait_for_all()
     last_log += time.time() - pause # tokens a second are those of training
-    if step == max_iters:
-        say(f"done in {timedelta(seconds=int(time.time() - started))}: {out_dir}")
-        if saes:
-            say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
+    if stop or step == max_iters:
         break
 
     # 4) one step: micro-batches, forward and backward, and the SAEs' own steps
@@ -549,4 +535,8 @@ while True:
 if ddp:
     dist.destroy_process_group()
 if stop:
+    say(f"stopped by signal {stop} after step {step}; saved. Go on with --init_from=resume")
     sys.exit(128 + stop)
+say(f"done in {timedelta(seconds=int(time.time() - started))}: {out_dir}")
+if saes:
+    say(f"its features: python inspect_features.py --out_dir={shlex.quote(out_dir)}")
