@@ -392,6 +392,6 @@ def pieces(scan, context):
         decoder.decode(raw)
         if begun:
             before, other, was_peak = out.pop()
-            raw, act, peak = before + raw, max(other, act, key=abs), peak or was_peak
+            raw, act, peak = before + raw, max(other, act), peak or was_peak
         out.append((raw, act, peak))
     return [(safe(raw), act, peak) for raw, act, peak in out]

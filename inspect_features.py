@@ -275,7 +275,7 @@ def prompt_view(scan, options):
     for token, features in options.prompt_tokens:
         word = Text(caption(scan.names[token]))
         for f, act in features[scan.layer]:
-            eighths = level(act, max(abs(act), scan.max[f]))
+            eighths = level(act, max(act, scan.max[f]))
             word.stylize(SHADES[eighths - 1])
             cells.append((word, BARS[eighths], number(act), bold(name(scan, f)),
                           captions(scan, f)))
@@ -349,7 +349,7 @@ def effects(d, what, index):
         rows = []
         for change, layer, f, at in some:
             scan = index[layer]
-            t, act = max(at, key=lambda place: abs(place[1]))
+            t, act = max(at, key=lambda place: place[1])
             others = f' +{len(at) - 1}' if len(at) > 1 else ''
             rows.append((f'{change:+.4f}', bold(name(scan, f)), number(act),
                          caption(scan.names[d['idx'][t]]) + others,

@@ -100,7 +100,7 @@ def listing(title, note, scan, features, said=captions):
 
 def level(act, largest):
     """The eighth of the largest activation, from 1 on."""
-    return min(8, math.ceil(8 * abs(act) / largest))
+    return min(8, math.ceil(8 * act / largest))
 
 def shaded(scan, context, largest):
     """A context as Text, shaded by activation, its peak in «»; and where the « is."""

@@ -71,12 +71,12 @@ def test_feature_view(out, index, capsys):
 def test_tokens_that_share_a_character_are_one_piece():
     scan = SimpleNamespace(names=[b'x', b' \xe6\xbc', b'\xa2\xe5', b'\xad\x97', b'y', b'\xa2',
                                   b'\xe6', b'z', b'\xe6'])
-    context = dict(tokens=list(range(9)), acts=[0, 1, -4, 2, 0, 0, 0, 0, 0], peak=2)
+    context = dict(tokens=list(range(9)), acts=[0, 1, 4, 2, 0, 0, 0, 0, 0], peak=2)
     assert features.pieces(scan, context) == [
-        ('x', 0, False), (' 漢字', -4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
+        ('x', 0, False), (' 漢字', 4.0, True), ('y', 0, False), ('<0xA2>', 0, False),
         ('<0xE6>z', 0, False), ('<0xE6>', 0, False)]
     parts, _, _ = view.for_page(scan, context | dict(where=3, times=1))
-    assert parts == ['x', (' 漢字', -4.0, True), 'y', '<0xA2>', '<0xE6>z', '<0xE6>']
+    assert parts == ['x', (' 漢字', 4.0, True), 'y', '<0xA2>', '<0xE6>z', '<0xE6>']
     text, bars = view.paragraph(view.screen(), scan, context, 4.0)
     assert text.plain == '  x «漢字»y<0xA2><0xE6>z<0xE6>' and bars == '   ███████'
 
