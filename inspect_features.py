@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,23 +291,29 @@ def plot_view(options):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
+    warnings.filterwarnings('ignore', 'Glyph')               # no font has a sign for every token
+    shown = {}                                               # {title: steps, curves, words}
     if options.feature:
-        shown = {name(scan, f): feature_timeline(options.timelines[scan.layer], f)
-                 for scan, f in options.features('feature')}
+        for scan, f in options.features('feature'):
+            t = feature_timeline(options.timelines[scan.layer], f)
+            words = ['\n'.join(caption(scan.names[token]) for token in row) for row in t['tokens']]
+            shown[name(scan, f)] = t['steps'], t['curves'], words
     else:
-        shown = {}
         for scan in options.of_layer(options.index):
             t = options.timelines[scan.layer]
             curves = timeline_curves(t) | {'coherence of 8 tokens': coherence_curve(scan, t)}
-            shown[f'SAE of block {t.layer}'] = dict(steps=t.steps, curves=curves)
+            shown[f'SAE of block {t.layer}'] = t.steps, curves, [''] * len(t.steps)
     figure = Figure((5 * len(shown) + 1, 9), layout='constrained')
     grid = figure.subplots(4, len(shown), sharex='col', squeeze=False)       # of four curves each
-    for (title, t), axes in zip(shown.items(), grid.T):
+    for (title, (steps, curves, words)), axes in zip(shown.items(), grid.T):
         axes[0].set_title(title)
-        axes[-1].set_xlabel('step')
-        for axis, (label, values) in zip(axes, t['curves'].items()):
-            axis.plot(t['steps'], values, marker='.')
+        for axis, (label, values) in zip(axes, curves.items()):
+            axis.plot(steps, values, marker='.')
             axis.set_ylabel(label.replace(', ', '\n'))
+        stages = np.linspace(0, len(steps) - 1, 5).round().astype(int)
+        axes[-1].set_xticks([steps[i] for i in stages],
+                            [f'{steps[i]:,}\n{words[i]}' for i in stages], parse_math=False)
+        axes[-1].set_xlabel('step' + ', and what it fires on' * bool(options.feature))
     figure.savefig(options.plot)
     yield f'timeline of {", ".join(shown)} -> {options.plot}'
 

@@ -278,6 +278,7 @@ log_sums = torch.zeros(4, dtype=wide, device=device)
 
 if checkpoint:
     args = checkpoint['model_args']
+    misfit = f"the weights in {source} do not fit this model"
     try:
         if not resuming and checkpoint.get('tokenizer', tokenizer) != tokenizer:
             raise ValueError(f"their tokenizer is another than that of {data.dir}")
@@ -290,6 +291,7 @@ if checkpoint:
         if missing:
             raise ValueError(f"it lacks {missing[0]}")
         if resuming:
+            misfit = f"the optimizer in {out_dir} does not fit this version of train.py: {anew}"
             for opt, state in zip(optimizers.values(), checkpoint['optimizers'], strict=True):
                 opt.load_state_dict(state)
             scaler.load_state_dict(checkpoint['scaler'])
@@ -297,7 +299,7 @@ if checkpoint:
                 log_sums.copy_(checkpoint['log_sums'])
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as e:
         *_, reason = str(e).split('\n')
-        fail(f"weights or optimizers in {source} do not fit this model ({reason.strip()})")
+        fail(f"{misfit} ({reason.strip()})")
     # its SAEs keep their alpha, unless a hand-over is given that was not theirs
     asked = given & {'sae_blend_start', 'sae_blend_end'}
     if sae_posthoc and not resuming or any(config[key] != was.get(key) for key in asked):

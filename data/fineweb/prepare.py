@@ -26,7 +26,7 @@ def read_shard(path):
     size, header = path.stat().st_size, np.fromfile(path, '<i4', 3).tolist()
     if header != [20240520, 1, (size - 1024) / 2]:
         raise ValueError(f"{path} is no whole shard: it has {size:,} bytes and begins with "
-                         f"{header}, not with 20240520, 1, tokens")
+                         f"{header}, not with 20240520, 1, tokens: delete it, run this again")
     return np.memmap(path, '<u2', mode='r', offset=1024)
 
 def prepare(out='fineweb', shards=10, url=URL):
