@@ -68,7 +68,8 @@ def explain(model, tokens, layers, end, measure):
     idx = torch.tensor([tokens], device=device_of(model))                    # (1, T)
     _, out = model.blocks(idx, max(layers) + 1)
     fires = {}                           # {(block, f): [(position, activation), ...]}
-    for layer, values, indices in zip(model.saes(), out.values[:, 0], out.indices[:, 0]):
+    codes = out.values[:, 0].cpu(), out.indices[:, 0].cpu()                  # (S, T, K) each
+    for layer, values, indices in zip(model.saes(), *codes):
         for t, k in values.nonzero().tolist() if layer in layers else []:
             place = t, values[t, k].item()
             fires.setdefault((layer, indices[t, k].item()), []).append(place)
