@@ -24,11 +24,11 @@ def export(options):
                         input='RMS-normalised: x / sqrt(mean(x^2))',
                         scale=sae.scale.item())              # times what it decodes goes on
         about = dict(architecture='topk', d_in=sae.n_embd, d_sae=sae.n_features, k=sae.k,
-                     dtype='float32', device='cpu', apply_b_dec_to_input=True,
+                     dtype='float32', device='cpu', apply_b_dec_to_input=False,
                      normalize_activations='none', reshape_activations='none',
                      rescale_acts_by_decoder_norm=False, metadata=metadata)
-        raw = safetensors(dict(W_enc=sae.W_enc.T, b_enc=sae.b_enc, W_dec=sae.W_dec,
-                               b_dec=sae.b_dec))
+        b_enc = sae.b_enc - sae.W_enc @ sae.mean             # so that h is read as it is
+        raw = safetensors(dict(W_enc=sae.W_enc.T, b_enc=b_enc, W_dec=sae.W_dec, b_dec=sae.b_dec))
         write_whole(path / 'sae_weights.safetensors', lambda file: file.write(raw))
         (path / 'cfg.json').write_text(json.dumps(about, indent=1), 'utf-8')
         yield f'SAE of block {layer} -> {path}'

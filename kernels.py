@@ -247,7 +247,7 @@ def _pairs(order, i, end, R: tl.constexpr):
     return pairs
 
 @jit
-def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first,
+def _pair_sums(gy, h, values, gvalues, W_dec, order, starts, owner, first,
                dvalues, sum_enc, sum_dec, sum_b, F: tl.constexpr, RUNS: tl.constexpr,
                C: tl.constexpr, K: tl.constexpr, PART: tl.constexpr, R: tl.constexpr,
                BLOCK: tl.constexpr, TILES: tl.constexpr):
@@ -255,7 +255,7 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
     All that one feature f sends back, over a run of pairs (token n, slot k) where it is active:
 
         dv = gy[n] . W_dec[f] + gvalues[n, k]         dvalues[n, k] = dv, for dh later
-        dW_dec[f] = sum v gy[n]    dW_enc[f] = sum dv (h[n] - b_dec)    db_enc[f] = sum dv
+        dW_dec[f] = sum v gy[n]     dW_enc[f] = sum dv h[n]     db_enc[f] = sum dv
 
     Bytes: gy and h are gathered once (2 N K C of bf16: 3.2 GB at N=32768, K=32, C=768, most of it
     L2 hits as neighbouring programs meet the same tokens); W_dec[f] and both sums are in registers.
@@ -317,8 +317,7 @@ def _pair_sums(gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first
     at = p.to(tl.int64) * C
     for t in tl.static_range(TILES):
         c = t * BLOCK + tl.arange(0, BLOCK)
-        bias = tl.load(b_dec + c, mask=c < C, other=0.0)
-        tl.store(sum_enc + at + c, enc[t] - b * bias, mask=c < C)   # sum dv (h - b_dec)
+        tl.store(sum_enc + at + c, enc[t], mask=c < C)
         tl.store(sum_dec + at + c, dec[t], mask=c < C)
     tl.store(sum_b + p, b)
 
@@ -460,25 +459,12 @@ def _fused_matmul(epilogue, a, b, out, tile, act=None, bias=None, maxima=None):
     return out
 
 # ---------------------------------------------------------------------------- the layer
-@jit
-def _fold_b_dec(W_enc, b_enc, b_dec, W, bias, C: tl.constexpr, BLOCK: tl.constexpr):
-    """W = W_enc in h's type, and bias = b_enc - W b_dec: so h needs no copy less b_dec."""
-    f = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    w = tl.load(W_enc + f * C + c, mask=c < C, other=0.0).to(W.dtype.element_ty)
-    tl.store(W + f * C + c, w, mask=c < C)
-    dot = tl.sum(w.to(tl.float32) * tl.load(b_dec + c, mask=c < C, other=0.0), axis=0)
-    tl.store(bias + f, tl.load(b_enc + f).to(tl.float32) - dot)
-
 @torch.library.custom_op("sae::topk_autoencode", mutates_args=())
 def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int,
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> y, values, indices, fired; and _sort_pairs' order and starts, for the backward pass."""
     h, (N, C), F = h.contiguous(), h.shape, W_enc.shape[0]
-    b_dec = b_dec.float().contiguous()
-    W, bias = torch.empty(F, C, dtype=h.dtype, device=h.device), torch.empty(F, device=h.device)
-    _fold_b_dec[(F,)](W_enc.contiguous(), b_enc.contiguous(), b_dec, W, bias, C=C,
-                      BLOCK=triton.next_power_of_2(C), num_warps=4)
+    W, b_enc = W_enc.to(h.dtype).contiguous(), b_enc.float().contiguous()
     values = torch.empty(N, k, device=h.device)
     indices = torch.empty(N, k, device=h.device, dtype=torch.int32)
     slices = _slices(N, F * h.element_size(), BUFFER_MB)
@@ -489,11 +475,12 @@ def _autoencode(h: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: T
         pre, maxima = buffer[:s.stop - s.start], None                       # (rows, F)
         if fused:
             maxima = torch.empty(len(pre), triton.cdiv(F, SPAN), device=h.device)
-            _fused_matmul("maxima", h[s], W, pre, ENCODER_TILE, bias=bias, maxima=maxima)
+            _fused_matmul("maxima", h[s], W, pre, ENCODER_TILE, bias=b_enc, maxima=maxima)
         else:
             torch.mm(h[s], W.t(), out=pre)   # autocast leaves what has an out= alone
-        select(pre, bias, values[s], indices[s], maxima)
+        select(pre, b_enc, values[s], indices[s], maxima)
     del buffer, pre, W   # room for what follows
+    b_dec = b_dec.float().contiguous()
     y = _gather(values, indices, W_dec.to(h.dtype).contiguous(), b_dec, h.dtype)
     chunks = _chunks(h, F, k)
     order, starts = _sort_pairs(values, indices, F, chunks)
@@ -510,12 +497,12 @@ def _(h, W_enc, b_enc, W_dec, b_dec, k):
 
 @torch.library.custom_op("sae::topk_autoencode_backward", mutates_args=())
 def _autoencode_backward(
-        gy: Tensor, gvalues: Tensor | None, h: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
+        gy: Tensor, gvalues: Tensor | None, h: Tensor, W_enc: Tensor, W_dec: Tensor,
         values: Tensor, indices: Tensor, order: Tensor, starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh, dW_enc, db_enc, dW_dec."""
     (N, K), (F, C), runs = values.shape, W_dec.shape, len(starts) - 1
-    h, W_dec, b_dec = h.contiguous(), W_dec.contiguous(), b_dec.float().contiguous()
+    h, W_dec = h.contiguous(), W_dec.contiguous()
     gy = gy.to(h.dtype).contiguous()
     gvalues = None if gvalues is None else gvalues.float().contiguous()
     # Further parts: run r owns numbers first[r] to ends[r] of at most N K / PAIR_PART.
@@ -533,7 +520,7 @@ def _autoencode_backward(
     WIDE = triton.next_power_of_2(C)
     BLOCK = min(WIDE, 256 * max(1, WIDE // 1024))
     _pair_sums[(runs + n_parts,)](
-        gy, h, values, gvalues, W_dec, b_dec, order, starts, owner, first, dvalues, *sums,
+        gy, h, values, gvalues, W_dec, order, starts, owner, first, dvalues, *sums,
         F=F, RUNS=runs, C=C, K=K, PART=PAIR_PART, R=3, BLOCK=BLOCK, TILES=triton.cdiv(C, BLOCK),
         num_warps=max(1, BLOCK // 256))
     grads = new(F) if runs > F else [t[:F] for t in sums]
@@ -545,33 +532,30 @@ def _autoencode_backward(
     return dh, dW_enc.to(W_enc.dtype), db_enc, dW_dec.to(W_dec.dtype)
 
 @_autoencode_backward.register_fake
-def _(gy, gvalues, h, W_enc, W_dec, b_dec, values, indices, order, starts):
+def _(gy, gvalues, h, W_enc, W_dec, values, indices, order, starts):
     dh, dW_enc, dW_dec = (t.new_empty(t.shape) for t in (h, W_enc, W_dec))
     return dh, dW_enc, values.new_empty(len(W_enc)), dW_dec
 
 def _setup(ctx, inputs, output):
-    h, W_enc, _, W_dec, b_dec, _ = inputs
+    h, W_enc, _, W_dec, _, _ = inputs
     _, values, indices, _, order, starts = output
     ctx.set_materialize_grads(False)   # mostly only y is used: then the values' gradient is None
-    ctx.save_for_backward(h, W_enc, W_dec, b_dec, values, indices, order, starts)
+    ctx.save_for_backward(h, W_enc, W_dec, values, indices, order, starts)
 
 def _backward(ctx, gy, gvalues, *_):
-    h, W_enc = ctx.saved_tensors[:2]
-    gy = torch.zeros_like(h) if gy is None else gy
-    dh, dW_enc, db_enc, dW_dec = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
-    # h - b_dec sends back minus the sum of dh over tokens, which is W_enc^T db_enc
-    db_dec = gy.sum(0, dtype=torch.float32) - (db_enc[:, None] * W_enc).sum(0)
-    return dh, dW_enc, db_enc, dW_dec, db_dec, None
+    gy = torch.zeros_like(ctx.saved_tensors[0]) if gy is None else gy
+    grads = _autoencode_backward(gy, gvalues, *ctx.saved_tensors)
+    return *grads, gy.sum(0, dtype=torch.float32), None
 
 _autoencode.register_autograd(_backward, setup_context=_setup)
 
 def topk_autoencode(h, W_enc, b_enc, W_dec, b_dec, k):
     """
-    The SAE layer of sae.py: h (N, C) -> y (N, C) in h's dtype; values (N, k) fp32 and indices
-    (N, k) int32, from the largest value down, ties by lowest index; fired (F,) int32, on how many
-    tokens each feature is active. Differentiable in y and values, for all five tensors. A slot
-    beyond a token's positive activations has value 0 and index 0, and gets no gradient. NaN in a
-    row of h gives NaN in that row of y.
+    The SAE layer of sae.py, but for the mean: h (N, C) -> y (N, C) in h's dtype; values (N, k)
+    fp32 and indices (N, k) int32, from the largest value down, ties by lowest index; fired (F,)
+    int32, on how many tokens each feature is active. Differentiable in y and values, for all five
+    tensors. A slot beyond a token's positive activations has value 0 and index 0, and gets no
+    gradient. NaN in a row of h gives NaN in that row of y.
     Under autocast pass h in its dtype; the parameters may stay fp32. ValueError where not `fits`.
     """
     if not fits(len(h), *W_enc.shape, k, h.dtype, h.device):

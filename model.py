@@ -236,16 +236,20 @@ class GPT(nn.Module):
         return 6 * matmul + 12 * c.n_layer * c.n_embd * c.block_size + sae
 
     def optimizer_groups(self, weight_decay, sae_lr_factor):
-        """Of what is not frozen. The SAE has no decay, which would silence rare features: they get
-        few gradients. A group's learning rate is lr_factor times the model's."""
-        groups = dict(matrices=[], embedding=[], sae=[])
-        for name, p in self.named_parameters():
-            kind = 'sae' if '.sae.' in name else 'embedding' if 'wte' in name else 'matrices'
-            if p.requires_grad:
-                groups[kind].append(p)
-        return [dict(params=params, name=kind, weight_decay=0.0 if kind == 'sae' else weight_decay,
-                     lr_factor=sae_lr_factor if kind == 'sae' else 1.0)
-                for kind, params in groups.items() if params]
+        """{optimizer: its parameter groups}, of what is not frozen. The SAE has no decay, which
+        would silence rare features: they get few gradients. A group's learning rate is lr_factor
+        times the model's; b_enc is no weight but a threshold, as large as activations."""
+        def group(endings, lr_factor, decay=0.0):
+            params = [p for name, p in self.named_parameters()
+                      if p.requires_grad and name.endswith(endings)]
+            return [dict(params=params, lr_factor=lr_factor, weight_decay=decay)] if params else []
+
+        matrices = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'
+        groups = dict(matrices=group(matrices, 1.0, weight_decay),
+                      embedding=group('wte.weight', 1.0, weight_decay),
+                      sae=group(('W_enc', 'W_dec', 'b_dec'), sae_lr_factor)
+                      + group('b_enc', 50 * sae_lr_factor))
+        return {name: found for name, found in groups.items() if found}
 
 # -------------------------------------------------------------------------------------- checkpoints
 

@@ -2,14 +2,16 @@
 The sparse autoencoder (SAE) layer: a place in a GPT through which only K of F features pass.
 
     h = norm(x)                                 RMSNorm without parameters
-    a = relu(W_enc (h - b_dec) + b_enc)         (N, F)  how strongly each feature fires
+    a = relu(W_enc (h - mean) + b_enc)          (N, F)  how strongly each feature fires
     z = the K largest of each token's a, the rest 0
     y = z W_dec + b_dec
     x <- (1 - alpha) x + alpha scale y
 
 Before the hand-over (alpha = 0) it only watches, and learns to reconstruct h; scale is the RMS of
 x, as it was then. Afterwards (alpha = 1) the language model's own loss trains it. Row f of W_enc
-(F, C) is what feature f reads, row f of W_dec (F, C), all of one length, what it writes.
+(F, C) is what feature f reads, row f of W_dec (F, C), all of one length, what it writes. mean is
+h's running mean over tokens: were it left in, W_enc mean would be a second b_enc, which AdamW moves
+faster than the nudge (in after_step) can, the faster the larger C is: features would die of that.
 
 Shapes: B batch, T time, C n_embd, F features, K active features a token, N = B*T, S SAE layers.
 """
@@ -48,6 +50,7 @@ class SAEOut(NamedTuple):
     l0: torch.Tensor       # () mean number of active features a token
     fvu: torch.Tensor      # () fraction of variance unexplained, |h - y|^2 / |h - mean h|^2
     length: torch.Tensor   # () mean length of x, over sqrt(C)
+    mean: torch.Tensor     # (C,) mean of h over tokens; at hidden (F,)
     loss: torch.Tensor     # () sae_recon * fvu while alpha is 0, then 0
 
 def topk(a, score, k):
@@ -76,6 +79,7 @@ class SAE(nn.Module):
             self.b_enc = nn.Parameter(torch.zeros(F_))
             self.W_dec = nn.Parameter(torch.randn(F_, C))
             self.b_dec = nn.Parameter(torch.zeros(C))
+            self.register_buffer('mean', torch.zeros(C)) # of h over tokens and steps
             self.normalize_rows()
         else:
             self.register_buffer('b_enc', torch.zeros(F_))
@@ -103,7 +107,7 @@ class SAE(nn.Module):
     def encode(self, h):
         """h (..., C), normalised as in forward -> values (..., K), indices (..., K)."""
         if self.site.own:
-            pre = F.linear(h - self.b_dec, self.W_enc).float() + self.b_enc # fp32, to compare
+            pre = F.linear(h - self.mean, self.W_enc).float() + self.b_enc # fp32, to compare
             score = a = pre.relu()                                          # (..., F)
         else:
             a = h.float()                                                   # (..., F)
@@ -141,13 +145,15 @@ class SAE(nn.Module):
         alpha = 1.0 if self.posthoc and not self.training else self.alpha
         new_x = (1 - alpha) * x + alpha * y
         l0 = (values != 0).sum() / values[..., 0].numel()
-        out = SAEOut(values, indices, fired, l0, fvu.detach(), lengths.mean(), loss)
+        mean = h.detach().float().mean((0, 1))
+        out = SAEOut(values, indices, fired, l0, fvu.detach(), lengths.mean(), mean, loss)
         return new_x.type_as(x), out
 
     def fast_path(self, h):
         """y, values, indices and fired from kernels.py; None where its kernels do not run."""
         if not self.site.own or self.select is not topk or self.steer is not None:
             return None
+        h = h - self.mean                                                         # (B, T, C)
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         rows, F_, K = h.flatten(0, -2), self.n_features, self.k                   # (N, C)
@@ -159,11 +165,13 @@ class SAE(nn.Module):
         return y.view_as(h), values.view(shape), indices.long().view(shape), fired
 
     @torch.no_grad()
-    def after_step(self, fired, tokens, length):
+    def after_step(self, fired, tokens, length, mean):
         """fired (F,): on how many of the step's tokens, over all ranks, each feature was active;
-        tokens: how many these are; length (): SAEOut's, the mean. b_enc rises where a feature fires
-        too rarely, falls where too often (as in mixtures of experts, arXiv 2408.15664)."""
+        tokens: how many these are; length (), mean (C,): SAEOut's, over them. b_enc rises where a
+        feature fires too rarely, falls where too often (as in mixtures of experts, arXiv
+        2408.15664)."""
         if self.site.own:
+            self.mean.lerp_(mean, 0.1)
             self.scale.copy_(torch.where(self.alpha > 0, self.scale, length))
         self.silent.copy_(torch.where(fired > 0, 0, self.silent + 1))
         self.share.lerp_(fired / tokens, 0.1)

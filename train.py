@@ -71,7 +71,7 @@ sae_posthoc = False       # freeze all but the SAE, which evals splice in
 optimizer = 'muon'        # for the matrices of blocks, the rest has AdamW; or 'adamw' for all
 learning_rate = 3e-3
 sae_steps = 4             # of the SAE in each step, one after each part of the micro-batches
-sae_lr_factor = 0.25      # its learning rate is this times the model's
+sae_lr_factor = 0.25      # its learning rate is this times the model's; b_enc's 50 times that
 max_iters = 5000
 weight_decay = 0.1
 beta1 = 0.9
@@ -264,11 +264,11 @@ for sae in saes.values():
 # Muon is for hidden matrices (kellerjordan.github.io/posts/muon); under it features tell less. The
 # SAE learns best in smaller batches, since each feature fires on few tokens: it steps by itself.
 optimizers = {}
-for group in model.optimizer_groups(weight_decay, sae_lr_factor):
-    if optimizer == 'muon' and group['name'] == 'matrices':
-        optimizers['matrices'] = torch.optim.Muon([group], adjust_lr_fn='match_rms_adamw')
+for name, groups in model.optimizer_groups(weight_decay, sae_lr_factor).items():
+    if optimizer == 'muon' and name == 'matrices':
+        optimizers[name] = torch.optim.Muon(groups, adjust_lr_fn='match_rms_adamw')
     else:
-        optimizers[group['name']] = torch.optim.AdamW([group], betas=(beta1, beta2), fused=True)
+        optimizers[name] = torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True)
 sae_optimizer = optimizers.get('sae')
 model_optimizers = [opt for name, opt in optimizers.items() if name != 'sae'] # post hoc: none
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
@@ -399,7 +399,7 @@ for name in ('SIGTERM', 'SIGINT', 'SIGHUP'): # Windows has no SIGHUP; nohup igno
 
 def step_saes():
     """The SAEs' own step, on one of sae_steps parts. Returns the norm of its gradient."""
-    params = sae_optimizer.param_groups[0]['params']
+    params = [p for group in sae_optimizer.param_groups for p in group['params']]
     for p in params:
         all_reduce(p.grad).div_(world_size * scaler.get_scale())
     # the loss was divided by all micro-batches: a part's gradient is 1/sae_steps of its mean
@@ -445,8 +445,8 @@ while True:
 
     # 2) schedules. alpha never falls: a checkpoint's SAE may be further than this run is
     for opt in optimizers.values():
-        group, = opt.param_groups
-        group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
+        for group in opt.param_groups:
+            group['lr'] = group['lr_factor'] * learning_rate_at(step, max_iters)
     for sae in saes.values():
         sae.alpha.clamp_(min=blend_alpha(step / max(1, max_iters), sae_blend_start, sae_blend_end))
 
@@ -488,6 +488,7 @@ while True:
     # 4) one step: micro-batches, forward and backward, and the SAEs' own steps
     fired = torch.zeros(len(saes), F, dtype=torch.int32, device=device)
     lengths = torch.zeros(len(saes), device=device)
+    means = torch.zeros(len(saes), 1, device=device) # and then (S, C)
     sae_norm = torch.zeros((), device=device)
     for i in range(local_micros):
         if ddp: # gradients are averaged over ranks with the last; to be set before the forward pass
@@ -506,6 +507,7 @@ while True:
             scores = torch.stack((out.l0.mean(), out.fvu.mean()))
             fired += out.fired
             lengths += out.length / gradient_accumulation_steps
+            means = means + out.mean / gradient_accumulation_steps
         scaler.scale(total / local_micros).backward()
         if sae_optimizer and (i + 1) % (local_micros // sae_steps) == 0:
             sae_norm = torch.hypot(sae_norm, step_saes())
@@ -526,8 +528,9 @@ while True:
     model.zero_grad(set_to_none=True)
     all_reduce(fired) # all ranks must nudge the same features
     all_reduce(lengths)
-    for sae, counts, length in zip(saes.values(), fired, lengths):
-        sae.after_step(counts, tokens_per_step, length)
+    all_reduce(means)
+    for sae, counts, length, mean in zip(saes.values(), fired, lengths, means):
+        sae.after_step(counts, tokens_per_step, length, mean)
     # read above, where the loop waits for the GPU anyway; in fp16 gradients may overflow
     finite = loss.isfinite() & (grad_norm.isfinite() | scaler.is_enabled())
     broken = torch.where((broken < 0) & ~finite, step, broken)

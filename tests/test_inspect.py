@@ -356,7 +356,7 @@ def test_export(out, tmp_path):
             w[name] = torch.frombuffer(data, dtype=torch.float32).view(x['shape'])
         k = json.loads((folder / 'cfg.json').read_text())['k']
         h = torch.nn.functional.rms_norm(torch.randn(50, 16), (16,))
-        values, indices = ((h - w['b_dec']) @ w['W_enc'] + w['b_enc']).relu().topk(k)
+        values, indices = (h @ w['W_enc'] + w['b_enc']).relu().topk(k)
         codes = features.dense(values, indices, sae.n_features)
         ours = features.dense(*sae.encode(h), sae.n_features)
         assert alike(codes, ours)

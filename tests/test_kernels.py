@@ -54,7 +54,7 @@ def make(N, C, F, k, dtype=torch.float32, device=DEVICE, shift=0.0):
 def oracle(inputs, grads, indices, active):
     """float64 layer at the given indices, where active -> y, values and the five gradients."""
     h, W_enc, b_enc, W_dec, b_dec = P = [t.detach().double().requires_grad_() for t in inputs]
-    values = torch.relu(((h - b_dec).unsqueeze(1) * W_enc[indices]).sum(-1) + b_enc[indices])
+    values = torch.relu((h.unsqueeze(1) * W_enc[indices]).sum(-1) + b_enc[indices])
     values = values * active
     y = (values.unsqueeze(-1) * W_dec[indices]).sum(1) + b_dec
     return y, values, torch.autograd.grad([y, values], P, [g.double() for g in grads])
@@ -68,8 +68,8 @@ def check_layer(inputs, grads, k, tol):
     names = "dh", "dW_enc", "db_enc", "dW_dec", "db_dec"
     compare(tol, y=(y, y64), values=(values, values64), **dict(zip(names, zip(got, want))))
     # the right features, up to rounding: nothing left out is larger than what was taken
-    h, W_enc, b_enc, _, b_dec = [t.detach().double() for t in inputs]
-    a = torch.relu((h - b_dec) @ W_enc.T + b_enc)
+    h, W_enc, b_enc, _, _ = [t.detach().double() for t in inputs]
+    a = torch.relu(h @ W_enc.T + b_enc)
     assert (idx.where(active, -1 - torch.arange(k, device=DEVICE)).sort().values.diff() > 0).all()
     assert (values.diff() <= 0).all(), "not descending"
     left = a.scatter(1, idx, 0.0).amax(1)
@@ -157,7 +157,7 @@ def test_encoder_that_gives_maxima(N, C, F, k, monkeypatch):
 
 @needs_kernels
 def test_autocast_rounds_nothing():
-    """Under autocast h alone decides the precision, of b_dec's share too; x that of the loss."""
+    """Under autocast h alone decides the precision, and x that of the loss."""
     inputs, grads = make(5, 20, 30, 3)
     with torch.no_grad():
         inputs[4] += 10
@@ -370,7 +370,8 @@ def loss_and_gradients(forward, model, tokens):
     model.zero_grad()
     _, loss, out = forward(tokens[:, :-1], tokens[:, 1:])
     (loss + out.loss.sum()).backward()
-    return [loss.detach(), out.fired, *(p.grad.clone() for p in model.parameters())]
+    grads = (p.grad.clone() for p in model.parameters())
+    return [loss.detach(), out.fired, out.mean, *grads]
 
 @needs_kernels
 def test_the_model_is_one_graph(monkeypatch):
@@ -382,6 +383,7 @@ def test_the_model_is_one_graph(monkeypatch):
     config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=2, n_embd=16,
                        sae_layers=(0,), sae_ratio=4, sae_k=3, sae_recon=1.0)
     model, tokens = GPT(config).to(DEVICE), torch.randint(50, (1, T + 1), device=DEVICE)
+    model.transformer.h[0].sae.mean.normal_()
     counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for alpha in (0.5, 1.0):

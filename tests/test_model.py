@@ -43,7 +43,7 @@ def turned(x):
 def plain_sparse(w, site, x, alpha, K):
     """What an SAE of weights w makes of x (B, T, ...)."""
     own = site != 'hidden'
-    a = ((unit(x) - w['b_dec']) @ w['W_enc'].T + w['b_enc']).clamp_min(0) if own else x
+    a = ((unit(x) - w['mean']) @ w['W_enc'].T + w['b_enc']).clamp_min(0) if own else x
     score = a if own else a + w['b_enc']
     kept = score.argsort(-1, descending=True)[..., :K]
     z = torch.zeros_like(a).scatter(-1, kept, a.gather(-1, kept))
@@ -82,7 +82,8 @@ def test_forward_by_its_equations(site):
     idx, targets = tokens(), tokens(seed=2)
     for sae in model.saes().values():
         sae.alpha.fill_(0.6)
-        sae.b_enc.data.normal_()
+        for t in (sae.b_enc.data, sae.mean) if site != 'hidden' else (sae.b_enc,):
+            t.normal_()
     logits, _, out = model(idx)
     assert (out is None) == (site == 'dense')
     state = {k: v.double() for k, v in model.state_dict().items()}
@@ -158,14 +159,16 @@ def test_init():
 def test_every_parameter_is_optimised_once(site):
     """The GPT's decay; the SAE's do not, and have a learning rate of their own."""
     model = make(sae_site=site)
-    groups = {g['name']: g for g in model.optimizer_groups(0.1, 3.0)}
+    groups = model.optimizer_groups(0.1, 3.0)
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {key: [names.pop(id(p)) for p in g['params']] for key, g in groups.items()}
+    found = {key: [names.pop(id(p)) for g in gs for p in g['params']] for key, gs in groups.items()}
     assert not names and found['embedding'] == ['transformer.wte.weight']
     assert all(name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
                for name in found['matrices'])
-    for key, g in groups.items():
-        assert (g['weight_decay'], g['lr_factor']) == ((0.0, 3.0) if key == 'sae' else (0.1, 1.0))
+    for key, gs in groups.items():
+        rates = [(g['weight_decay'], g['lr_factor']) for g in gs]
+        assert rates == ([(0.0, 3.0), (0.0, 150.0)] if key == 'sae' else [(0.1, 1.0)])
+        assert key != 'sae' or [len(g['params']) for g in gs] == [6, 2] # of two SAEs; 2 are b_enc
 
 def test_flops_by_hand():
     """6 a weight of the dense matmuls and 12 L C T for attention; the SAE's 2 F C + 10 K C."""

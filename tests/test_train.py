@@ -43,7 +43,7 @@ def test_the_undisturbed_run(whole):
     assert checkpoint['model']['transformer.h.1.sae.silent'].any()
     _, *adamw = checkpoint['optimizers'] # Muon has the matrices
     shapes = [[tuple(state['exp_avg'].shape) for state in opt['state'].values()] for opt in adamw]
-    assert shapes == [[(320, 16)], [(64, 16), (64,), (64, 16), (16,)]] # wte; the SAE
+    assert shapes == [[(320, 16)], [(64, 16), (64, 16), (16,), (64,)]] # wte; the SAE
     assert first['config']['seed'] == TINY['seed'] and first['tokens_per_step'] == 128
     assert first['versions']['torch'] == torch.__version__
     assert first['params'] == sum(p.numel() for p in load_model(checkpoint).parameters())
@@ -393,15 +393,22 @@ def test_sae_lr_and_clipping(tiny_data, tmp_path):
         assert math.sqrt(sum(squares)) == pytest.approx(0.001, rel=1e-3)
         assert optimizers[0]['param_groups'][0]['betas'] == (0.9, 0.95)
 
+def keep_the_mean():
+    import sae
+    after = sae.SAE.after_step
+    sae.SAE.after_step = lambda self, *seen: after(self, *seen[:-1], self.mean)
+
 def test_steps_of_the_sae(tiny_data, tmp_path):
-    """Beside a frozen model four in one step are four steps of a micro-batch, not one of four."""
+    """Beside a frozen model four in one step are four steps of a micro-batch, not one of four (but
+    for the mean that is subtracted, which follows h in whole steps)."""
     finish(tmp_path / 'dense', tiny_data, sae_layers='', max_iters=2)
     rows, norms = {}, {}
     for name, numbers in (('in one', (1, 4, 4)), ('alone', (4, 1, 1)), ('once', (1, 4, 1))):
         steps = zip(('max_iters', 'gradient_accumulation_steps', 'sae_steps'), numbers)
-        finish(tmp_path / name, tiny_data, init_from=tmp_path / 'dense', sae_posthoc=True,
-               **dict(steps), warmup_iters=0, lr_schedule='wsd', grad_clip=0.05, dropout=0,
-               sae_nudge=0, sae_blend_start=1, sae_blend_end=1, sae_recon=1, log_interval=1)
+        finish(tmp_path / name, tiny_data, keep_the_mean, init_from=tmp_path / 'dense',
+               sae_posthoc=True, **dict(steps), warmup_iters=0, lr_schedule='wsd', grad_clip=0.05,
+               dropout=0, sae_nudge=0, sae_blend_start=1, sae_blend_end=1, sae_recon=1,
+               log_interval=1)
         norms[name] = [r['grad_norm'] for r in records(tmp_path / name, 'log')]
         rows[name] = load_checkpoint(tmp_path / name)['model']['transformer.h.1.sae.W_dec']
     torch.testing.assert_close(rows['in one'], rows['alone'], rtol=1e-3, atol=1e-5)
@@ -409,20 +416,26 @@ def test_steps_of_the_sae(tiny_data, tmp_path):
     assert norms['in one'] == pytest.approx([math.hypot(*norms['alone'])], rel=1e-4)
 
 def test_train_loss_by_brute_force(tiny_data, tmp_path):
-    """It is the mean since the last line; the first, and its gradient's norm, are recomputed."""
-    for name, n in ('each', 1), ('mean', 4):
-        train(tmp_path / name, tiny_data, log_interval=n, dropout=0, max_iters=4, sae_steps=1)
+    """It is the mean since the last line; the first, its gradient's norm, and what the SAE takes
+    over from that step, are recomputed."""
+    for name, n in ('each', 1), ('mean', 4), ('first', 1):
+        train(tmp_path / name, tiny_data, log_interval=n, dropout=0, sae_steps=1,
+              max_iters=1 if name == 'first' else 4)
     each, (mean,) = records(tmp_path / 'each', 'log'), records(tmp_path / 'mean', 'log')
     for key in ('loss', 'l0', 'fvu'):
         assert mean[key] == pytest.approx(sum(r[key] for r in each) / 4, rel=1e-6)
     torch.manual_seed(TINY['seed'])
     model = GPT(GPTConfig(**load_checkpoint(tmp_path / 'each')['model_args']))
     model.saes()[1].alpha.zero_()
-    tokens, losses = load_dataset(tiny_data).train, []
+    tokens, losses, means, scale = load_dataset(tiny_data).train, [], 0, 0
     for micro in range(4):
         _, loss, out = model(*get_batch(tokens, 16, 2, TINY['seed'], 0, micro, 4))
         ((loss + out.loss.sum()) / 4).backward()
         losses.append(loss.item())
+        means, scale = means + out.mean[0] / 4, scale + out.length[0] / 4
+    first = load_checkpoint(tmp_path / 'first')['model']
+    torch.testing.assert_close(first['transformer.h.1.sae.mean'], 0.1 * means)
+    torch.testing.assert_close(first['transformer.h.1.sae.scale'], scale)
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     assert each[0]['loss'] == pytest.approx(sum(losses) / 4, rel=1e-6)
     assert each[0]['grad_norm'] == pytest.approx(norm, rel=1e-5) and each[0]['tokens'] == 128

@@ -118,7 +118,8 @@ def test_why_view(out, run, index, capsys):
     text = look(capsys, out, f'--prompt={TEXT}', '--why=true', '--target=ab')
     words = ' '.join(text.split())
     assert f"Why ab: probability {view.percent(np.exp(d['base']))}" in text
-    assert f"of {d['active']} active features {d['active']} are" in words and 'nothing else passes' in words
+    assert f"of {d['active']} active features {d['active']} are" in words
+    assert 'nothing else passes' in words
     change, layer, f, at = d['effects'][0]
     [row] = re.findall(rf"  ({change:+.4f} +L{layer}.F{f} .*)", text.partition('Against')[0])
     act, word = max((abs(act), features.caption(run.names[d['idx'][t]])) for t, act in at)
